@@ -1,0 +1,55 @@
+# Every target works in a fresh clone: what it needs is installed into .venv first, once, and again when pyproject.toml
+# or constraints.txt change. Settings: `make test JOBS=4`, `make test T="-k edq"`, `make setup PYTHON=python3.12`.
+PYTHON ?= python3
+JOBS   ?= 2
+T      ?=
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+DEMO   := runs/demo
+PIP     = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+PYTEST  = $(BIN)/python -m pytest --numprocesses $(JOBS)
+
+.SILENT:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint check fix clean
+
+help: ## list these targets
+	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(READY) ## install the package (editable) and all tools into .venv
+
+demo: $(READY) ## fine-tune under four precision strategies and write a report (minutes)
+	$(BIN)/collage compare --finetune --out $(DEMO)
+	echo "Report: $(abspath $(DEMO))/report.html"
+
+test: $(READY) ## run the tests that CI runs
+	$(PYTEST) $(T)
+
+test-all: $(READY) ## run all tests, the slow and exhaustive ones too
+	$(PYTEST) -m "" $(T)
+
+lint: $(READY) ## check format, lint and types; edits nothing
+	$(BIN)/ruff format --check --quiet . || { echo "make fix formats these"; exit 1; }
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy --no-error-summary
+
+check: lint test ## lint, then test; edits nothing
+
+fix: $(READY) ## format and repair what ruff can
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/ruff check .
+
+clean: ## remove caches and build output; keeps .venv and runs
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	echo "Installing into $(VENV) (minutes the first time) ..."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) scikit-build-core nanobind
+	$(PIP) --no-build-isolation --editable '.[train,dev]'
+	touch $@

@@ -1,0 +1,86 @@
+"""Weights in full precision: out of an optimizer's components, and into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collage import state
+from collage.formats import split
+from collage.optim import Entry, PrecisionOptimizer
+from collage.sharding import is_dtensor, local
+
+
+def _entries(optimizer: PrecisionOptimizer) -> dict[Tensor, Entry]:
+    return {entry.param: entry for entry in optimizer.entries()}
+
+
+@torch.no_grad()
+def high_precision_state_dict(model: nn.Module, optimizer: PrecisionOptimizer) -> dict[str, Any]:
+    """Every key of ``model.state_dict()``; low-precision weights as float32 with all that their components hold.
+
+    Returns:
+        A dict that ``load_state_dict(strict=True)`` takes, of a float32 model or of this one. Buffers and other
+        entries are as they are. Tied parameters appear under each of their names.
+
+    >>> import collage
+    >>> model = torch.nn.Linear(2, 1).bfloat16()
+    >>> opt = collage.AdamW(model.named_parameters())
+    >>> high_precision_state_dict(model, opt)["weight"].dtype
+    torch.float32
+    """
+    entries = _entries(optimizer)
+    result: dict[str, Any] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        entry = entries.get(tensor) if isinstance(tensor, Tensor) else None
+        if entry is not None and optimizer.state.get(entry.param):
+            planes = optimizer.planes(entry)[0]
+            value = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
+            local(value).copy_(optimizer.strategy_of(entry).formats[0].value(planes))
+            result[key] = value
+        elif isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            result[key] = tensor.detach().to(torch.float32, copy=True)
+        else:
+            result[key] = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
+    return result
+
+
+@torch.no_grad()
+def load_high_precision_state_dict(
+    model: nn.Module, optimizer: PrecisionOptimizer, state_dict: Mapping[str, Any]
+) -> None:
+    """Split float32 weights into the components the optimizer keeps; load everything else as torch does.
+
+    The way to start from a float32 checkpoint: ``model.bfloat16()`` alone throws the low 16 bits away.
+
+    Raises:
+        ValueError: a missing, an unexpected or a misshapen key, before anything is changed.
+    """
+    own = model.state_dict(keep_vars=True)
+    missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(f"state_dict: missing keys {missing or 'none'}, unexpected keys {unexpected or 'none'}")
+    for key, tensor in own.items():
+        if isinstance(tensor, Tensor) and tensor.shape != state_dict[key].shape:
+            raise ValueError(
+                f"state_dict['{key}']: has shape {tuple(state_dict[key].shape)}, the model's is {tuple(tensor.shape)}"
+            )
+    entries = _entries(optimizer)
+    model.load_state_dict(dict(state_dict), strict=True)
+    for key, tensor in own.items():
+        if isinstance(tensor, Tensor) and tensor in entries:
+            entry = entries[tensor]
+            value = _local_part(state_dict[key], tensor).to(tensor.device, torch.float32)
+            state.write(optimizer.planes(entry)[0], split(optimizer.strategy_of(entry).formats[0], value))
+
+
+def _local_part(value: Any, param: Any) -> Tensor:
+    """This rank's part of a full or already distributed value."""
+    if is_dtensor(param) and not is_dtensor(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, param.device_mesh, param.placements)
+    return local(value)

@@ -1,0 +1,85 @@
+"""Fold lr, betas, eps, decay and the step number into a rule's constants: once per step, in float64, then rounded."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PRECISION = {torch.float32: (24, -126), torch.bfloat16: (8, -126)}
+
+
+def power(base: float, exponent: int) -> float:
+    """base**exponent in float64 by square-and-multiply, least significant bit first: the same bits on every device.
+
+    >>> power(0.5, 10)
+    0.0009765625
+    """
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def rounded(x: float, dtype: torch.dtype) -> float:
+    """A float64 rounded once to nearest even in dtype (through float32 to bfloat16 would round twice).
+
+    >>> rounded(0.999, torch.bfloat16)
+    1.0
+    """
+    if x == 0 or not math.isfinite(x):
+        return x
+    precision, emin = PRECISION[dtype]
+    quantum = max(math.frexp(x)[1] - precision, emin - precision + 1)
+    y = math.ldexp(round(math.ldexp(x, -quantum)), quantum)
+    return y if abs(y) <= torch.finfo(dtype).max else math.copysign(math.inf, x)
+
+
+class Constants(NamedTuple):
+    """AdamW's constants, 0-d tensors of the arithmetic's dtype on the parameter's device.
+
+    beta1 and beta2 are expansions: one component in float32, (hi, lo) in bfloat16.
+    """
+
+    beta1: tuple[Tensor, ...]
+    one_minus_beta1: Tensor
+    beta2: tuple[Tensor, ...]
+    one_minus_beta2: Tensor
+    a: Tensor  # lr * s / (1 - beta1**t), with s = sqrt(1 - beta2**t)
+    e: Tensor  # eps * s
+    w: Tensor  # lr * weight_decay
+
+
+def fold(
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,  # t, from 1
+    dtype: torch.dtype,  # the arithmetic's
+    device: torch.device,
+) -> Constants:
+    """The constants of one step. With them Adam's bias corrections cost no operation per element:
+
+    lr * (m / (1 - beta1**t)) / (sqrt(v / (1 - beta2**t)) + eps)  ==  a * m / (sqrt(v) + e)
+    """
+
+    def scalar(x: float) -> Tensor:
+        return torch.tensor(rounded(x, dtype), dtype=dtype, device=device)
+
+    def expansion(x: float) -> tuple[Tensor, ...]:
+        hi = rounded(x, dtype)
+        return (scalar(hi),) if dtype == torch.float32 else (scalar(hi), scalar(x - hi))
+
+    beta1, beta2 = betas
+    s = math.sqrt(1.0 - power(beta2, step))
+    a = lr * s / (1.0 - power(beta1, step))
+    return Constants(
+        expansion(beta1), scalar(1.0 - beta1), expansion(beta2), scalar(1.0 - beta2), scalar(a), scalar(eps * s),
+        scalar(lr * weight_decay),
+    )  # fmt: skip

@@ -1,0 +1,271 @@
+"""Multi-component floats: rounding, error-free transforms, expansion arithmetic.
+
+A *component* is a tensor of a narrow float format F. An *expansion* is a tuple of components, largest first, whose
+unevaluated sum is the number. Write RN for round-to-nearest-even into F, u = 2**-p for F's precision p, Omega for its
+largest finite value. Every ``+ - *`` below is one operation of F: it rounds once, to F.
+
+    format          p   emin   Omega       smallest subnormal
+    float8_e5m2     3    -14   57344       2**-16
+    float8_e4m3fn   4     -6   448         2**-9
+    float16        11    -14   65504       2**-24
+    bfloat16        8   -126   3.39e38     2**-133
+    float32        24   -126   3.40e38     2**-149
+
+Sources: Dekker 1971; Knuth, TAOCP 2, 4.2.2; Shewchuk 1997; Joldes, Muller, Popescu 2017 (double-word arithmetic);
+Boldo, Graillat, Muller 2017 (overflow); Yu et al. 2024 (Collage), section 2 and appendix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Expansion = tuple[Tensor, ...]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Float(NamedTuple):
+    """A binary float format narrower than float32: its parameters and its special codes."""
+
+    precision: int  # significant bits, the hidden one included
+    emin: int  # exponent of the smallest normal number
+    max_code: int  # bits of Omega
+    overflow_code: int  # what a finite number above Omega becomes: Inf, or Omega where there is no Inf
+    inf_code: int  # what Inf becomes
+    nan_code: int  # the quiet NaN
+    storage: torch.dtype  # signed integer of the same width
+
+
+FLOATS: dict[torch.dtype, Float] = {
+    torch.bfloat16: Float(8, -126, 0x7F7F, 0x7F80, 0x7F80, 0x7FC0, torch.int16),
+    torch.float16: Float(11, -14, 0x7BFF, 0x7C00, 0x7C00, 0x7E00, torch.int16),
+    torch.float8_e5m2: Float(3, -14, 0x7B, 0x7C, 0x7C, 0x7E, torch.int8),
+    torch.float8_e4m3fn: Float(4, -6, 0x7E, 0x7E, 0x7F, 0x7F, torch.int8),
+}
+
+_MAGNITUDE, _INF = 0x7FFFFFFF, 0x7F800000
+
+
+def rn(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 ``x`` to ``dtype``, to nearest, ties to even, subnormals kept; NaN becomes the quiet NaN.
+
+    Integer operations on the bits, because compilers fold a cast down and up into nothing. Adding "half an ulp less
+    one, plus the last kept bit" to the magnitude carries into the kept bits exactly when rounding goes up; a carry out
+    of the significand is the next binade. Below the smallest normal the same is had by adding a power of two whose ulp
+    is the format's smallest subnormal. ``float8_e4m3fn`` has no Inf: finite overflow saturates, Inf becomes NaN.
+
+    >>> rn(torch.tensor([1.00390625, 1.01171875]), torch.bfloat16)  # both are ties
+    tensor([1.0000, 1.0156], dtype=torch.bfloat16)
+    """
+    if dtype == torch.float32:
+        return x
+    f = FLOATS[dtype]
+    bits = x.view(torch.int32)
+    magnitude = bits & _MAGNITUDE
+    shift = 24 - f.precision
+    code = (magnitude + ((1 << (shift - 1)) - 1) + ((magnitude >> shift) & 1)) >> shift
+    if f.emin > -126:
+        code = code - ((126 + f.emin) << (f.precision - 1))
+        magic = torch.full_like(x, 2.0 ** (f.emin - f.precision + 24))
+        subnormal = (x.abs() + magic).view(torch.int32) - magic.view(torch.int32)
+        code = torch.where(x.abs() < 2.0**f.emin, subnormal, code)
+    code = torch.where(code > f.max_code, f.overflow_code, code)
+    return _pack(code, bits, magnitude, f).view(dtype)
+
+
+def sr(x: Tensor, random: Tensor) -> Tensor:
+    """Round float32 ``x`` to bfloat16 stochastically: up in magnitude with the probability of the part dropped.
+
+    Args:
+        x: float32.
+        random: integers, uniform in [0, 2**16), of x's shape. They are added to the 16 dropped bits.
+
+    Unbiased for finite x up to the largest bfloat16, which it never passes; +-0, +-Inf and exact values stay.
+    """
+    f = FLOATS[torch.bfloat16]
+    bits = x.view(torch.int32)
+    magnitude = bits & _MAGNITUDE
+    code = ((magnitude + random.to(torch.int32)) >> 16).clamp(max=f.max_code)
+    return _pack(code, bits, magnitude, f).view(torch.bfloat16)
+
+
+def _pack(code: Tensor, bits: Tensor, magnitude: Tensor, f: Float) -> Tensor:
+    """Put back what the arithmetic on magnitudes left out: Inf, the sign, and NaN over everything."""
+    code = torch.where(magnitude == _INF, f.inf_code, code)
+    sign = (bits >> 31) & (1 << (torch.iinfo(f.storage).bits - 1))
+    return torch.where(magnitude > _INF, f.nan_code, code | sign).to(f.storage)
+
+
+class _Emulated:
+    """A narrow tensor whose + - * are computed in float32 and rounded once by `rn`.
+
+    Correctly rounded, because 24 >= 2p + 2 (Figueroa 1995). For 8-bit formats, which have no arithmetic in torch, and
+    under a compiler, which would keep the float32 and skip the rounding.
+    """
+
+    __slots__ = ("dtype", "x")
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.dtype = x.float(), x.dtype
+
+    def _rounded(self, x: Tensor) -> _Emulated:
+        return _Emulated(rn(x, self.dtype))
+
+    def __add__(self, other: _Emulated) -> _Emulated:
+        return self._rounded(self.x + other.x)
+
+    def __sub__(self, other: _Emulated) -> _Emulated:
+        return self._rounded(self.x - other.x)
+
+    def __mul__(self, other: _Emulated) -> _Emulated:
+        return self._rounded(self.x * other.x)
+
+    def tensor(self) -> Tensor:
+        return rn(self.x, self.dtype)
+
+
+def _rounding_to_its_format(function: _F) -> _F:
+    """Make ``+ - *`` on ``function``'s two tensors round to their format, and refuse two formats."""
+
+    @wraps(function)
+    def rounded(a: Tensor, b: Tensor) -> Any:
+        if a.dtype != b.dtype or a.dtype not in _KNOWN:
+            known = ", ".join(str(d).removeprefix("torch.") for d in _KNOWN)
+            raise TypeError(f"{function.__name__}: got {a.dtype} and {b.dtype}; both must have one dtype of {known}")
+        if a.dtype == torch.float32 or (a.dtype in _NATIVE and not torch.compiler.is_compiling()):
+            return function(a, b)
+        result = function(_Emulated(a), _Emulated(b))
+        return tuple(r.tensor() for r in result) if isinstance(result, tuple) else result.tensor()
+
+    return rounded  # type: ignore[return-value]
+
+
+_KNOWN = (torch.float32, *FLOATS)
+_NATIVE = (torch.bfloat16, torch.float16)  # torch computes each operation in float32 and rounds once
+
+
+@_rounding_to_its_format
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    return a + b
+
+
+@_rounding_to_its_format
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a * b
+
+
+@_rounding_to_its_format
+def fast_two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``s + e == a + b`` exactly, s = RN(a + b). Requires |a| >= |b| or a == 0 (unchecked), s finite. 3 operations.
+
+    Dekker 1971; Collage, theorem of section 2. Exact too wherever a is a multiple of ulp(b).
+
+    >>> fast_two_sum(torch.tensor(256.0).bfloat16(), torch.tensor(1.0).bfloat16())
+    (tensor(256., dtype=torch.bfloat16), tensor(1., dtype=torch.bfloat16))
+    """
+    s = a + b
+    return s, b - (s - a)
+
+
+@_rounding_to_its_format
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``s + e == a + b`` exactly, s = RN(a + b). Any order of magnitude. 6 operations.
+
+    Requires s finite (not saturated) and |b| < Omega: with b = Omega, ``s - a`` can overflow although s does not
+    (e5m2: -12288 + 57344). Knuth, TAOCP 2, 4.2.2; Boldo, Graillat, Muller 2017.
+    """
+    s = a + b
+    b_virtual = s - a
+    return s, (a - (s - b_virtual)) + (b - b_virtual)
+
+
+def two_prod(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``p + e == a * b`` exactly, p = RN(a * b). 2 operations, one of them in a wider format.
+
+    Requires p finite and lsb(a) * lsb(b) >= the smallest subnormal, lsb(x) being the weight of x's last non-zero bit:
+    below that the error itself is not representable and e is RN of it. The wider product (float32, or float64 for
+    float32) is exact, so no fma is needed; an fma in float32 rounded to F would be a double rounding.
+    """
+    p = _product(a, b)
+    wide = torch.float64 if a.dtype == torch.float32 else torch.float32
+    error = a.to(wide) * b.to(wide) - p.to(wide)
+    return p, rn(error.to(torch.float32), a.dtype)
+
+
+def renormalize(x: Expansion, n: int | None = None) -> Expansion:
+    """The same number with components that do not overlap, |x[i+1]| <= ulp(x[i]) / 2, cut to the first ``n``.
+
+    k - 1 passes of two_sum from the smallest of k components up (VecSum; Ogita, Rump, Oishi 2005): 6 (k-1)**2
+    operations. Exact before the cut, which drops less than an ulp of the last component kept. Requires roughly
+    decreasing magnitudes and what `two_sum` requires.
+    """
+    terms = list(x)
+    for _ in range(len(terms) - 1):
+        for i in range(len(terms) - 1, 0, -1):
+            terms[i - 1], terms[i] = two_sum(terms[i - 1], terms[i])
+    return tuple(terms[: n or len(terms)])
+
+
+def _collect(orders: list[list[Tensor]], n: int) -> Expansion:
+    """Sum terms sorted by order of magnitude: exactly down to the last order, which takes the errors of all others."""
+    components = []
+    for k, terms in enumerate(orders):
+        total = terms[0]
+        for term in terms[1:]:
+            if k + 1 < len(orders):
+                total, error = two_sum(total, term)
+                orders[k + 1].append(error)
+            else:
+                total = _sum(total, term)
+        components.append(total)
+    return renormalize(tuple(components), n)
+
+
+def grow(x: Expansion, a: Tensor) -> Expansion:
+    """``x + a``. Collage, algorithm Grow, with two_sum where the paper's Fast2Sum would need |x| >= |a|.
+
+    For two components: 13 operations, relative error <= 2 u**2 (Joldes et al., algorithm 4, DWPlusFP).
+
+    >>> one, tiny = torch.tensor(1.0).bfloat16(), torch.tensor(2.0**-12).bfloat16()
+    >>> grow((one, torch.zeros_like(one)), tiny)
+    (tensor(1., dtype=torch.bfloat16), tensor(0.0002, dtype=torch.bfloat16))
+    """
+    head, *rest = x
+    return _collect([[head, a], *([c] for c in rest)], len(x))
+
+
+def add(x: Expansion, y: Expansion) -> Expansion:
+    """``x + y``, both of n components. For n = 2: relative error <= 3 u**2 / (1 - 4u) even under cancellation.
+
+    One order more than is kept is computed (Joldes et al., algorithm 6, AccurateDWPlusDW). n = 2: 43 operations.
+    """
+    return _collect([*([a, b] for a, b in zip(x, y, strict=True)), [torch.zeros_like(x[-1])]], len(x))
+
+
+def scale(x: Expansion, a: Tensor) -> Expansion:
+    """``x * a`` for one float a. For n = 2: 11 operations, relative error <= 3 u**2 (Joldes et al., algorithm 8)."""
+    return mul(x, (a,))
+
+
+def mul(x: Expansion, y: Expansion) -> Expansion:
+    """``x * y``, to x's number of components. Collage's algorithm Mul for expansions; products below the last order
+    kept are dropped. For n = 2: 15 operations, relative error <= 5 u**2 (Joldes et al., algorithm 10, DWTimesDW1).
+
+    Requires what `two_prod` requires of the leading products.
+    """
+    n = len(x)
+    orders: list[list[Tensor]] = [[] for _ in x]
+    errors: list[list[Tensor]] = [[] for _ in x]
+    for i, a in enumerate(x):
+        for j, b in enumerate(y[: n - i]):
+            if i + j + 1 < n:
+                p, e = two_prod(a, b)
+                errors[i + j + 1].append(e)
+            else:
+                p = _product(a, b)
+            orders[i + j].append(p)
+    return _collect([products + e for products, e in zip(orders, errors, strict=True)], n)

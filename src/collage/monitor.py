@@ -1,0 +1,272 @@
+"""Effective descent quality: how much of the intended update reached the weights.
+
+The step's own pass adds five sums per parameter (``reference.SUMS``); a monitor keeps their totals and makes the
+report. Those sums start from the stored state, so they cannot see damage already done to m and v: the shadow can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from collage.backends import Update
+from collage.formats import require_whole
+from collage.rules import Rule
+from collage.shadow import Sampled, Shadow
+from collage.strategies import Strategy
+
+
+class Item(NamedTuple):
+    """One parameter's share of a step, as a monitor sees it."""
+
+    name: str
+    group_index: int
+    update: Update
+    fold: Callable[[torch.dtype], Any]  # the step's constants in another arithmetic
+
+
+class Monitored(Protocol):
+    """What a monitor needs of an optimizer."""
+
+    rule: Any
+    monitors: list[Monitor]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How much of the intended update Delta arrived, over the monitored steps. None where undefined.
+
+    Attributes:
+        steps: monitored steps.
+        edq: the paper's metric, mean over steps of <Delta / |Delta|, arrived>. In units of the weights.
+        edq_ratio: <Delta, arrived> / |Delta|**2. 1.0 means that the whole update arrived.
+        edq_visible: the same for the component that the forward pass sees.
+        lost: share of the non-zero updates that changed no plane.
+        nonzero: how many updates were not zero.
+        v_ratio: mean of the second moment over its shadow's, at the last monitored step.
+        m_error: |m - shadow's m| / |shadow's m|, at the last monitored step.
+        edq_shadow: as edq_ratio, against the update that undamaged float32 moments would have made.
+    """
+
+    steps: int
+    edq: float | None
+    edq_ratio: float | None
+    edq_visible: float | None
+    lost: float | None
+    nonzero: int
+    v_ratio: float | None = None
+    m_error: float | None = None
+    edq_shadow: float | None = None
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if b else None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Running sums of one parameter, one group, or all."""
+
+    steps: int = 0
+    with_update: int = 0
+    edq: float = 0.0
+    dot: float = 0.0
+    visible: float = 0.0
+    norm2: float = 0.0
+    nonzero: int = 0
+    lost: int = 0
+    sampled: Sampled = field(default_factory=Sampled)
+
+    def add(self, sums: Sequence[float]) -> None:
+        """Add one step's SUMS."""
+        dot, visible, norm2, nonzero, lost = sums
+        self.steps += 1
+        if norm2:
+            self.with_update += 1
+            self.edq += dot / math.sqrt(norm2)
+        self.dot += dot
+        self.visible += visible
+        self.norm2 += norm2
+        self.nonzero += int(nonzero)
+        self.lost += int(lost)
+
+    @property
+    def frozen(self) -> bool:
+        return 0 < self.nonzero == self.lost
+
+    def quality(self) -> Quality:
+        s = self.sampled
+        return Quality(
+            steps=self.steps,
+            edq=_ratio(self.edq, self.with_update),
+            edq_ratio=_ratio(self.dot, self.norm2),
+            edq_visible=_ratio(self.visible, self.norm2),
+            lost=_ratio(self.lost, self.nonzero),
+            nonzero=self.nonzero,
+            v_ratio=_ratio(s.v, s.v_shadow),
+            m_error=None if not s.m_shadow2 else math.sqrt(s.m_error2 / s.m_shadow2),
+            edq_shadow=_ratio(s.dot, s.norm2),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Quality in total, per group (by index) and per parameter (by name).
+
+    Attributes:
+        frozen: parameters none of whose updates arrived in any plane.
+        beside: strategies run on the shadow's sample, and what they lost on this very run.
+    """
+
+    total: Quality
+    by_group: list[Quality]
+    by_parameter: dict[str, Quality]
+    frozen: list[str]
+    beside: dict[str, Quality]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, ready for JSON; a number that is not finite becomes None."""
+        result: dict[str, Any] = _jsonable(asdict(self))
+        return result
+
+
+def _jsonable(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _jsonable(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [_jsonable(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+class _Books:
+    """The tallies of one stretch of the run."""
+
+    def __init__(self) -> None:
+        self.total = Tally()
+        self.groups: dict[int, Tally] = {}
+        self.parameters: dict[str, Tally] = {}
+        self.beside: dict[str, Tally] = {}
+
+    def add(self, items: Sequence[Item]) -> None:
+        rows = {item.name: item.update.sums.tolist() for item in items if item.update.sums is not None}
+        for item in items:
+            self.parameters.setdefault(item.name, Tally()).add(rows[item.name])
+        for index in {item.group_index for item in items}:
+            ours = [rows[item.name] for item in items if item.group_index == index]
+            self.groups.setdefault(index, Tally()).add(_total(ours))
+        self.total.add(_total(rows.values()))
+
+    def add_sampled(self, sampled: dict[str, Sampled], group_of: dict[str, int]) -> None:
+        for name, sample in sampled.items():
+            self.parameters[name].sampled.add(sample)
+        for index in set(group_of.values()):
+            self.groups[index].sampled.add(sum((s for n, s in sampled.items() if group_of[n] == index), Sampled()))
+        self.total.sampled.add(sum(sampled.values(), Sampled()))
+
+    def report(self) -> Report:
+        return Report(
+            total=self.total.quality(),
+            by_group=[self.groups[index].quality() for index in sorted(self.groups)],
+            by_parameter={name: tally.quality() for name, tally in self.parameters.items()},
+            frozen=[name for name, tally in self.parameters.items() if tally.frozen],
+            beside={name: tally.quality() for name, tally in self.beside.items()},
+        )
+
+
+def _total(rows: Iterable[Sequence[float]]) -> list[float]:
+    total = [0.0] * 5
+    for row in rows:
+        total = [a + b for a, b in zip(total, row, strict=True)]
+    return total
+
+
+class Monitor:
+    """Watches an optimizer. Made by `monitor`."""
+
+    def __init__(self, rule: Rule, every: int, shadow: int | None, strategies: Sequence[Strategy]) -> None:
+        self.every = every
+        self._calls = 0
+        self._shadow = Shadow(rule, shadow, strategies) if shadow else None
+        self._all, self._window = _Books(), _Books()
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming step is measured."""
+        return self._calls % self.every == 0
+
+    def before(self, items: Sequence[Item]) -> None:
+        """Called by the optimizer before it writes. Raises ValueError if weights were changed outside it."""
+        if self.due:
+            for item in items:
+                require_whole(item.update.strategy.formats[0], item.update.slots[0], item.name)
+        if self._shadow:
+            self._shadow.before(items, self.due)
+
+    def after(self, items: Sequence[Item]) -> None:
+        """Called by the optimizer after it wrote."""
+        due, self._calls = self.due, self._calls + 1
+        sampled, beside = self._shadow.after(items, due) if self._shadow else ({}, {})
+        if not due:
+            return
+        group_of = {item.name: item.group_index for item in items}
+        for books in (self._all, self._window):
+            books.add(items)
+            books.add_sampled(sampled, group_of)
+            for name, (sums, sample) in beside.items():
+                tally = books.beside.setdefault(name, Tally())
+                tally.add(sums)
+                tally.sampled.add(sample)
+
+    def report(self) -> Report:
+        """Everything since creation or `reset`."""
+        return self._all.report()
+
+    def window(self) -> Report:
+        """Everything since the last call of `window`: one point of a curve."""
+        books, self._window = self._window, _Books()
+        return books.report()
+
+    def reset(self) -> None:
+        """Forget the sums so far; the shadow goes on."""
+        self._all, self._window = _Books(), _Books()
+
+
+def monitor(
+    optimizer: Monitored,
+    every: int = 10,
+    shadow: int | None = 256,
+    strategies: Iterable[str | Strategy] = (),
+) -> Monitor:
+    """Measure what an optimizer's rounding loses, while it trains. It never changes a bit of the run.
+
+    Args:
+        optimizer: of this package.
+        every: measure one step in this many, the first included.
+        shadow: follow one element in this many with the same rule in float32 (costs 12 bytes for each); None for none.
+        strategies: others to run beside it on those elements, to see what they would lose on this very run.
+
+    Returns:
+        A Monitor: ``report()`` has ``.total``, ``.by_group``, ``.by_parameter``, ``.frozen`` and ``.to_dict()``.
+
+    Raises:
+        ValueError: an ``every`` or ``shadow`` below 1, an unknown strategy.
+
+    >>> import collage
+    >>> w = torch.nn.Parameter(torch.ones(8).bfloat16())
+    >>> opt = collage.AdamW([("w", w)], lr=1e-5, weight_decay=0.0, strategy="bf16")
+    >>> mon = collage.monitor(opt, every=1)
+    >>> w.grad = torch.ones_like(w)
+    >>> opt.step()
+    >>> mon.report().total.lost, mon.report().frozen
+    (1.0, ['w'])
+    """
+    for name, number in (("every", every), ("shadow", shadow)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name}: needs an integer >= 1, got {number!r}")
+    result = Monitor(optimizer.rule, every, shadow, [Strategy.parse(s) for s in strategies])
+    optimizer.monitors.append(result)
+    return result

@@ -1,0 +1,75 @@
+"""Counter-based random bits for stochastic rounding: reproducible, and independent of sharding, device and threads.
+
+The bits of an element are a pure function of (seed, step, parameter key, slot, 64-bit row-major index in the unsharded
+tensor). A strong 64-bit mix turns everything but the low 32 bits of the index into two 32-bit keys, once per tensor;
+each element then costs four 32-bit multiplications in all for the 16 bits of each of its three slots. It is cheaper
+than Philox, vectorises everywhere, and its bits pass the tests of bias and correlation in ``tests/test_rng.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_M32, _M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+
+
+def key_of(name: str | int) -> int:
+    """64-bit key of a parameter: a stable hash of its name, or its position where it has none."""
+    if isinstance(name, int):
+        return name
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def _mix64(z: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    z = (z + 0x9E3779B97F4A7C15) & _M64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _M64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _M64
+    return z ^ (z >> 31)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The random bits of one parameter at one step.
+
+    >>> Stream(seed=0, step=1, key=key_of("wte")).bits(torch.arange(3), slot=0).tolist()
+    [39238, 40713, 14651]
+    """
+
+    seed: int
+    step: int
+    key: int
+
+    def keys(self, index_high: int) -> tuple[int, int]:
+        """Two 32-bit keys for the elements whose index has these high 32 bits."""
+        mixed = _mix64(_mix64(_mix64(_mix64(self.seed) ^ self.step) ^ self.key) ^ index_high)
+        return mixed & _M32, mixed >> 32
+
+    def bits(self, index: Tensor, slot: int) -> Tensor:
+        """16 random bits per element.
+
+        Args:
+            index: int64, row-major index in the unsharded tensor.
+            slot: 0 parameter, 1 momentum, 2 variance. Pairwise independent.
+
+        Returns:
+            int32 in [0, 2**16), of index's shape.
+        """
+        x = torch.empty_like(index)
+        high = index >> 32
+        for h in range(int(high.min()), int(high.max()) + 1) if index.numel() else ():
+            x = torch.where(high == h, _mix32(index & _M32, *self.keys(h)), x)
+        word = (x, x >> 16, ((x * 0x9E3779B1) & _M32) >> 16)[slot]
+        return (word & 0xFFFF).to(torch.int32)
+
+
+def _mix32(x: Tensor, key0: int, key1: int) -> Tensor:
+    """Three keyed rounds of multiply and xor-shift (multipliers: Wellons' triple32). int64 tensors holding 32 bits."""
+    x = ((x ^ key0) * 0xED5AD4BB) & _M32
+    x = (((x ^ (x >> 16)) ^ key1) * 0xAC4C1B51) & _M32
+    x = ((x ^ (x >> 15)) * 0x31848BAB) & _M32
+    return x ^ (x >> 16)

@@ -1,0 +1,29 @@
+"""Update rules: what an optimizer intends, written once over the three verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from collage.accumulators import Accumulator
+
+
+class Advance(NamedTuple):
+    """What a rule returns: the intended update, then every slot's new number, theta first."""
+
+    delta: Tensor
+    slots: tuple[Accumulator, ...]
+
+
+class Rule(NamedTuple):
+    """A rule and its slots.
+
+    slots: (state prefix, slot of the strategy) pairs, theta first.
+    update: (slots' numbers, gradient, constants) -> Advance.
+    """
+
+    name: str
+    slots: tuple[tuple[str, str], ...]
+    update: Callable[[tuple[Accumulator, ...], Tensor, Any], Advance]

@@ -1,0 +1,24 @@
+"""AdamW (Loshchilov, Hutter 2019) as in Collage's Algorithm 2, with the paper's compact weight decay."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from collage.accumulators import Accumulator
+from collage.constants import Constants
+from collage.rules import Advance, Rule
+
+
+def update(slots: tuple[Accumulator, ...], g: Tensor, c: Constants) -> Advance:
+    """One step of Algorithm 2. Decay is part of the one increment, so that it is compensated with it.
+
+    m and v enter the update as registers, before a format rounds them; theta as its value.
+    """
+    theta, m, v = slots
+    m = m.scaled(c.beta1).grown(c.one_minus_beta1 * g)  # first moment
+    v = v.scaled(c.beta2).grown(c.one_minus_beta2 * (g * g))  # second moment
+    delta = -((c.a * m.value) / (v.value.sqrt() + c.e) + c.w * theta.value)  # bias corrections are folded into a, e
+    return Advance(delta, (theta.grown(delta), m, v))
+
+
+ADAMW = Rule("adamw", (("param", "param"), ("exp_avg", "momentum"), ("exp_avg_sq", "variance")), update)

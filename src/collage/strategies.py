@@ -1,0 +1,125 @@
+"""The table of precision strategies: one number format per slot, and the arithmetic between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cache
+
+import torch
+
+from collage.formats import FORMATS, Format, bytes_per_value, format_of
+
+ARITHMETICS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SLOTS = ("param", "momentum", "variance")
+_PARAM_ONLY = ("bf16+fp32", "bf16+kahan")  # a visible plane that only a forward pass reads
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A number format for each slot of the optimizer, and the arithmetic of its update.
+
+    Args:
+        param: format of the weights; its first plane is the parameter itself and sets its dtype.
+        momentum: format of ``exp_avg``.
+        variance: format of ``exp_avg_sq``.
+        arithmetic: "float32" decodes planes into fp32 registers; "bfloat16" rounds every operation to bf16, as in the
+            paper's Algorithm 2.
+
+    Raises:
+        ValueError: an unknown format or arithmetic, or a combination that has no meaning.
+
+    >>> Strategy(param="bf16x2", variance="bf16x2").bytes_per_param(gradient_bytes=2)
+    12
+    """
+
+    param: str = "bf16x2"
+    momentum: str = "bf16"
+    variance: str = "bf16"
+    arithmetic: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.arithmetic not in ARITHMETICS:
+            raise ValueError(f"arithmetic: unknown {self.arithmetic!r}; known: {', '.join(ARITHMETICS)}")
+        for slot in SLOTS:
+            name = getattr(self, slot)
+            if name not in FORMATS:
+                raise ValueError(f"{slot}: unknown format {name!r}; known formats: {', '.join(FORMATS)}")
+            if slot != "param" and name in _PARAM_ONLY:
+                raise ValueError(f"{slot}: {name!r} is a format for param; use 'fp32', 'bf16' or 'bf16x2'")
+            fmt = FORMATS[name]
+            if self.arithmetic == "bfloat16" and (fmt.stochastic or set(fmt.dtypes) != {torch.bfloat16}):
+                raise ValueError(f"{slot}: bfloat16 arithmetic takes nearest bf16 formats, got {name!r}; "
+                                 "use arithmetic='float32'")  # fmt: skip
+        if self.param == "bf16+kahan" and self.arithmetic != "bfloat16":
+            raise ValueError("param: 'bf16+kahan' is a recurrence in bf16; use arithmetic='bfloat16'")
+
+    @property
+    def formats(self) -> tuple[Format, Format, Format]:
+        """Formats of param, momentum and variance."""
+        return format_of(self.param), format_of(self.momentum), format_of(self.variance)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the parameter: plane 0 of ``param``."""
+        return format_of(self.param).dtypes[0]
+
+    @property
+    def register(self) -> torch.dtype:
+        """dtype of a register in this strategy's arithmetic."""
+        return ARITHMETICS[self.arithmetic]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any slot rounds stochastically."""
+        return any(fmt.stochastic for fmt in self.formats)
+
+    def bytes_per_param(self, gradient_bytes: int | None = None) -> int:
+        """Bytes of weights, optimizer state and gradient for one parameter; the gradient in the parameter's dtype."""
+        gradient = self.dtype.itemsize if gradient_bytes is None else gradient_bytes
+        return gradient + sum(map(bytes_per_value, self.formats))
+
+    def __str__(self) -> str:
+        """Its name in STRATEGIES, or the canonical spec that `Strategy.parse` reads."""
+        spec = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+        return next((name for name, known in STRATEGIES.items() if known == self), spec)
+
+    @staticmethod
+    def parse(strategy: str | Strategy) -> Strategy:
+        """A Strategy from itself, a name, a letter of the paper (A, B, C, D, D-MW), or a canonical spec.
+
+        >>> Strategy.parse("param=bf16x2,momentum=fp32,variance=fp32").momentum
+        'fp32'
+        """
+        return strategy if isinstance(strategy, Strategy) else _parse(strategy)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "bf16": Strategy("bf16", "bf16", "bf16"),
+    "collage-light": Strategy("bf16x2", "bf16", "bf16"),
+    "collage-plus": Strategy("bf16x2", "bf16", "bf16x2"),
+    "collage-plus-sr": Strategy("bf16x2:sr", "bf16:sr", "bf16x2:sr"),
+    "paper-bf16": Strategy("bf16", "bf16", "bf16", "bfloat16"),
+    "paper-light": Strategy("bf16x2", "bf16", "bf16", "bfloat16"),
+    "paper-plus": Strategy("bf16x2", "bf16", "bf16x2", "bfloat16"),
+    "fp32-states": Strategy("bf16", "fp32", "fp32"),
+    "fp32-master": Strategy("bf16+fp32", "fp32", "fp32"),
+    "fp32": Strategy("fp32", "fp32", "fp32"),
+    "kahan": Strategy("bf16+kahan", "bf16", "bf16", "bfloat16"),
+    "stochastic": Strategy("bf16:sr", "bf16:sr", "bf16:sr"),
+}
+
+ALIASES = {"A": "paper-bf16", "B": "paper-light", "C": "paper-plus", "D": "fp32-master", "D-MW": "fp32-states"}
+
+
+@cache
+def _parse(text: str) -> Strategy:
+    name = ALIASES.get(text, text)
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    if "=" in text and {key for key, _ in pairs} <= {f.name for f in fields(Strategy)}:
+        return Strategy(**dict(pairs))
+    raise ValueError(
+        f"strategy: unknown {text!r}; known: {', '.join(STRATEGIES)}; the paper's letters {', '.join(ALIASES)}; "
+        "or a spec such as 'param=bf16x2,momentum=bf16,variance=bf16x2,arithmetic=float32'"
+    )
