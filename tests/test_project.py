@@ -21,7 +21,7 @@ ALLOWED = {
     "accumulators": {"mcf", "rng"},
     "formats": {"mcf", "rng", "accumulators"},
     "strategies": {"formats"},
-    "rules": {"accumulators", "constants"},
+    "rules": {"mcf", "accumulators", "constants"},
     "backends": NUMBERS | {"rules"},
     "sharding": {"backends"},
     "state": NUMBERS | {"rules", "sharding"},
@@ -34,6 +34,7 @@ ALLOWED = {
     "wrap": STEP | {"optim"},
     "collage": LIBRARY,
     "integrations": LIBRARY | {"collage"},
+    "__main__": {"harness"},
     "harness": LIBRARY | {"collage", "integrations"},
 }
 

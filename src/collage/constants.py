@@ -34,10 +34,12 @@ def rounded(x: float, dtype: torch.dtype) -> float:
     """
     if x == 0 or not math.isfinite(x):
         return x
+    if abs(x) > 2 * torch.finfo(dtype).max:
+        return math.copysign(math.inf, x)
     precision, emin = PRECISION[dtype]
     quantum = max(math.frexp(x)[1] - precision, emin - precision + 1)
-    y = math.ldexp(round(math.ldexp(x, -quantum)), quantum)
-    return y if abs(y) <= torch.finfo(dtype).max else math.copysign(math.inf, x)
+    y = math.ldexp(round(math.ldexp(abs(x), -quantum)), quantum)
+    return math.copysign(y if y <= torch.finfo(dtype).max else math.inf, x)
 
 
 class Constants(NamedTuple):

@@ -98,7 +98,7 @@ class Single:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """hi + lo, both of one dtype. hi = RN(x), lo = R(x - hi), and lo = +0 where hi is not finite."""
+    """hi + lo, both of one dtype. hi = RN(x), lo = R(x - hi), and lo = +0 where either is not finite."""
 
     dtype: torch.dtype
     stochastic: bool = False
@@ -115,7 +115,7 @@ class Pair:
 
     def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
         hi, rest = (part.float() for part in number.parts(self.dtype))
-        rest = torch.where(hi.isfinite(), rest, torch.zeros_like(rest))
+        rest = rest.masked_fill(~(hi + rest).isfinite(), 0.0)
         return mcf.rn(hi, self.dtype), _round(rest, self.dtype, random)
 
     def value(self, planes: Planes) -> Tensor:
@@ -129,14 +129,12 @@ class Pair:
         return ~torch.where(hi.isfinite(), lo.abs() <= _bound_of_lo(hi, self.dtype), lo == 0)
 
 
-def _bound_of_lo(hi: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half an ulp of hi, plus one step of dtype: stochastic rounding of a tail just above the half may go there."""
+def _bound_of_lo(hi: Tensor, dtype: torch.dtype, ulps: float = 0.5) -> Tensor:
+    """So many ulps of hi, plus one step of dtype: stochastic rounding of a tail just above the half may go there."""
     f = mcf.FLOATS[dtype]
     binade = (hi.view(torch.int32) & 0x7F800000).view(F32)  # 2**exponent
-    half_ulp = torch.maximum(binade, torch.full_like(binade, 2.0**f.emin)) * 2.0**-f.precision
-    return torch.maximum(
-        half_ulp * (1 + 2.0 ** (1 - f.precision)), torch.full_like(hi, 2.0 ** (f.emin - f.precision + 1))
-    )
+    bound = binade.clamp(min=2.0**f.emin) * (ulps * 2.0 ** (1 - f.precision))
+    return bound + (bound * 2.0 ** (1 - f.precision)).clamp(min=2.0 ** (f.emin - f.precision + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +183,8 @@ class Compensated:
         return planes
 
     def broken(self, planes: Planes) -> Tensor:
-        return Pair(BF16).broken(planes)
+        hi, lo = (p.float() for p in planes)  # where |delta| > |theta| the compensation reaches a whole ulp
+        return ~torch.where(hi.isfinite(), lo.abs() <= _bound_of_lo(hi, BF16, ulps=1.0), lo == 0)
 
 
 FORMATS: dict[str, Format] = {

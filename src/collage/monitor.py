@@ -32,8 +32,10 @@ class Item(NamedTuple):
 class Monitored(Protocol):
     """What a monitor needs of an optimizer."""
 
-    rule: Any
     monitors: list[Monitor]
+
+    @property
+    def rule(self) -> Rule: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,11 @@ class Strategy:
         >>> Strategy.parse("param=bf16x2,momentum=fp32,variance=fp32").momentum
         'fp32'
         """
-        return strategy if isinstance(strategy, Strategy) else _parse(strategy)
+        if isinstance(strategy, Strategy):
+            return strategy
+        if not isinstance(strategy, str):
+            raise TypeError(f"strategy: needs a name or a Strategy, got {type(strategy).__name__}")
+        return _parse(strategy)
 
 
 STRATEGIES: dict[str, Strategy] = {

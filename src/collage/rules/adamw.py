@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from collage import mcf
 from collage.accumulators import Accumulator
 from collage.constants import Constants
 from collage.rules import Advance, Rule
@@ -17,7 +18,7 @@ def update(slots: tuple[Accumulator, ...], g: Tensor, c: Constants) -> Advance:
     theta, m, v = slots
     m = m.scaled(c.beta1).grown(c.one_minus_beta1 * g)  # first moment
     v = v.scaled(c.beta2).grown(c.one_minus_beta2 * (g * g))  # second moment
-    delta = -((c.a * m.value) / (v.value.sqrt() + c.e) + c.w * theta.value)  # bias corrections are folded into a, e
+    delta = -((c.a * m.value) / (mcf.sqrt(v.value) + c.e) + c.w * theta.value)  # bias corrections are folded into a, e
     return Advance(delta, (theta.grown(delta), m, v))
 
 

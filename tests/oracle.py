@@ -1,0 +1,175 @@
+"""Exact arithmetic on the numbers that bit patterns stand for, and a comparison of tensors that shows bits.
+
+A number is an integer: how many times it holds its format's smallest subnormal, its *unit*. Python's integers have no
+limit, so sums and products of them are exact, and cheap enough for millions of pairs. Nothing here knows a cast of
+torch or a line of collage: decoding and rounding are written from the formats' definitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A binary float format. Codes are bit patterns, unsigned."""
+
+    width: int  # bits
+    precision: int  # p, the hidden bit included
+    emin: int  # exponent of the smallest normal number
+    max_code: int  # the largest finite number, Omega
+    has_inf: bool = True  # float8_e4m3fn has none: what overflows becomes Omega
+
+    @property
+    def unit(self) -> int:
+        """log2 of the smallest subnormal."""
+        return self.emin - self.precision + 1
+
+    @property
+    def sign(self) -> int:
+        return 1 << (self.width - 1)
+
+    @property
+    def nan_code(self) -> int:
+        """The quiet NaN."""
+        return self.max_code + (1 + (1 << (self.precision - 2)) if self.has_inf else 1)
+
+
+SPECS = {
+    torch.float8_e5m2: Spec(8, 3, -14, 0x7B),
+    torch.float8_e4m3fn: Spec(8, 4, -6, 0x7E, has_inf=False),
+    torch.float16: Spec(16, 11, -14, 0x7BFF),
+    torch.bfloat16: Spec(16, 8, -126, 0x7F7F),
+    torch.float32: Spec(32, 24, -126, 0x7F7FFFFF),
+}
+_INTEGER = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+
+
+def codes(x: Tensor) -> Tensor:
+    """The bit patterns of floats or integers, unsigned, as int64."""
+    width = 8 * x.dtype.itemsize
+    bits = x.view(_INTEGER[width]).to(torch.int64)
+    return bits if width == 64 else bits & ((1 << width) - 1)
+
+
+def from_codes(bits: Tensor | list[int], dtype: torch.dtype) -> Tensor:
+    """The inverse of `codes`."""
+    width = 8 * dtype.itemsize
+    bits = torch.as_tensor(bits, dtype=torch.int64)
+    return (bits - ((bits >> (width - 1)) << width)).to(_INTEGER[width]).view(dtype)
+
+
+def decode(code: int, spec: Spec) -> int | None:
+    """The number of a bit pattern, in units; None for Inf and NaN."""
+    magnitude = code & (spec.sign - 1)
+    if magnitude > spec.max_code:
+        return None
+    exponent, fraction = divmod(magnitude, 1 << (spec.precision - 1))
+    number = fraction if exponent == 0 else (fraction + (1 << (spec.precision - 1))) << (exponent - 1)
+    return -number if code & spec.sign else number
+
+
+@cache
+def _table(dtype: torch.dtype) -> list[int | None]:
+    return [decode(code, SPECS[dtype]) for code in range(1 << SPECS[dtype].width)]
+
+
+def units(x: Tensor) -> list[int | None]:
+    """The exact numbers of a tensor, in units of its format's smallest subnormal; None for Inf and NaN."""
+    if x.dtype.itemsize > 2:
+        return [decode(code, SPECS[x.dtype]) for code in codes(x).flatten().tolist()]
+    table = _table(x.dtype)
+    return [table[code] for code in codes(x).flatten().tolist()]
+
+
+def fractions(x: Tensor) -> list[Fraction | None]:
+    """The exact numbers of a tensor; None for Inf and NaN."""
+    unit = Fraction(2) ** SPECS[x.dtype].unit
+    return [None if number is None else number * unit for number in units(x)]
+
+
+def nearest(x: Fraction | int, dtype: torch.dtype) -> int:
+    """Bit pattern of x rounded once to nearest, ties to even, subnormals kept.
+
+    What rounds beyond Omega in an unbounded exponent range overflows: to Inf, or to Omega where there is no Inf. Zero
+    is +0, and what is negative and rounds to zero is -0.
+    """
+    return _nearest(x.numerator, x.denominator, SPECS[dtype])
+
+
+def nearest_units(x: int, dtype: torch.dtype, unit: int | None = None) -> int:
+    """`nearest` of x * 2**unit, unit <= 0; by default x is in the format's own units."""
+    spec = SPECS[dtype]
+    return _nearest(x, 1 << -(spec.unit if unit is None else unit), spec)
+
+
+def _nearest(numerator: int, denominator: int, spec: Spec) -> int:
+    n, d = abs(numerator), denominator
+    exponent = n.bit_length() - d.bit_length()  # of n / d, or one more
+    if (n << -exponent if exponent < 0 else n) < (d << exponent if exponent > 0 else d):
+        exponent -= 1
+    quantum = max(exponent - spec.precision + 1, spec.unit)
+    n, d = (n << -quantum, d) if quantum < 0 else (n, d << quantum)
+    steps, rest = divmod(n, d)
+    steps += 2 * rest > d or (2 * rest == d and steps % 2)
+    # In a binade above the first, steps carries the hidden bit: it adds one to the exponent field.
+    code = ((quantum - spec.unit) << (spec.precision - 1)) + steps if n else 0
+    if code > spec.max_code:
+        code = spec.max_code + spec.has_inf
+    return code | (spec.sign if numerator < 0 else 0)
+
+
+def rounded(numbers: list[Fraction], dtype: torch.dtype) -> Tensor:
+    """A tensor of exact numbers, each rounded once."""
+    return from_codes([nearest(x, dtype) for x in numbers], dtype)
+
+
+def every(dtype: torch.dtype) -> Tensor:
+    """All bit patterns of a format of at most 16 bits."""
+    return from_codes(torch.arange(1 << SPECS[dtype].width), dtype)
+
+
+def random_patterns(dtype: torch.dtype, size: int, seed: int) -> Tensor:
+    """Uniform bit patterns, NaN and Inf among them; one in 16 is a zero or a subnormal."""
+    g = torch.Generator().manual_seed(seed)
+    spec = SPECS[dtype]
+    bits = torch.randint(0, 1 << spec.width, (size,), generator=g)
+    tiny = bits & (spec.sign | ((1 << (spec.precision - 1)) - 1))
+    return from_codes(torch.where(torch.randint(0, 16, (size,), generator=g) == 0, tiny, bits), dtype)
+
+
+def ordered(x: Tensor) -> Tensor:
+    """int64, increasing with the number, adjacent floats adjacent; -0 is just below +0."""
+    bits = codes(x)
+    if not x.dtype.is_floating_point:
+        return x.to(torch.int64)
+    sign = 1 << (8 * x.dtype.itemsize - 1)
+    return (
+        torch.where(bits >= sign, sign - 1 - bits, bits) if x.dtype.itemsize < 8 else bits ^ ((bits >> 63) & (sign - 1))
+    )
+
+
+def assert_same_bits(name: str, got: Tensor, want: Tensor) -> None:
+    """Raise AssertionError unless got and want are the same bits. NaN equals NaN; +0 and -0 differ."""
+    head = f"{name}: got {got.dtype} {tuple(got.shape)}, want {want.dtype} {tuple(want.shape)}"
+    if got.dtype != want.dtype or got.shape != want.shape:
+        raise AssertionError(head)
+    got, want = got.detach().cpu().contiguous().flatten(), want.detach().cpu().contiguous().flatten()
+    same = codes(got) == codes(want)
+    if want.dtype.is_floating_point:
+        same |= got.isnan() & want.isnan()
+    wrong = (~same).nonzero().flatten().tolist()
+    if wrong:
+        i, digits = wrong[0], 2 * want.dtype.itemsize
+        a, b = codes(got[i : i + 1]).item(), codes(want[i : i + 1]).item()
+        mask = (1 << 4 * digits) - 1
+        apart = (ordered(got[i : i + 1]) - ordered(want[i : i + 1])).item()
+        raise AssertionError(
+            f"{name}: {len(wrong)} of {want.numel()} differ, the first at {i}: got 0x{a & mask:0{digits}x} "
+            f"({got[i].item()}), want 0x{b & mask:0{digits}x} ({want[i].item()}), {apart:+d} ulp"
+        )

@@ -1,0 +1,216 @@
+"""Nothing is lost: state_dict round trips, torch's own states, float32 weights in and out, a resumed run."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import assert_same_bits
+from torch import nn
+
+import collage
+from collage.strategies import STRATEGIES
+
+
+def model_of(strategy="collage-plus"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 3))
+    for p in model.parameters():
+        p.data = p.data.to(STRATEGIES[strategy].dtype)
+    return model
+
+
+def run(model, opt, start, stop):
+    for step in range(start, stop):
+        g = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+        opt.step()
+
+
+def planes(model, opt):
+    return {
+        f"{name}.{key}": value
+        for name, p in model.named_parameters()
+        for key, value in {"theta": p.detach(), **opt.state[p]}.items()
+    }
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert_same_bits(key, a[key], b[key])
+
+
+SCRIPT = """
+import sys
+folder, tests = sys.argv[1:]
+sys.path.insert(0, tests)
+from test_checkpoint import *
+for strategy in STRATEGIES:
+    model = model_of(strategy)
+    opt = collage.AdamW(model.named_parameters(), lr=1e-2, strategy=strategy)
+    saved = torch.load(f"{folder}/{strategy}.pt", weights_only=True)
+    model.load_state_dict(saved["model"])
+    opt.load_state_dict(saved["opt"])
+    run(model, opt, 4, 7)
+    torch.save(planes(model, opt), f"{folder}/{strategy}.done.pt")
+"""
+
+
+def test_a_run_resumed_in_another_process_is_the_run(tmp_path):
+    """Every strategy: 4 steps, save, a new process, load, 3 steps; bit for bit the run of 7."""
+    straight = {}
+    for strategy in STRATEGIES:
+        model = model_of(strategy)
+        opt = collage.AdamW(model.named_parameters(), lr=1e-2, strategy=strategy)
+        run(model, opt, 0, 4)
+        torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, tmp_path / f"{strategy}.pt")
+        run(model, opt, 4, 7)
+        straight[strategy] = planes(model, opt)
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), str(Path(__file__).parent)], check=True)
+    for strategy, want in straight.items():
+        assert_same(torch.load(tmp_path / f"{strategy}.done.pt", weights_only=True), want)
+
+
+def test_an_empty_state_loads():
+    model = model_of()
+    opt = collage.AdamW(model.parameters())
+    opt.load_state_dict(opt.state_dict())
+    run(model, opt, 0, 1)
+
+
+def test_settings_that_change_numerics_come_back():
+    opt = collage.AdamW(model_of("stochastic").parameters(), strategy="stochastic", seed=7, lr=0.5)
+    other = collage.AdamW(model_of("stochastic").parameters(), strategy="stochastic")
+    other.load_state_dict(opt.state_dict())
+    assert (other.param_groups[0]["seed"], other.param_groups[0]["lr"]) == (7, 0.5)
+
+
+def test_another_strategy_is_refused_and_nothing_changes():
+    model = model_of()
+    saved = collage.AdamW(model.named_parameters(), strategy="collage-light")
+    run(model, saved, 0, 1)
+    opt = collage.AdamW(model.named_parameters(), strategy="collage-plus")
+    opt.resync()
+    run(model, opt, 0, 1)
+    before = copy.deepcopy(planes(model, opt))
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\]: .*'collage-light'.*'collage-plus' \(variance: saved bf16"
+    ):
+        opt.load_state_dict(saved.state_dict())
+    assert_same(before, planes(model, opt))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s["state"][0].pop("param_lo"), "param '0.weight': strategy 'collage-plus' keeps step, param_lo"),
+        (lambda s: s["state"][0].update(exp_avg=s["state"][0]["exp_avg"].float()), r"exp_avg \(float32\)"),
+        (lambda s: s["state"][0].update(exp_avg=s["state"][0]["exp_avg"][:2]), "exp_avg has shape"),
+    ],
+)
+def test_a_damaged_state_is_refused(damage, message):
+    model = model_of()
+    opt = collage.AdamW(model.named_parameters())
+    run(model, opt, 0, 1)
+    saved = copy.deepcopy(opt.state_dict())
+    damage(saved)
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
+
+
+def test_a_state_of_other_weights_is_refused():
+    model = model_of("fp32-master")
+    opt = collage.AdamW(model.named_parameters(), strategy="fp32-master")
+    run(model, opt, 0, 2)
+    saved = copy.deepcopy(opt.state_dict())
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(ValueError, match=r"param '0.weight': .* were changed outside the optimizer.*Load a model"):
+        opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_torch_adamw_state_is_taken_over(strategy, fused):
+    """Switch in midway: the moments are split into the strategy's planes, hyper-parameters come along."""
+    model = model_of("fp32")
+    theirs = torch.optim.AdamW(model.parameters(), lr=0.25, betas=(0.8, 0.99), fused=fused)
+    run(model, theirs, 0, 3)
+    moments = {name: theirs.state[p] for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.data = p.data.to(STRATEGIES[strategy].dtype)
+    opt = collage.AdamW(model.named_parameters(), strategy=strategy)
+    opt.load_state_dict(theirs.state_dict())
+    group = opt.param_groups[0]
+    assert (group["lr"], group["betas"], group["strategy"]) == (0.25, (0.8, 0.99), strategy)
+    assert "fused" not in group
+    precision = {"fp32": 0.0, "bf16": 2.0**-8, "bf16:sr": 2.0**-8, "bf16x2": 2.0**-16, "bf16x2:sr": 2.0**-16}
+    for name, p in model.named_parameters():
+        mine = opt.state[p]
+        assert int(mine["step"]) == 3
+        v = mine["exp_avg_sq"].float() + (mine["exp_avg_sq_lo"].float() if "exp_avg_sq_lo" in mine else 0)
+        error = (v - moments[name]["exp_avg_sq"]).abs() / moments[name]["exp_avg_sq"]
+        assert error.max() <= precision[STRATEGIES[strategy].variance]
+    run(model, opt, 3, 4)
+
+
+def test_amsgrad_is_refused():
+    model = model_of("fp32")
+    theirs = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    with pytest.raises(ValueError, match="amsgrad"):
+        collage.AdamW(model.parameters(), strategy="fp32").load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("strategy", ["collage-plus", "fp32-master", "kahan", "paper-light"])
+def test_float32_weights_go_in_and_come_out(strategy):
+    """bf16x2 holds 16 bits of a float32; the master holds all of them."""
+    full = model_of("fp32").state_dict()
+    model = model_of(strategy)
+    opt = collage.AdamW(model.named_parameters(), strategy=strategy)
+    collage.load_high_precision_state_dict(model, opt, full)
+    back = collage.high_precision_state_dict(model, opt)
+    assert back.keys() == full.keys()
+    model_of("fp32").load_state_dict(back, strict=True)
+    for key, value in full.items():
+        assert back[key].dtype == value.dtype
+        error = ((back[key] - value).abs() / value.abs().clamp(min=1e-30)).max().item()
+        assert error <= (0.0 if strategy == "fp32-master" else 2.0**-16)  # half an ulp of the second component
+    for p, value in zip(model.parameters(), [full[n] for n, _ in model.named_parameters()], strict=True):
+        assert_same_bits("theta", p.detach(), value.bfloat16())
+    run(model, opt, 0, 1)
+
+
+def test_high_precision_weights_are_more_than_the_visible_ones():
+    model = model_of()
+    opt = collage.AdamW(model.named_parameters(), lr=1e-4)
+    run(model, opt, 0, 3)
+    full = collage.high_precision_state_dict(model, opt)
+    assert any((full[name] != p.float()).any() for name, p in model.named_parameters())
+    assert full["1.num_batches_tracked"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("0.bias"), r"missing keys \['0.bias'\]"),
+        (lambda s: s.update(extra=torch.ones(1)), r"unexpected keys \['extra'\]"),
+        (
+            lambda s: s.update({"0.bias": torch.ones(3)}),
+            r"state_dict\['0.bias'\]: has shape \(3,\), the model's is \(12,\)",
+        ),
+    ],
+)
+def test_a_wrong_state_dict_is_refused_before_anything_changes(change, message):
+    model = model_of()
+    opt = collage.AdamW(model.named_parameters())
+    run(model, opt, 0, 1)
+    before = copy.deepcopy(planes(model, opt))
+    full = {k: v + 1 for k, v in collage.high_precision_state_dict(model, opt).items()}
+    change(full)
+    with pytest.raises(ValueError, match=message):
+        collage.load_high_precision_state_dict(model, opt, full)
+    assert_same(before, planes(model, opt))

@@ -1,0 +1,203 @@
+"""The monitor: its sums against a float64 recomputation from the planes, and that it changes nothing."""
+
+import json
+import math
+
+import pytest
+import torch
+from oracle import assert_same_bits
+from torch import nn
+
+import collage
+from collage.strategies import STRATEGIES
+
+
+def setup(strategy, n=3000, lr=1e-3, **kwargs):
+    dtype = STRATEGIES[strategy].dtype
+    torch.manual_seed(0)
+    params = {"w": nn.Parameter(torch.randn(n).to(dtype)), "norm": nn.Parameter(torch.ones(50, dtype=dtype))}
+    return params, collage.AdamW(params.items(), lr=lr, strategy=strategy, **kwargs)
+
+
+def give(params, step, scale=1.0):
+    g = torch.Generator().manual_seed(step)
+    for p in params.values():
+        p.grad = (torch.randn(p.shape, generator=g) * scale).to(p.dtype)
+
+
+def theta_planes(p, opt):
+    extra = [opt.state[p][key] for key in ("param_lo", "param_master", "param_kahan") if key in opt.state[p]]
+    return [plane.detach().clone() for plane in (p, *extra)]
+
+
+class Spy:
+    """A rule that remembers its updates."""
+
+    def __init__(self, opt):
+        self.deltas = []
+        rule = opt.rule
+        opt.rule = rule._replace(update=self.remember(rule.update))
+
+    def remember(self, update):
+        def spying(slots, g, c):
+            result = update(slots, g, c)
+            self.deltas.append(result.delta.double())
+            return result
+
+        return spying
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sums_equal_a_recomputation_from_the_planes(strategy):
+    params, opt = setup(strategy, lr=1e-4)
+    mon = collage.monitor(opt, every=1, shadow=None)
+    spy = Spy(opt)
+    sums = {name: [0.0] * 5 for name in params}
+    edq = []
+    for step in range(3):
+        give(params, step)
+        for p in params.values():
+            opt.state[p] or opt.planes(next(e for e in opt.entries() if e.param is p))
+        old = {name: theta_planes(p, opt) for name, p in params.items()}
+        spy.deltas.clear()
+        opt.step()
+        edq.append([0.0, 0.0])
+        for (name, p), delta in zip(params.items(), spy.deltas, strict=True):
+            new = theta_planes(p, opt)
+            whole = slice(1, None) if strategy == "fp32-master" else slice(None)
+            arrived = sum(b.double() - a.double() for a, b in zip(old[name][whole], new[whole], strict=True))
+            visible = new[0].double() - old[name][0].double()
+            still = torch.stack([a == b for a, b in zip(old[name], new, strict=True)]).all(0)
+            row = [delta @ arrived, delta @ visible, delta @ delta, (delta != 0).sum(), ((delta != 0) & still).sum()]
+            sums[name] = [a + float(b) for a, b in zip(sums[name], row, strict=True)]
+            edq[-1] = [edq[-1][0] + float(row[0]), edq[-1][1] + float(row[2])]
+    report = mon.report()
+    total = [sum(column) for column in zip(*sums.values(), strict=True)]
+    for quality, (dot, visible, norm2, nonzero, lost) in [
+        *((report.by_parameter[name], row) for name, row in sums.items()),
+        (report.total, total),
+        (report.by_group[0], total),
+    ]:
+        assert quality.edq_ratio == pytest.approx(dot / norm2, rel=1e-12)
+        assert quality.edq_visible == pytest.approx(visible / norm2, rel=1e-12)
+        assert (quality.nonzero, quality.lost) == (nonzero, lost / nonzero)
+        assert quality.steps == 3
+    assert report.total.edq == pytest.approx(sum(d / math.sqrt(n) for d, n in edq) / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_monitor_never_changes_a_bit(strategy):
+    planes = []
+    for watched in (False, True):
+        params, opt = setup(strategy)
+        if watched:
+            collage.monitor(opt, every=2, shadow=7, strategies=["bf16", "collage-plus-sr", "kahan"])
+        for step in range(5):
+            give(params, step)
+            assert opt.step() is None
+        planes.append([x for p in params.values() for x in (p.detach(), *opt.state[p].values())])
+    for i, (a, b) in enumerate(zip(*planes, strict=True)):
+        assert_same_bits(f"plane {i}", a, b)
+
+
+def test_bf16_loses_and_collage_does_not():
+    """At theta = 1, steps of 1e-5 are far below half an ulp of bf16."""
+    reports = {}
+    for strategy in ("bf16", "collage-light", "collage-plus", "fp32-master"):
+        params, opt = setup(strategy, lr=1e-5, weight_decay=0.0)
+        mon = collage.monitor(opt, every=1)
+        for step in range(20):
+            give(params, step)
+            opt.step()
+        reports[strategy] = mon.report()
+    assert reports["bf16"].frozen == ["norm"]
+    assert reports["bf16"].total.lost > 0.9
+    assert reports["bf16"].total.edq_ratio < 0.5
+    for strategy in ("collage-light", "collage-plus", "fp32-master"):
+        assert reports[strategy].frozen == []
+        assert reports[strategy].total.edq_ratio == pytest.approx(1.0, abs=1e-3)
+        assert reports[strategy].total.lost < 0.05
+
+
+def test_the_shadow_sees_a_second_moment_that_stuck():
+    """Gradients fall tenfold: the step's own sums are blind to it, v over its shadow is not."""
+    ratios = {}
+    for strategy in ("bf16", "collage-plus"):
+        params, opt = setup(strategy, n=128, betas=(0.9, 0.998))
+        mon = collage.monitor(opt, every=300, shadow=4, strategies=["bf16"])
+        for step in range(1501):
+            give(params, step, 1.0 if step < 100 else 0.01)
+            opt.step()
+        ratios[strategy] = mon.report()
+    assert ratios["bf16"].total.v_ratio > 5
+    assert ratios["collage-plus"].total.v_ratio == pytest.approx(1.0, abs=1e-3)
+    assert ratios["collage-plus"].total.m_error < 0.01  # momentum in bf16: 2**-9 a step, over ten steps
+    assert ratios["bf16"].total.edq_shadow < 0.9 * ratios["bf16"].total.edq_ratio
+    assert ratios["collage-plus"].beside["bf16"].v_ratio > 5  # what bf16 would have lost on this very run
+
+
+def test_the_shadow_is_the_fp32_run_of_its_elements():
+    """On float32 parameters run and shadow are the same computation: error exactly 0, ratio exactly 1."""
+    params, opt = setup("fp32")
+    mon = collage.monitor(opt, every=1, shadow=3)
+    for step in range(5):
+        give(params, step)
+        opt.step()
+    total = mon.report().total
+    assert (total.v_ratio, total.m_error) == (1.0, 0.0)
+
+
+def test_due_steps_windows_and_reset():
+    params, opt = setup("bf16")
+    mon = collage.monitor(opt, every=3)
+    for step in range(7):  # measured: 0, 3, 6
+        give(params, step)
+        opt.step()
+    assert mon.report().total.steps == 3
+    assert mon.window().total.steps == 3
+    assert mon.window().total == mon.window().total
+    assert mon.window().total.edq is None
+    mon.reset()
+    assert mon.report().total.steps == 0
+
+
+def test_undefined_is_none_and_the_report_is_json():
+    params, opt = setup("collage-plus", weight_decay=0.0)
+    mon = collage.monitor(opt, every=1)
+    for p in params.values():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    total = mon.report().total
+    assert (total.edq, total.edq_ratio, total.lost, total.m_error) == (None, None, None, None)
+    params["w"].grad[0] = math.nan
+    opt.step()
+    assert json.loads(json.dumps(mon.report().to_dict(), allow_nan=False))["total"]["edq_ratio"] is None
+
+
+@pytest.mark.parametrize("strategy", ["collage-plus", "fp32-master"])
+def test_weights_changed_outside_are_found_before_the_step_and_resync_mends_them(strategy):
+    params, opt = setup(strategy)
+    mon = collage.monitor(opt, every=2)
+    give(params, 0)
+    opt.step()
+    with torch.no_grad():
+        params["w"].clamp_(-0.01, 0.01)
+    give(params, 1)
+    opt.step()  # not monitored: nobody looks
+    with torch.no_grad():
+        params["w"].clamp_(-0.0001, 0.0001)
+    before = params["w"].detach().clone()
+    with pytest.raises(ValueError, match=r"param 'w': \d+ of 3000 weights do not match.*opt.resync\(\)"):
+        opt.step()
+    assert_same_bits("w", params["w"].detach(), before)
+    assert int(opt.state[params["w"]]["step"]) == 2
+    opt.resync()
+    opt.step()
+    assert mon.report().total.steps == 2
+    assert params["w"].detach().abs().max() < 0.02
+
+
+@pytest.mark.parametrize("kwargs", [{"every": 0}, {"every": 1.5}, {"shadow": 0}, {"strategies": ["x"]}])
+def test_wrong_arguments_are_named(kwargs):
+    with pytest.raises(ValueError, match=f"{next(iter(kwargs)).replace('strategies', 'strategy')}: "):
+        collage.monitor(setup("bf16")[1], **kwargs)

@@ -1,0 +1,302 @@
+"""The optimizer as a torch.optim.Optimizer: what it takes, what it refuses, and that a refusal changes nothing."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from oracle import assert_same_bits
+from torch import nn
+
+import collage
+from collage.strategies import STRATEGIES
+
+LOW = [name for name, s in STRATEGIES.items() if s.dtype == torch.bfloat16]
+
+
+def model_of(dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
+def give_gradients(model, step, dtype=None):
+    g = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+
+
+def run(model, opt, steps, start=0):
+    for step in range(start, start + steps):
+        give_gradients(model, step)
+        opt.step()
+
+
+def bits_of(model, opt):
+    """Every plane of every parameter, flat."""
+    planes = {}
+    for name, p in model.named_parameters():
+        planes[name] = p.detach()
+        planes |= {f"{name}.{key}": value for key, value in opt.state[p].items()}
+    return planes
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert_same_bits(key, a[key], b[key])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_names_groups_views_and_chunks_do_not_change_a_bit(strategy):
+    """The same tensors, given by name or not, in one group or two: names matter to stochastic rounding alone."""
+    dtype = STRATEGIES[strategy].dtype
+    models = [model_of(dtype) for _ in range(3)]
+    optimizers = [
+        collage.AdamW(models[0].parameters(), strategy=strategy),
+        collage.AdamW([{"params": [p]} for p in models[1].parameters()], strategy=strategy),
+        collage.AdamW(
+            models[2].parameters(), strategy=STRATEGIES[strategy], lr=torch.tensor(1e-3, dtype=torch.float64)
+        ),
+    ]
+    for model, opt in zip(models, optimizers, strict=True):
+        run(model, opt, 3)
+    assert_same(bits_of(models[0], optimizers[0]), bits_of(models[1], optimizers[1]))
+    assert_same(bits_of(models[0], optimizers[0]), bits_of(models[2], optimizers[2]))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0), (1023,), (1025,), (7, 5), (70_001,)])
+def test_every_size(strategy, shape):
+    """A tensor of any size is updated as its elements are: the first k of n are the k of a smaller one."""
+    dtype = STRATEGIES[strategy].dtype
+    torch.manual_seed(1)
+    whole = torch.randn(80_000).to(dtype)
+    grad = torch.randn(80_000).to(dtype)
+    numel = torch.Size(shape).numel()
+    results = []
+    for data, g in ((whole.clone(), grad), (whole[:numel].view(shape).clone(), grad[:numel].view(shape))):
+        p = nn.Parameter(data)
+        opt = collage.AdamW([p], lr=1e-2, strategy=strategy)
+        for _ in range(2):
+            p.grad = g.clone()
+            opt.step()
+        results.append([p.detach(), *(v for k, v in opt.state[p].items() if k != "step")])
+    for i, (big, small) in enumerate(zip(*results, strict=True)):
+        assert small.shape == shape
+        assert_same_bits(f"plane {i}", small.reshape(-1), big[:numel])
+
+
+@pytest.mark.parametrize("strategy", ["collage-plus", "collage-plus-sr", "fp32-master", "paper-plus"])
+def test_planes_take_the_strides_of_a_non_contiguous_parameter(strategy):
+    torch.manual_seed(1)
+    data, grad = torch.randn(6, 10).bfloat16(), torch.randn(6, 10).bfloat16()
+    plain, turned = nn.Parameter(data.clone()), nn.Parameter(data.t().contiguous().t())
+    assert not turned.is_contiguous()
+    for p in (plain, turned):
+        opt = collage.AdamW([("w", p)], strategy=strategy)
+        p.grad = grad.clone()
+        opt.step()
+        states = [*opt.state[p].values()][1:]
+        assert all(s.stride() == p.stride() for s in states)
+        p.planes = [p.detach(), *states]
+    for i, (a, b) in enumerate(zip(plain.planes, turned.planes, strict=True)):
+        assert_same_bits(f"plane {i}", a, b)
+
+
+def test_a_view_of_a_buffer_is_updated_in_place_and_alone():
+    buffer = torch.ones(10).bfloat16()
+    p = nn.Parameter(buffer[3:7])
+    opt = collage.AdamW([p], lr=0.1)
+    p.grad = torch.ones(4).bfloat16()
+    opt.step()
+    assert (buffer[3:7] != 1).all()
+    assert (buffer[:3] == 1).all()
+    assert (buffer[7:] == 1).all()
+
+
+def test_closure_hooks_scheduler_and_parameters_without_gradient():
+    model = model_of()
+    opt = collage.AdamW(model.named_parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5**step)
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+    untouched = model[2].weight.detach().clone()
+
+    def closure():
+        opt.zero_grad()
+        loss = model[0](torch.ones(1, 8).bfloat16()).square().sum()
+        loss.backward()
+        calls.append("closure")
+        return loss
+
+    loss = opt.step(closure)
+    assert loss.requires_grad
+    assert calls == ["pre", "closure", "post"]
+    schedule.step()
+    assert opt.param_groups[0]["lr"] == 0.5
+    assert_same_bits("no gradient", model[2].weight.detach(), untouched)
+    assert model[2].weight not in opt.state
+
+
+def test_maximize_is_minimize_of_the_negative():
+    results = []
+    for sign, maximize in ((1, False), (-1, True)):
+        p = nn.Parameter(torch.ones(5).bfloat16())
+        opt = collage.AdamW([p], lr=0.1, maximize=maximize)
+        p.grad = sign * torch.tensor([1.0, -2.0, 0.0, 3.0, 0.1]).bfloat16()
+        opt.step()
+        results.append(p.detach())
+    assert_same_bits("theta", *results)
+
+
+def test_a_float32_gradient_is_read_as_it_is():
+    """1 + 2**-12 is 1 in bfloat16: with a float32 gradient v must know the difference."""
+    p = nn.Parameter(torch.ones(1).bfloat16())
+    p.grad_dtype = torch.float32
+    opt = collage.AdamW([p], betas=(0.9, 0.0), strategy="collage-plus")
+    p.grad = torch.full((1,), 1 + 2.0**-12)
+    opt.step()
+    v = opt.state[p]["exp_avg_sq"].float() + opt.state[p]["exp_avg_sq_lo"].float()
+    assert v.item() == pytest.approx((1 + 2.0**-12) ** 2, rel=2.0**-16)  # half an ulp of the pair
+    assert v.item() != 1.0
+
+
+def test_float32_parameters_beside_low_ones_are_updated_in_float32(caplog):
+    model = model_of()
+    model[2].float()
+    with caplog.at_level(logging.INFO, logger="collage"):
+        opt = collage.AdamW(model.named_parameters(), strategy="collage-plus")
+    assert caplog.messages == ["2 of 4 parameters are float32 and are updated in float32"]
+    run(model, opt, 2)
+    assert sorted(opt.state[model[2].weight]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert opt.state[model[2].weight]["exp_avg"].dtype == torch.float32
+    assert "param_lo" in opt.state[model[0].weight]
+
+
+def test_strategy_per_group_and_add_param_group():
+    model = model_of()
+    opt = collage.AdamW([{"params": model[0].parameters(), "strategy": "fp32-master"}], strategy="bf16")
+    opt.add_param_group({"params": model[2].parameters(), "lr": 0.5})
+    run(model, opt, 1)
+    assert "param_master" in opt.state[model[0].weight]
+    assert sorted(opt.state[model[2].weight]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert [g["strategy"] for g in opt.param_groups] == ["fp32-master", "bf16"]
+
+
+def test_tied_parameters_step_once():
+    model = model_of()
+    model[0].weight = nn.Parameter(torch.ones(16, 8).bfloat16())
+    tied = nn.ModuleDict({"a": model[0], "b": nn.Linear(8, 16, bias=False)})
+    tied["b"].weight = tied["a"].weight
+    opt = collage.AdamW(tied.named_parameters())
+    give_gradients(tied, 0)
+    opt.step()
+    assert int(opt.state[tied["b"].weight]["step"]) == 1
+    full = collage.high_precision_state_dict(tied, opt)
+    assert {"a.weight", "b.weight"} <= full.keys()
+    assert_same_bits("tied", full["a.weight"], full["b.weight"])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "lr: needs a finite number >= 0, got -1.0"),
+        ({"lr": float("nan")}, ValueError, "lr: needs a finite"),
+        ({"lr": torch.ones(2)}, ValueError, "lr: a tensor needs one element"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas: needs two numbers in \[0, 1\)"),
+        ({"betas": (0.9,)}, ValueError, "betas: needs two numbers"),
+        ({"eps": -1e-8}, ValueError, "eps: needs"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay: needs"),
+        ({"seed": -1}, ValueError, "seed: needs an integer"),
+        ({"strategy": "collage"}, ValueError, "strategy: unknown 'collage'; known: bf16, "),
+        ({"strategy": 3}, TypeError, "strategy: needs a name or a Strategy, got int"),
+        ({"backend": "cuda"}, ValueError, "backend: unknown 'cuda'; known: auto, reference"),
+        ({"fused": True}, TypeError, "cannot take fused; drop it"),
+        ({"foreach": True, "differentiable": False}, TypeError, "cannot take differentiable, foreach; drop it"),
+        ({"amsgrad": True}, TypeError, "cannot take amsgrad"),
+        ({"learning_rate": 1e-3}, TypeError, "cannot take learning_rate; it is unknown"),
+    ],
+)
+def test_a_wrong_argument_is_named(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        collage.AdamW(model_of().parameters(), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "strategy", "error", "message"),
+    [
+        (torch.float32, "collage-plus", ValueError, "all 4 parameters are float32.*upcast.*strategy='fp32'"),
+        (
+            torch.float16,
+            "collage-plus",
+            TypeError,
+            r"param '0.weight': strategy 'collage-plus' needs bfloat16, got float16",
+        ),
+        (torch.float64, "fp32", TypeError, "needs float32, got float64"),
+        (torch.bfloat16, "fp32", TypeError, r"param '0.weight': strategy 'fp32' needs float32, got bfloat16"),
+        (torch.complex64, "collage-plus", TypeError, "got complex64"),
+    ],
+)
+def test_a_wrong_dtype_is_named_with_the_fix(dtype, strategy, error, message):
+    named = [(n, nn.Parameter(p.detach().to(dtype))) for n, p in model_of().named_parameters()]
+    with pytest.raises(error, match=message):
+        collage.AdamW(named, strategy=strategy)
+
+
+def test_a_refused_group_is_not_added():
+    opt = collage.AdamW(model_of().parameters())
+    with pytest.raises(ValueError, match="eps"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(1).bfloat16())], "eps": -1})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", ["sparse", "float64"])
+def test_a_wrong_gradient_is_refused_before_anything_changes(kind):
+    model = model_of()
+    opt = collage.AdamW(model.named_parameters())
+    run(model, opt, 1)
+    give_gradients(model, 1)
+    bias = model[2].bias
+    if kind == "sparse":
+        bias.grad = bias.grad.to_sparse()
+    else:
+        bias.grad_dtype = None
+        bias.grad = bias.grad.double()
+    before = copy.deepcopy(bits_of(model, opt))
+    with pytest.raises(TypeError, match=r"param '2\.bias': its gradient is"):
+        opt.step()
+    assert_same(before, bits_of(model, opt))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+def test_a_copied_optimizer_goes_on_bit_for_bit(strategy, how):
+    model = model_of(STRATEGIES[strategy].dtype)
+    opt = collage.AdamW(model.named_parameters(), strategy=strategy)
+    run(model, opt, 2)
+    pair = (model, opt)
+    copied, opt2 = pickle.loads(pickle.dumps(pair)) if how == "pickle" else copy.deepcopy(pair)
+    run(model, opt, 2, start=2)
+    run(copied, opt2, 2, start=2)
+    assert_same(bits_of(model, opt), bits_of(copied, opt2))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_extreme_gradients_stay_extreme_and_never_break_the_planes(strategy):
+    """Subnormal, huge, zero, Inf and NaN gradients on such weights: neighbours are not touched by a NaN."""
+    values = torch.tensor([0.0, -0.0, 1.0, 1e-38, 1e-45, 3e38, -3e38, float("inf"), float("nan")])
+    theta, grad = (x.reshape(-1) for x in torch.meshgrid(values, values, indexing="ij"))
+    p = nn.Parameter(theta.to(STRATEGIES[strategy].dtype))
+    opt = collage.AdamW([("w", p)], lr=1e-3, strategy=strategy)
+    collage.monitor(opt, every=1)  # checks the planes before each step
+    for _ in range(3):
+        p.grad = grad.to(p.dtype)
+        opt.step()
+    assert p.detach().isnan()[grad.isnan()].all()
+    tame = theta.isfinite() & (grad.abs() < 1e19) & (theta.abs() < 1e38)  # g * g overflows above 1.8e19
+    assert p.detach()[tame].isfinite().all()
