@@ -1,0 +1,1 @@
+"""What runs real training under several precision strategies: models, data, comparison, report, command line."""

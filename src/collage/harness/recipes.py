@@ -1,0 +1,239 @@
+"""Models and their training settings as a table of data, and one function that builds any row of it.
+
+Every model is made from a transformers configuration with random weights; nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+Family = Literal["gpt", "llama", "bert", "roberta"]
+Objective = Literal["causal", "masked"]
+Schedule = Literal["linear", "cosine-to-a-tenth"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training at one sequence length; its own warm-up and decay."""
+
+    seq_len: int
+    lr: float  # peak, after the warm-up
+    warmup_steps: int
+    steps: int  # the published length; two phases share a shorter run in this proportion
+    batch: int  # sequences per optimizer step, over all devices
+    micro_batch: int  # sequences per forward pass on one device
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An architecture and the settings it is trained with."""
+
+    name: str
+    family: Family
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    vocab: int
+    positions: int  # longest sequence
+    phases: tuple[Phase, ...]
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    schedule: Schedule
+    max_grad_norm: float = 1.0
+    dropout: float = 0.0
+    init_std: float = 0.02  # of the normal weights
+    pad_id: int | None = None  # its embedding is never trained; RoBERTa counts positions from it
+
+    @property
+    def objective(self) -> Objective:
+        return "causal" if self.family in ("gpt", "llama") else "masked"
+
+
+# About a million parameters over the vocabulary of `data.byte_tokens`, and 2,048 bytes a step. No dropout, so that
+# strategies differ in rounding alone. Shapes that soon leave the plateau of mere byte frequencies: wide rather than
+# deep, large first weights, and short windows where positions are learned, shorter still where 15 % of the bytes teach.
+_TINY_LLAMA = Recipe(
+    name="tiny-llama", family="llama", hidden=192, layers=2, heads=3, intermediate=512, vocab=264, positions=128,
+    phases=(Phase(seq_len=128, lr=1e-3, warmup_steps=20, steps=600, batch=16, micro_batch=16),),
+    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, schedule="cosine-to-a-tenth", init_std=0.05, pad_id=0,
+)  # fmt: skip
+_TINY_GPT = replace(
+    _TINY_LLAMA, name="tiny-gpt", family="gpt", intermediate=768, positions=64,
+    phases=(Phase(seq_len=64, lr=1e-3, warmup_steps=20, steps=600, batch=32, micro_batch=32),),
+)  # fmt: skip
+_TINY_BERT = replace(
+    _TINY_GPT, name="tiny-bert", family="bert", positions=32,
+    phases=(Phase(seq_len=32, lr=1e-3, warmup_steps=20, steps=600, batch=64, micro_batch=64),),
+    eps=1e-6, weight_decay=0.01, schedule="linear",
+)  # fmt: skip
+_TINY_ROBERTA = replace(_TINY_BERT, name="tiny-roberta", family="roberta")
+
+# BERT and RoBERTa as the paper trains them (its appendix and its published scripts): phase 1, then phase 2.
+_BERT_BASE = Recipe(
+    name="bert-base", family="bert", hidden=768, layers=12, heads=12, intermediate=3072, vocab=30522, positions=512,
+    phases=(
+        Phase(seq_len=128, lr=4e-4, warmup_steps=2000, steps=28125, batch=16384, micro_batch=128),
+        Phase(seq_len=512, lr=2.8e-4, warmup_steps=781, steps=1563, batch=32768, micro_batch=16),
+    ),
+    betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, schedule="linear", dropout=0.1, pad_id=0,
+)  # fmt: skip
+_BERT_LARGE = replace(_BERT_BASE, name="bert-large", hidden=1024, layers=24, heads=16, intermediate=4096)
+_ROBERTA_BASE = replace(
+    _BERT_BASE,
+    name="roberta-base",
+    family="roberta",
+    vocab=50265,
+    phases=(Phase(seq_len=512, lr=6e-4, warmup_steps=2000, steps=28125, batch=8192, micro_batch=16),),
+    betas=(0.9, 0.98),
+    pad_id=1,
+)
+
+
+def _gpt(name: str, hidden: int, layers: int, heads: int, lr: float, batch: int, micro_batch: int) -> Recipe:
+    """A GPT of the paper: the shapes of GPT-3, trained for 20,000 steps of 2,048-token sequences."""
+    phase = Phase(2048, lr, warmup_steps=200, steps=20000, batch=batch, micro_batch=micro_batch)
+    return Recipe(
+        name, "gpt", hidden, layers, heads, intermediate=4 * hidden, vocab=50257, positions=2048, phases=(phase,),
+        betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, schedule="cosine-to-a-tenth",
+    )  # fmt: skip
+
+
+# Llama-7B's published shape and settings (Touvron et al. 2023: a trillion tokens in batches of four million).
+_OPENLLAMA_7B = Recipe(
+    name="openllama-7b", family="llama", hidden=4096, layers=32, heads=32, intermediate=11008, vocab=32000,
+    positions=2048, phases=(Phase(2048, 3e-4, warmup_steps=2000, steps=250_000, batch=2048, micro_batch=4),),
+    betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, schedule="cosine-to-a-tenth",
+)  # fmt: skip
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _TINY_GPT,
+        _TINY_LLAMA,
+        _TINY_BERT,
+        _TINY_ROBERTA,
+        _BERT_BASE,
+        _BERT_LARGE,
+        _ROBERTA_BASE,
+        _gpt("gpt-125m", hidden=768, layers=12, heads=12, lr=6e-4, batch=1024, micro_batch=16),
+        _gpt("gpt-1.3b", hidden=2048, layers=24, heads=16, lr=2e-4, batch=1024, micro_batch=16),
+        _gpt("gpt-2.7b", hidden=2560, layers=32, heads=32, lr=1.6e-4, batch=512, micro_batch=8),
+        _gpt("gpt-6.7b", hidden=4096, layers=32, heads=32, lr=1.2e-4, batch=256, micro_batch=4),
+        # The paper only times its 30B model. Shape, lr and batch are those of OPT-30B (Zhang et al. 2022).
+        _gpt("gpt-30b", hidden=7168, layers=48, heads=56, lr=1e-4, batch=2048, micro_batch=1),
+        _OPENLLAMA_7B,
+    )
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The row of `RECIPES` with this name."""
+    if name not in RECIPES:
+        raise ValueError(f"model {name!r}: no such recipe; known: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def build(
+    recipe: Recipe | str,
+    vocab_size: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    pad_id: int | None = None,
+) -> PreTrainedModel:
+    """A model with random float32 weights that depend on `seed` alone.
+
+    Args:
+        recipe: a row of `RECIPES`, or its name.
+        vocab_size: rows of the embedding, `Tokens.vocab_size`; the recipe's own vocabulary by default.
+        seq_len: length of the position table; the recipe's longest sequence by default.
+        seed: of the weights. torch's global generators are left as they were.
+        device: where the model ends up; torch's default device by default. Weights are drawn on the CPU, so they are
+            the same everywhere; on "meta" nothing is allocated.
+        pad_id: `Tokens.pad_id` of a vocabulary that is not the recipe's own; bytes need none.
+    """
+    base = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    shape = replace(
+        base,
+        vocab=base.vocab if vocab_size is None else vocab_size,
+        positions=base.positions if seq_len is None else seq_len,
+        pad_id=base.pad_id if pad_id is None else pad_id,
+    )
+    target = torch.get_default_device() if device is None else torch.device(device)
+    with torch.random.fork_rng(devices=()), torch.device("meta" if target.type == "meta" else "cpu"):
+        torch.default_generator.manual_seed(seed)
+        model = nn.Module.float(_FAMILIES[shape.family](shape))  # whatever torch's default dtype is
+    return model if target.type == "meta" else nn.Module.to(model, target)
+
+
+def _ids(r: Recipe) -> dict[str, Any]:
+    """Sequences are cut out of running text: no token begins or ends one."""
+    return {"vocab_size": r.vocab, "pad_token_id": r.pad_id, "bos_token_id": None, "eos_token_id": None}
+
+
+def _gpt2_model(r: Recipe) -> PreTrainedModel:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=r.hidden, n_layer=r.layers, n_head=r.heads, n_inner=r.intermediate, n_positions=r.positions,
+            resid_pdrop=r.dropout, embd_pdrop=r.dropout, attn_pdrop=r.dropout,
+            initializer_range=r.init_std, use_cache=False, **_ids(r),
+        )
+    )  # fmt: skip
+
+
+def _llama_model(r: Recipe) -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=r.hidden, num_hidden_layers=r.layers, num_attention_heads=r.heads,
+            intermediate_size=r.intermediate, max_position_embeddings=r.positions, attention_dropout=r.dropout,
+            initializer_range=r.init_std, use_cache=False, **_ids(r),
+        )
+    )  # fmt: skip
+
+
+def _encoder_settings(r: Recipe) -> dict[str, Any]:
+    return {
+        "hidden_size": r.hidden, "num_hidden_layers": r.layers, "num_attention_heads": r.heads,
+        "intermediate_size": r.intermediate, "hidden_dropout_prob": r.dropout,
+        "attention_probs_dropout_prob": r.dropout, "initializer_range": r.init_std, **_ids(r),
+    }  # fmt: skip
+
+
+def _bert_model(r: Recipe) -> PreTrainedModel:
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(BertConfig(max_position_embeddings=r.positions, **_encoder_settings(r)))
+
+
+def _roberta_model(r: Recipe) -> PreTrainedModel:
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    if r.pad_id is None:
+        raise ValueError(f"model {r.name!r}: RoBERTa counts positions from its padding token; pass pad_id")
+    rows = r.positions + r.pad_id + 1  # the first token's position is pad_id + 1
+    return RobertaForMaskedLM(
+        RobertaConfig(max_position_embeddings=rows, type_vocab_size=1, layer_norm_eps=1e-5, **_encoder_settings(r))
+    )
+
+
+_FAMILIES: dict[Family, Callable[[Recipe], PreTrainedModel]] = {
+    "gpt": _gpt2_model,
+    "llama": _llama_model,
+    "bert": _bert_model,
+    "roberta": _roberta_model,
+}

@@ -1,0 +1,101 @@
+"""The files of a finished `collage compare`, and its numbers by strategy and seed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeAlias
+
+Points: TypeAlias = "list[tuple[float, float]]"  # (step, value), by step
+
+REFERENCE = "fp32-master"
+ULP_AT_ONE = 2.0**-7  # of bf16
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def percent(share: float) -> str:
+    """As many digits as it takes not to call almost all "all", or almost nothing "nothing"."""
+    value = 100 * share
+    digits = next((d for d in (0, 1, 2) if 0.5 * 10**-d <= min(abs(value), abs(100 - value))), 2)
+    text = f"{value:.{digits}f}".replace("-", "−")
+    return "<0.01 %" if text == "0.00" and value > 0 else f"{text.removesuffix('.00')} %"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The files of one `collage compare`."""
+
+    summary: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, out: Path) -> Comparison:
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return cls(summary, [json.loads(line) for line in lines if line.strip()])
+
+    @property
+    def strategies(self) -> list[str]:
+        return list(self.summary["strategies"])
+
+    @property
+    def finetune(self) -> bool:
+        return bool(self.summary.get("regime") == "finetune")
+
+    def column(self, key: str) -> dict[str, float | None]:
+        """One column of the table, by strategy."""
+        rows = {row["strategy"]: number(row.get(key)) for row in self.summary["table"]}
+        return {strategy: rows.get(strategy) for strategy in self.strategies}
+
+    def runs(self, strategy: str) -> list[Mapping[str, Any]]:
+        return [run for run in self.summary["runs"] if run["strategy"] == strategy]
+
+    def frozen(self, strategy: str) -> list[str]:
+        """Parameters of which no update ever arrived, under any seed."""
+        return list(dict.fromkeys(name for run in self.runs(strategy) for name in run.get("frozen") or ()))
+
+    def curves(self, kind: str, key: str, strategy: str) -> dict[int, Points]:
+        """seed -> points, without what was not measured."""
+        curves: dict[int, dict[float, float]] = {}
+        for record in self.metrics:
+            if record["kind"] == kind and record["strategy"] == strategy:
+                value = number(record.get(key))
+                if value is not None:
+                    curves.setdefault(record["seed"], {})[float(record["step"])] = value
+        return {seed: sorted(points.items()) for seed, points in sorted(curves.items())}
+
+    def validation(self, strategy: str) -> dict[int, Points]:
+        """seed -> validation losses, from before the first step on."""
+        curves = self.curves("eval", "loss", strategy)
+        for run in self.runs(strategy):
+            first = number(run.get("initial_loss"))
+            points = curves.get(run["seed"])
+            if first is not None and points and points[0][0] > 0:
+                points.insert(0, (0.0, first))
+        return curves
+
+
+def mean(curves: Mapping[int, Points]) -> Points:
+    """Mean over the seeds that have a value, at each step."""
+    values: dict[float, list[float]] = {}
+    for points in curves.values():
+        for step, value in points:
+            values.setdefault(step, []).append(value)
+    return [(step, fmean(seen)) for step, seen in sorted(values.items())]
+
+
+def smooth(points: Points, window: int) -> Points:
+    """Centred moving average over `window` points, fewer at the ends."""
+    half = window // 2
+    return [
+        (step, fmean(value for _, value in points[max(0, i - half) : i + half + 1]))
+        for i, (step, _) in enumerate(points)
+    ]

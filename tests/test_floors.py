@@ -1,0 +1,120 @@
+"""The floors against walks: feed the increment again and again and see whether it gets stuck."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from collage.formats import FORMATS, format_of, split
+from collage.harness import floors
+from collage.harness.floors import THETA_FORMATS, DecayFloor, Floor, decay_floor, decay_floors, floor, floors_table
+from collage.strategies import STRATEGIES
+
+NEAREST = [
+    pytest.param(name, arithmetic, id=f"{name}-{arithmetic}")
+    for name, arithmetic in sorted({(s.param, s.arithmetic) for s in STRATEGIES.values()})
+    if not FORMATS[name].stochastic
+]
+STEPS = 600  # more than it takes from one value of the first component to the next at any floor
+BELOW, ABOVE = (0.05, 0.3, 0.7, 0.9, 0.99), (1.02, 1.1, 1.6, 3.0)
+FACTORS = torch.tensor(BELOW + ABOVE, dtype=torch.float64)
+
+
+def stuck_after(name: str, arithmetic: str, at: float, delta: Tensor, decay: bool = False) -> list[bool]:
+    """For each increment (or decay per step): does a walk of STEPS from ``at`` end before the first component moves?"""
+    fmt, register = format_of(name), floors.register_of(name, arithmetic)
+    delta = delta.to(torch.float32).to(register)
+    start = planes = split(fmt, torch.full(delta.shape, at))
+    for _ in range(STEPS):
+        before = planes
+        number = fmt.load(planes, register)
+        planes = fmt.encode(number.grown(-(delta * number.value) if decay else delta))
+    stayed = fmt.components(planes)[0] == fmt.components(start)[0]
+    for a, b in zip(before, planes, strict=True):
+        assert torch.equal(a[stayed], b[stayed])  # not just slow
+    return stayed.tolist()
+
+
+def test_the_floors_at_one_are_those_that_the_documentation_states():
+    ulp = 2.0**-7  # of bf16 at 1.0; half of it going down
+    expected = {
+        "bf16": (ulp / 2, ulp / 4),
+        "bf16x2": (2.0**-17, 2.0**-18),
+        "bf16+kahan": (2.0**-16, 2.0**-17),
+        "bf16+fp32": (2.0**-24, 2.0**-25),
+        "fp32": (2.0**-24, 2.0**-25),
+    }
+    table = floors_table()
+    assert table.keys() == set(THETA_FORMATS)
+    for name, (up, down) in expected.items():
+        assert table[name] == pytest.approx((up, down), rel=1e-4), name
+
+
+@pytest.mark.parametrize(("name", "arithmetic"), NEAREST)
+@pytest.mark.parametrize("at", [1.0, 1.5, -1.0, 3.0 * 2**-20])
+def test_a_smaller_increment_gets_stuck_and_a_larger_one_never_does(name, arithmetic, at):
+    expected = [True] * len(BELOW) + [False] * len(ABOVE)
+    for toward, limit in zip((1, -1), floor(name, at, arithmetic), strict=True):
+        delta = math.copysign(toward, toward * at) * limit * FACTORS
+        assert stuck_after(name, arithmetic, at, delta) == expected, "up" if toward > 0 else "down"
+
+
+@pytest.mark.parametrize(("name", "arithmetic"), NEAREST)
+@pytest.mark.parametrize("k", [0, 1, 64, 127])
+def test_a_decay_below_its_floor_stops_and_above_it_goes_on(name, arithmetic, k):
+    limit = decay_floors(name, arithmetic)[k]
+    expected = [True] * len(BELOW) + [False] * len(ABOVE)
+    assert stuck_after(name, arithmetic, 1 + k / 128, limit * FACTORS, decay=True) == expected
+
+
+def test_the_decay_floor_spans_a_binade():
+    for name, half_ulp in {"bf16": 2.0**-8, "bf16x2": 2.0**-17, "fp32": 2.0**-24}.items():
+        assert decay_floor(name) == pytest.approx(DecayFloor(half_ulp / 2, half_ulp), rel=0.01), name
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.stochastic])
+def test_a_stochastic_format_keeps_only_the_floor_of_its_register(name):
+    limit = floor(name)
+    assert limit.up < floor(name.removesuffix(":sr")).up / 1000
+    fmt = format_of(name)
+    generator = torch.Generator().manual_seed(0)
+    theta = split(fmt, torch.ones(10_000))
+    for delta, arrives in ((limit.up / 2, name == "bf16x2:sr"), (100 * limit.up, True)):
+        random = torch.randint(0, 1 << 16, (10_000,), generator=generator)
+        new = fmt.encode(fmt.load(theta, torch.float32).grown(torch.tensor(delta)), random)
+        assert any(bool((a != b).any()) for a, b in zip(theta, new, strict=True)) == arrives
+
+
+def test_floor_of_bf16_with_stochastic_rounding_is_that_of_fp32():
+    assert floor("bf16:sr") == floor("fp32")
+
+
+@pytest.mark.parametrize("name", THETA_FORMATS)
+def test_floors_scale_with_the_binade_and_ignore_the_sign(name):
+    one = floor(name)
+    assert floor(name, 2.0**-20) == Floor(one.up * 2.0**-20, one.down * 2.0**-20)
+    assert floor(name, -1.0) == one
+    assert one.down <= one.up <= 2 * one.down * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", THETA_FORMATS)
+@pytest.mark.parametrize("step", [1e-3, 1e-5, 3e-8])
+def test_every_weight_below_the_quick_limit_moves(name, step):
+    fmt, register = format_of(name), floors.register_of(name)
+    generator = torch.Generator().manual_seed(1)
+    limit = floors.movable_below(name, step)
+    x = torch.rand(20_000, generator=generator) * min(limit, 1e4) * (1 - 2**-20)
+    delta = torch.tensor(step, dtype=register)
+    for sign in (1, -1):
+        assert not floors.unchanged(fmt, register, split(fmt, x), sign * delta).any()
+
+
+def test_errors_name_what_is_known():
+    with pytest.raises(ValueError, match=r"unknown format 'bf17'; known formats: .*bf16x2"):
+        floor("bf17")
+    with pytest.raises(ValueError, match="arithmetic: unknown 'fp64'; known: float32, bfloat16"):
+        floor("bf16", arithmetic="fp64")
+    for at in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite weight other than zero"):
+            floor("bf16", at)
