@@ -12,7 +12,7 @@ largest finite value. Every ``+ - *`` below is one operation of F: it rounds onc
     float32        24   -126   3.40e38     2**-149
 
 Sources: Dekker 1971; Knuth, TAOCP 2, 4.2.2; Shewchuk 1997; Joldes, Muller, Popescu 2017 (double-word arithmetic);
-Boldo, Graillat, Muller 2017 (overflow); Yu et al. 2024 (Collage), section 2 and appendix. Error bounds of more than two
+Boldo, Graillat, Muller 2017 (overflow); Yu et al. 2024 (Collage). Error bounds of more than two
 components come from no theorem: a million random operands of every format stay below them (``tests/test_mcf.py``).
 """
 
@@ -174,7 +174,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def fast_two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """``s + e == a + b`` exactly, s = RN(a + b). Requires |a| >= |b| or a == 0 (unchecked), s finite. 3 operations.
 
-    Dekker 1971; Collage, theorem of section 2. Exact too wherever a is a multiple of ulp(b). A saturated s
+    Dekker 1971; what Collage builds on. Exact too wherever a is a multiple of ulp(b). A saturated s
     (float8_e4m3fn) does no harm: the error is the rest.
 
     >>> fast_two_sum(torch.tensor(256.0).bfloat16(), torch.tensor(1.0).bfloat16())
@@ -240,7 +240,7 @@ def _collect(orders: list[list[Tensor]], n: int) -> Expansion:
 
 
 def grow(x: Expansion, a: Tensor) -> Expansion:
-    """``x + a``. Collage, algorithm Grow, with two_sum where the paper's Fast2Sum would need |x| >= |a|.
+    """``x + a``. Collage, Algorithm 1 (Grow), with two_sum where the paper's Fast2Sum would need |x| >= |a|.
 
     Relative error <= 2 u**n for n components (for two: Joldes et al., algorithm 4, DWPlusFP). 13 operations for two,
     49 for three.
@@ -272,7 +272,7 @@ def scale(x: Expansion, a: Tensor) -> Expansion:
 
 
 def mul(x: Expansion, y: Expansion) -> Expansion:
-    """``x * y``, to x's number of components. Collage's algorithm Mul for expansions; products below the last order
+    """``x * y``, to x's number of components. As Collage multiplies v by beta2; products below the last order
     kept are dropped. Relative error <= 5 u**2 for two components (Joldes et al., algorithm 10, DWTimesDW1), 8 u**3 for
     three.
 

@@ -38,10 +38,8 @@ class Tokens:
 
     def require_mask(self) -> int:
         if self.mask_id is None:
-            raise ValueError(
-                f"tokenizer {self.name!r}: a masked model (bert, roberta) needs a [MASK] or <mask> token and it has "
-                "none; add one as a special token, or train a causal model (gpt, llama)"
-            )
+            why = "a masked model (bert, roberta) needs a [MASK] or <mask> token and it has none"
+            raise ValueError(f"tokenizer {self.name!r}: {why}; add that special token, or train a gpt or llama")
         return self.mask_id
 
 
@@ -116,11 +114,8 @@ def finetune_corpus(tokens: Tokens | None = None) -> Corpus:
 def _embedded(name: str, train: tuple[str, ...], validation: tuple[str, ...], tokens: Tokens | None) -> Corpus:
     folder = resources.files("collage") / "data" / name
     tokens = tokens or byte_tokens()
-
-    def ids(names: tuple[str, ...]) -> torch.Tensor:
-        return torch.cat([tokens.encode((folder / f"{n}.txt").read_text("utf-8")) for n in names])
-
-    return Corpus(name, tokens, ids(train), ids(validation), train, validation)
+    ids = [torch.cat([tokens.encode((folder / f"{n}.txt").read_text("utf-8")) for n in f]) for f in (train, validation)]
+    return Corpus(name, tokens, ids[0], ids[1], train, validation)
 
 
 def read_corpus(
@@ -144,8 +139,8 @@ def read_corpus(
         held_out = torch.cat([tokens.encode(_read_text(f)) for f in validation_files])
     else:
         train, held_out = train.tensor_split([len(train) - len(train) // 10])
-    names = tuple(str(f) for f in train_files)
-    return Corpus(names[0], tokens, train, held_out, names, tuple(str(f) for f in validation_files))
+    names, held_out_names = (tuple(map(str, files)) for files in (train_files, validation_files))
+    return Corpus(names[0], tokens, train, held_out, names, held_out_names)
 
 
 def _text_files(paths: Sequence[Path | str]) -> list[Path]:
@@ -230,7 +225,7 @@ class MaskedBlocks(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         window = self._windows[index]
-        bits = torch.Generator().manual_seed(_mix(self._seed, int(self._epoch), index))
+        bits = torch.Generator().manual_seed(_mix(self._seed, int(self._epoch), index))  # it uses the low 32 bits
         chosen = torch.rand(len(window), generator=bits).argsort(stable=True)[: self._count]
         original = window[chosen]
         arbitrary = torch.randint(len(self._ordinary_ids), (self._count,), generator=bits)

@@ -185,13 +185,15 @@ def _ids(r: Recipe) -> dict[str, Any]:
 def _gpt2_model(r: Recipe) -> PreTrainedModel:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             n_embd=r.hidden, n_layer=r.layers, n_head=r.heads, n_inner=r.intermediate, n_positions=r.positions,
             resid_pdrop=r.dropout, embd_pdrop=r.dropout, attn_pdrop=r.dropout,
             initializer_range=r.init_std, use_cache=False, **_ids(r),
         )
     )  # fmt: skip
+    model.loss_type = "ForCausalLM"  # transformers cannot tell from the class's name, and warns at every loss
+    return model
 
 
 def _llama_model(r: Recipe) -> PreTrainedModel:

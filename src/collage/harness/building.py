@@ -1,0 +1,99 @@
+"""What a run is made of: the model in the strategy's dtype, its optimizer, its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedModel
+
+import collage
+from collage.harness import recipes, weights
+from collage.harness.config import RunConfig
+from collage.harness.data import CausalBlocks, Corpus, MaskedBlocks
+from collage.strategies import Strategy
+
+
+def model_of(config: RunConfig, corpus: Corpus, init: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+    """The recipe's model, its parameters rounded to bf16 and held in the strategy's dtype; its buffers as they are.
+
+    Every strategy starts from the same rounded weights, those in float32 too. `init` replaces the random weights.
+    """
+    tokens = corpus.tokens
+    model = recipes.build(
+        config.model, tokens.vocab_size, seed=config.seed, pad_id=tokens.pad_id if config.tokenizer else None
+    )
+    if init is not None:
+        _take(model, init)
+    dtype = Strategy.parse(config.strategy).dtype
+    for p in model.parameters():
+        p.data = p.data.bfloat16().to(dtype)
+    return model
+
+
+@torch.no_grad()
+def _take(model: nn.Module, init: Mapping[str, Tensor]) -> None:
+    """Copy weights by name; a tied parameter may be there under any of its names."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    for p, known in names.items():
+        value = next((init[name] for name in known if name in init), None)
+        if value is None:
+            raise ValueError(f"init: has no weight '{known[0]}'; give the weights of a model of the same recipe")
+        if value.shape != p.shape:
+            raise ValueError(
+                f"init: weight '{known[0]}' has shape {tuple(value.shape)}, the model's is {tuple(p.shape)}; "
+                "give the same --model and --tokenizer as it was trained with"
+            )
+        p.copy_(value)
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The weights in a safetensors file, a state dict, or the folder of a transformers model."""
+    return {entry.name: entry.tensor for entry in weights.read(Path(path)) if entry.tensor is not None}
+
+
+def optimizer_of(config: RunConfig, model: nn.Module) -> collage.AdamW:
+    """AdamW on all parameters. In masked models biases and norm weights do not decay, as BERT was published."""
+    kinds = {name: weights.kind_of(name) for name, _ in model.named_parameters()}
+    masked = config.recipe.objective == "masked"
+    spared = {name for name, kind in kinds.items() if masked and (kind == "norm" or name.endswith("bias"))}
+    named = list(model.named_parameters())
+    groups: list[dict[str, Any]] = [{"params": [(name, p) for name, p in named if name not in spared]}]
+    if spared:
+        groups.append({"params": [(name, p) for name, p in named if name in spared], "weight_decay": 0.0})
+    return collage.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+        strategy=config.strategy, seed=config.seed,
+    )  # fmt: skip
+
+
+def datasets(config: RunConfig, corpus: Corpus) -> tuple[Dataset[Any], Subset[Any]]:
+    """Training windows, and a fixed sample of validation windows spread evenly over their text."""
+    train: CausalBlocks | MaskedBlocks
+    held_out: CausalBlocks | MaskedBlocks
+    if config.recipe.objective == "causal":
+        train = CausalBlocks(corpus.train, config.seq_len)
+        held_out = CausalBlocks(corpus.validation, config.seq_len)
+    else:
+        train = MaskedBlocks(corpus.train, config.seq_len, corpus.tokens, config.seed)
+        held_out = MaskedBlocks(corpus.validation, config.seq_len, corpus.tokens, fixed=True)
+    if len(train) < config.batch_size:
+        raise ValueError(
+            f"data: {len(corpus.train):,} tokens are {len(train)} windows of {config.seq_len}, fewer than a step's "
+            f"{config.batch_size}; give more text, or a smaller --batch-size or --seq-len"
+        )
+    # Whole batches only: Trainer drops a short last one.
+    count = min(config.eval_sequences, len(held_out))
+    count = max(count - count % eval_batch(config, held_out), 1)
+    return train, Subset(held_out, [i * len(held_out) // count for i in range(count)])
+
+
+def eval_batch(config: RunConfig, held_out: Sized) -> int:
+    """Sequences per forward pass of an evaluation."""
+    return min(config.micro_batch, config.eval_sequences, len(held_out))

@@ -1,0 +1,82 @@
+"""The `collage` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+EXTRA = "pip install 'collage-optim[train]'"
+
+# Command -> (module with add_arguments and run, one line, examples).
+COMMANDS = {
+    "compare": (
+        "compare",
+        "train one model under several precision strategies and show what each loses",
+        "collage compare --finetune\n"
+        "  collage compare --model tiny-bert --seeds 3 --strategies bf16,collage-plus,fp32-master",
+    ),
+    "preflight": (
+        "preflight",
+        "say, without training, which weights a learning rate cannot move in which format",
+        "collage preflight model.safetensors --lr 1e-5 --weight-decay 0.1",
+    ),
+    "train": (
+        "train_command",
+        "train under one strategy, with checkpoints, resume and EDQ in the log",
+        "collage train --strategy collage-plus --out runs/mine --save-every 100\n"
+        "  collage train --strategy collage-plus --out runs/mine --save-every 100 --resume",
+    ),
+    "info": ("info", "show versions, backends and the table of strategies", "collage info"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands, without the options of any: those are added once the command is known."""
+    result = argparse.ArgumentParser(
+        prog="collage",
+        description="Train in bfloat16 without float32 master weights, and measure what rounding loses.",
+        epilog="collage COMMAND --help says more.",
+    )
+    commands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, line, examples) in COMMANDS.items():
+        commands.add_parser(
+            name,
+            help=line,
+            description=line[0].upper() + line[1:] + ".",
+            epilog=f"examples:\n  {examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+        )
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Errors that a user can mend are one line on stderr, exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command, _ = parser().parse_known_args(argv)
+    name, line, examples = COMMANDS[command.command]
+    try:
+        module = importlib.import_module(f"collage.harness.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("collage"):
+            raise
+        return _fail(f"'collage {command.command}' needs {error.name}: {EXTRA}")
+    own = argparse.ArgumentParser(
+        prog=f"collage {command.command}",
+        description=line[0].upper() + line[1:] + ".",
+        epilog=f"examples:\n  {examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(own)
+    args = own.parse_args(argv[argv.index(command.command) + 1 :])
+    try:
+        return int(module.run(args))
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    print(f"collage: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,189 @@
+"""`collage compare`: one model, one seed, the same batches, several precision strategies."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+import collage
+from collage.harness import checkpoints, console, options, train, verdict
+from collage.harness.config import FINETUNE_LR, RunConfig
+from collage.harness.data import Corpus, read_corpus
+from collage.harness.machine import machine
+from collage.harness.results import REFERENCE
+from collage.strategies import STRATEGIES, Strategy
+
+DEFAULT = ("bf16", "collage-light", "collage-plus", REFERENCE)
+STEPS, FINETUNE_STEPS, PRETRAIN_STEPS = 300, 120, 250
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared."""
+
+    run: RunConfig  # of every strategy and seed
+    warm: RunConfig | None  # what goes before, shared by the strategies of a seed
+    strategies: tuple[str, ...]
+    seeds: tuple[int, ...]
+    command: str  # that makes the same again
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `collage compare`."""
+    parser.add_argument(
+        "--strategies", default=",".join(DEFAULT), metavar="A,B,...",
+        help=f"of {', '.join(STRATEGIES)}, or the paper's letters (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--finetune", action="store_true",
+        help=f"one warm-up under {REFERENCE} on novels, then every strategy goes on with Python source at lr "
+        f"{FINETUNE_LR:g}: where plain bf16 fails most visibly",
+    )  # fmt: skip
+    parser.add_argument("--pretrain-steps", type=int, metavar="N", help=f"of that warm-up (default: {PRETRAIN_STEPS})")
+    parser.add_argument(
+        "--finetune-data", nargs="+", metavar="PATH", help="text to go on with (default: embedded Python source)"
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds, from --seed on")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: runs/MODEL-REGIME)")
+    options.add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train everything, write the results and the report, print the table. Returns the exit code."""
+    plan = plan_of(args)
+    corpora = _corpora(plan, args.finetune_data)
+    out = options.open_folder(plan.run.out)
+    screen = Console()
+    try:
+        with (out / "metrics.jsonl").open("w", encoding="utf-8") as metrics, console.progress(screen) as bars:
+            results = _train_all(plan, corpora, metrics, bars)
+        summary = summarise(plan, results)
+        checkpoints.write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        console.print_comparison(screen, summary)
+        from collage.harness.report import write_report  # matplotlib takes a second
+
+        screen.print(f"report: {write_report(out)}", highlight=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        screen.print(f"interrupted; what was measured so far is in {out / 'metrics.jsonl'}", soft_wrap=True)
+        return 130
+    return 0
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """Check all that was asked for, before anything is trained."""
+    strategies = tuple(str(Strategy.parse(name.strip())) for name in _split(args.strategies))
+    if len(set(strategies)) < len(strategies):
+        raise ValueError(f"--strategies: each once, got {', '.join(strategies)}")
+    if args.seeds < 1:
+        raise ValueError(f"--seeds: needs a number above 0, got {args.seeds}")
+    if not args.finetune and (args.pretrain_steps is not None or args.finetune_data):
+        raise ValueError("--pretrain-steps, --finetune-data: only with --finetune")
+    regime = "finetune" if args.finetune else "scratch"
+    out = args.out or Path("runs") / f"{args.model}-{regime}"
+    steps = args.steps or (FINETUNE_STEPS if args.finetune else STEPS)
+    run = options.run_config(args, out, steps=steps, eval_every=max(1, steps // 4))
+    warm = _warm_up(args, run) if args.finetune else None
+    if warm is not None:
+        run = replace(run, data=tuple(args.finetune_data or ()))
+    seeds = tuple(range(args.seed, args.seed + args.seeds))
+    return Plan(run, warm, strategies, seeds, shlex.join(["collage", *sys.argv[1:]]))
+
+
+def _split(names: str) -> list[str]:
+    """At the commas between strategies; those inside a spec, param=...,variance=..., stay."""
+    parts: list[str] = []
+    for part in names.split(","):
+        if "=" in part and not part.startswith("param=") and parts and "=" in parts[-1]:
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return parts
+
+
+def _warm_up(args: argparse.Namespace, run: RunConfig) -> RunConfig:
+    """From scratch, by the recipe; logged and evaluated at its ends alone."""
+    steps = PRETRAIN_STEPS if args.pretrain_steps is None else args.pretrain_steps
+    return RunConfig.of(
+        args.model, run.out, phase=args.phase, strategy=REFERENCE, steps=steps, data=tuple(args.data or ()),
+        tokenizer=args.tokenizer, batch_size=run.batch_size, micro_batch=run.micro_batch, seq_len=run.seq_len,
+        compute=run.compute, every=steps, shadow=0, eval_sequences=run.micro_batch,
+    )  # fmt: skip
+
+
+def _corpora(plan: Plan, finetune_data: list[str] | None) -> tuple[Corpus, Corpus | None]:
+    """Text of the runs, and of the warm-up. Read once; a wrong path is known before anything is trained."""
+    config = plan.run
+    if plan.warm is None:
+        return config.corpus(), None
+    warm = plan.warm.corpus()
+    if finetune_data is not None:
+        return read_corpus(finetune_data, config.validation or None, warm.tokens), warm
+    return config.corpus(), warm
+
+
+def _train_all(
+    plan: Plan, corpora: tuple[Corpus, Corpus | None], metrics: TextIO, bars: Progress
+) -> list[train.RunResult]:
+    def record(row: dict[str, Any]) -> None:
+        metrics.write(json.dumps(row) + "\n")
+        metrics.flush()
+
+    corpus, warm_corpus = corpora
+    results: list[train.RunResult] = []
+    measured = REFERENCE if REFERENCE in plan.strategies else plan.strategies[0]
+    for seed in plan.seeds:
+        where = f", seed {seed}" if len(plan.seeds) > 1 else ""
+        init: Mapping[str, Tensor] | None = None
+        if plan.warm is not None:
+            tick = console.bar(bars, f"warm-up{where}", plan.warm.steps)
+            init = train.run(replace(plan.warm, seed=seed), warm_corpus, tick=tick).weights
+        for strategy in plan.strategies:
+            config = replace(plan.run, strategy=strategy, seed=seed)
+            tick = console.bar(bars, f"{strategy}{where}", config.steps)
+            first = strategy == measured and seed == plan.seeds[0]
+            result = train.run(config, corpus, init=init, record=record, tick=tick, histogram=first)
+            results.append(replace(result, weights={}))
+    return results
+
+
+def summarise(plan: Plan, results: list[train.RunResult]) -> dict[str, Any]:
+    """summary.json."""
+    from collage.harness.floors import floors_table
+
+    config, runs = plan.run, [result.to_dict() for result in results]
+    rows = verdict.table(plan.strategies, runs)
+    return {
+        "title": f"{'Fine-tuning' if plan.warm else 'Training from scratch'}: {config.model}",
+        "command": plan.command,
+        "version": collage.__version__,
+        "machine": machine(config.compute_dtype()),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "regime": "finetune" if plan.warm else "scratch",
+        "model": config.model,
+        "parameters": results[0].parameters,
+        "steps": config.steps,
+        "pretrain_steps": plan.warm.steps if plan.warm else None,
+        "tokens_per_step": config.tokens_per_step,
+        "lr": config.lr,
+        "settings": config.to_dict(),
+        "seeds": list(plan.seeds),
+        "strategies": list(plan.strategies),
+        "initial_loss": verdict.mean([run["initial_loss"] for run in runs]),
+        "runs": runs,
+        "table": rows,
+        "floors": {name: floor._asdict() for name, floor in floors_table().items()},
+        "advice": verdict.advice(rows, runs),
+        "update_histogram": next((r.update_histogram for r in results if r.update_histogram), None),
+        "caveats": verdict.caveats(config, plan.strategies, len(plan.seeds)),
+    }

@@ -1,0 +1,57 @@
+"""`collage info`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+import collage
+from collage.strategies import ALIASES, STRATEGIES
+
+USE_WHEN = {
+    "bf16": "a baseline: it loses updates below half an ulp",
+    "collage-light": "beta2 is 0.95 or less; the smallest that keeps theta whole",
+    "collage-plus": "the default: quality of float32 master weights",
+    "collage-plus-sr": "tiny learning rates, weight decay or long averages: no floor",
+    "paper-bf16": "reproducing the paper's option A",
+    "paper-light": "reproducing the paper's option B",
+    "paper-plus": "reproducing the paper's option C",
+    "fp32-states": "reproducing the paper's option D-MW",
+    "fp32-master": "the reference that others are measured against",
+    "fp32": "full precision, no bf16 weights",
+    "kahan": "comparing with Kahan summation",
+    "stochastic": "comparing with stochastic rounding alone",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print versions, backends, strategies."""
+    screen = Console()
+    screen.print(f"collage {collage.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    screen.print("backends: reference (plain PyTorch, any device)", highlight=False)
+    screen.print(_strategies())
+    for name, when in USE_WHEN.items():
+        screen.print(f"  {name:<16}{when}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _strategies() -> Table:
+    """Narrow enough for 80 columns."""
+    table = Table(header_style="bold", box=SIMPLE)
+    letters = {name: letter for letter, name in ALIASES.items()}
+    for header in ("strategy", "paper", "theta / momentum / variance", "arithmetic", "bytes"):
+        table.add_column(header, justify="right" if header == "bytes" else "left", no_wrap=True)
+    for name, s in STRATEGIES.items():
+        formats = f"{s.param} / {s.momentum} / {s.variance}"
+        table.add_row(name, letters.get(name, ""), formats, s.arithmetic, str(s.bytes_per_param()))
+    table.caption = "bytes: per parameter, weights, state and gradient. Use it when:"
+    return table

@@ -1,0 +1,191 @@
+"""What a run is measured by besides its loss: bytes, milliseconds, tokens, and the sizes of its updates."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from collage.monitor import Item, Monitor
+from collage.optim import Entry, PrecisionOptimizer
+
+
+def bytes_by_slot(optimizer: PrecisionOptimizer) -> dict[str, int]:
+    """Bytes of the live tensors: "gradient", "param", and every plane of the state under its key.
+
+    The step counter, 8 bytes for each tensor, is left out.
+    """
+    result = {"gradient": 0, "param": 0}
+    for entry in optimizer.entries():
+        result["param"] += entry.param.nbytes
+        result["gradient"] += 0 if entry.param.grad is None else entry.param.grad.nbytes
+        for key, plane in optimizer.state[entry.param].items():
+            if key != "step":
+                result[key] = result.get(key, 0) + plane.nbytes
+    return result
+
+
+class PeakMemory:
+    """The largest memory in use since creation: of the GPU's allocator, or else of this process.
+
+    Where the system keeps no resettable high-water mark, that of the process since its start.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def device_bytes(self) -> int | None:
+        """Peak of torch's allocator on the GPU; None on a CPU."""
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+    def rss_bytes(self) -> int:
+        """Peak resident set of the whole process: Python, libraries, activations and all."""
+        try:
+            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            unit = 1 if sys.platform == "darwin" else 1024
+            return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class _Clocked:
+    """A monitor, and how long it took."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor, self.seconds = monitor, 0.0
+
+    @property
+    def due(self) -> bool:
+        return self.monitor.due
+
+    def before(self, items: list[Item]) -> None:
+        start = time.perf_counter()
+        self.monitor.before(items)
+        self.seconds += time.perf_counter() - start
+
+    def after(self, items: list[Item]) -> None:
+        start = time.perf_counter()
+        self.monitor.after(items)
+        self.seconds += time.perf_counter() - start
+
+
+class Timed(NamedTuple):
+    """Seconds of one step, without the monitor's own."""
+
+    optimizer: float
+    whole: float  # forward, backward, clipping, optimizer
+
+
+class StepMeter(TrainerCallback):
+    """Times the steps that are not monitored, and weighs the live tensors once, while the gradients are there.
+
+    Put it after the callback that attaches the monitor.
+    """
+
+    def __init__(self, optimizer: PrecisionOptimizer) -> None:
+        self.bytes: dict[str, int] = {}
+        self.steps: list[Timed] = []
+        self._optimizer = optimizer
+        self._clocked: list[_Clocked] = []
+        self._began = self._before = self._optimizer_seconds = 0.0
+        self._plain = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._clocked = [_Clocked(monitor) for monitor in self._optimizer.monitors]
+        self._optimizer.monitors = cast("list[Monitor]", self._clocked)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._optimizer.monitors = [clocked.monitor for clocked in self._clocked]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._plain = not any(clocked.due for clocked in self._clocked)
+        for clocked in self._clocked:
+            clocked.seconds = 0.0
+        _synchronize()
+        self._before = time.perf_counter()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        _synchronize()
+        self._optimizer_seconds = time.perf_counter() - self._before
+        if not self.bytes:
+            self.bytes = bytes_by_slot(self._optimizer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        whole = time.perf_counter() - self._began
+        monitoring = sum(clocked.seconds for clocked in self._clocked)
+        if self._plain:
+            self.steps.append(Timed(self._optimizer_seconds - monitoring, whole - monitoring))
+
+    @property
+    def optimizer_ms(self) -> float | None:
+        """Median milliseconds of the optimizer's step."""
+        return 1e3 * median(step.optimizer for step in self.steps) if self.steps else None
+
+    def tokens_per_second(self, tokens_per_step: int) -> float | None:
+        """Of the median step, so without evaluation, checkpoints, monitoring and waiting."""
+        return tokens_per_step / median(step.whole for step in self.steps) if self.steps else None
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class UpdateSizes:
+    """A histogram of log2(|Delta| / ulp(theta)), Delta the update that Adam's rule intends, ulp that of bf16.
+
+    Over one weight in `stride`, at every `every`-th step of the optimizer. Delta follows from the moments after the
+    step, so it does not matter what the weights' format made of it.
+    """
+
+    EDGES = tuple(k / 2 for k in range(-60, 21))
+
+    def __init__(self, optimizer: PrecisionOptimizer, every: int = 10, stride: int = 61) -> None:
+        self.counts = torch.zeros(len(self.EDGES) - 1, dtype=torch.int64)
+        self._every, self._stride, self._calls = every, stride, 0
+        optimizer.register_step_post_hook(self._after)
+
+    def _after(self, optimizer: Any, *_: Any) -> None:
+        self._calls += 1
+        if self._calls % self._every:
+            return
+        for entry in optimizer.entries():
+            if entry.param.grad is not None:
+                self._add(*_intended(optimizer, entry, self._stride))
+
+    def _add(self, theta: Tensor, delta: Tensor) -> None:
+        seen = (theta != 0) & (delta != 0)
+        exponent = torch.frexp(theta[seen]).exponent.clamp(min=-125) - 8  # ulp = 2**exponent
+        logs = delta[seen].abs().log2() - exponent
+        inside = logs.clamp(self.EDGES[0], self.EDGES[-1]).float()
+        self.counts += torch.histc(inside.cpu(), len(self.counts), self.EDGES[0], self.EDGES[-1]).long()
+
+    def to_dict(self) -> dict[str, list[float]]:
+        return {"edges": list(self.EDGES), "counts": self.counts.tolist()}
+
+
+def _intended(optimizer: PrecisionOptimizer, entry: Entry, stride: int) -> tuple[Tensor, Tensor]:
+    """(theta, Delta) of the step just made, on a sample, in float64."""
+    formats, planes = optimizer.strategy_of(entry).formats, optimizer.planes(entry)
+    sampled = [tuple(plane.reshape(-1)[::stride] for plane in slot) for slot in planes]
+    theta, m, v = (fmt.value(slot).double() for fmt, slot in zip(formats, sampled, strict=True))
+    step, group = int(optimizer.state[entry.param]["step"]), entry.group
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    direction = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
+    return theta, lr * (direction + group["weight_decay"] * theta)

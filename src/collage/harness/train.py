@@ -1,0 +1,125 @@
+"""One training run under one strategy: `collage train`, and every run of `collage compare`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import collage
+from collage.harness import building, checkpoints
+from collage.harness.config import RunConfig
+from collage.harness.data import Corpus
+from collage.harness.meters import PeakMemory, StepMeter, UpdateSizes
+from collage.harness.recording import Record, Recorder
+from collage.harness.trainer import PrecisionTrainer, arguments, quiet
+from collage.integrations.transformers import LOGGED, EDQCallback
+from collage.monitor import Report
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave. After a resume, what is measured (not the losses) is of the part since then."""
+
+    strategy: str
+    seed: int
+    parameters: int
+    initial_loss: float  # on the validation sample, before the first step
+    val_loss: float  # after the last
+    curve: dict[int, float]  # step -> validation loss
+    report: Report  # of the monitor
+    bytes_by_slot: dict[str, int]  # of the live tensors
+    peak_rss_bytes: int  # of the process during this run
+    peak_device_bytes: int | None  # of the GPU's allocator
+    optimizer_ms: float | None  # median step, without the monitor
+    tokens_per_s: float | None  # of the median training step, without the monitor
+    seconds: float  # of everything
+    update_histogram: dict[str, list[float]] | None
+    weights: dict[str, Tensor] = field(repr=False)  # float32, with all that the components hold
+
+    def to_dict(self) -> Record:
+        """Its row of summary.json."""
+        quality = self.report.to_dict()
+        state = sum(self.bytes_by_slot.values())
+        return {
+            "strategy": self.strategy, "seed": self.seed, "initial_loss": self.initial_loss,
+            "val_loss": self.val_loss, **{name: quality["total"][name] for name in LOGGED},
+            "frozen": self.report.frozen, "beside": quality["beside"], "bytes_by_slot": self.bytes_by_slot,
+            "bytes_per_param": state / self.parameters, "state_bytes": state, "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_device_bytes": self.peak_device_bytes, "optimizer_ms": self.optimizer_ms,
+            "tokens_per_s": self.tokens_per_s, "seconds": self.seconds,
+        }  # fmt: skip
+
+
+def run(
+    config: RunConfig,
+    corpus: Corpus | None = None,
+    *,
+    init: Mapping[str, Tensor] | None = None,
+    resume: Path | None = None,
+    record: Callable[[Record], None] = lambda _: None,
+    tick: Callable[[int], None] = lambda _: None,
+    report_to: str = "none",
+    histogram: bool = False,
+) -> RunResult:
+    """Build, evaluate, train, evaluate.
+
+    Args:
+        config: the settings.
+        corpus: `config.corpus()`, if it has been read already.
+        init: weights to start from, by name; by default those of `config.init`, or random ones.
+        resume: a complete checkpoint of this run; what follows is then what would have followed, bit for bit.
+        record: is given each log as a line of metrics.jsonl.
+        tick: is given the number of finished steps.
+        report_to: as Trainer's.
+        histogram: gather the sizes of the updates.
+    """
+    began, memory = time.perf_counter(), PeakMemory()
+    corpus = corpus or config.corpus()
+    if init is None and config.init:
+        init = building.read_weights(config.init)
+    with quiet():
+        model = building.model_of(config, corpus, init)
+        optimizer = building.optimizer_of(config, model)
+        sizes = UpdateSizes(optimizer, config.every) if histogram else None
+        meter = StepMeter(optimizer)
+        edq = EDQCallback(optimizer, config.every, config.shadow or None, config.beside)
+        recorder = Recorder(config, edq, record, tick)
+        train_data, validation = building.datasets(config, corpus)
+        trainer = PrecisionTrainer(
+            model=model,
+            args=arguments(config, report_to, building.eval_batch(config, validation)),
+            train_dataset=train_data,
+            eval_dataset=validation,
+            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_scale)),
+            callbacks=[edq, meter, recorder],
+            compute_dtype=config.compute_dtype(),
+        )
+        initial = trainer.evaluate()["eval_loss"]
+        if resume is not None and checkpoints.step_of(resume) == config.steps:
+            trainer.load_finished(resume)  # Trainer.train() would take one step more
+        else:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if config.steps not in recorder.evaluated:
+            trainer.evaluate()
+    return RunResult(
+        strategy=config.strategy,
+        seed=config.seed,
+        parameters=sum(p.numel() for p in model.parameters()),
+        initial_loss=initial,
+        val_loss=recorder.evaluated[config.steps],
+        curve=recorder.evaluated,
+        report=edq.report(),
+        bytes_by_slot=meter.bytes,
+        peak_rss_bytes=memory.rss_bytes(),
+        peak_device_bytes=memory.device_bytes(),
+        optimizer_ms=meter.optimizer_ms,
+        tokens_per_s=meter.tokens_per_second(config.tokens_per_step),
+        seconds=time.perf_counter() - began,
+        update_histogram=sizes.to_dict() if sizes else None,
+        weights=collage.high_precision_state_dict(model, optimizer),
+    )

@@ -1,0 +1,131 @@
+"""`collage train`: one strategy, with checkpoints and resume."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import collage
+from collage.harness import checkpoints, console, options, train
+from collage.harness.config import RunConfig
+
+SETTINGS, METRICS, RESULT, WEIGHTS = "settings.json", "metrics.jsonl", "result.json", "weights.safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `collage train`."""
+    parser.add_argument(
+        "--strategy", default="collage-plus", metavar="NAME", help="as `collage info` lists them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/train"), metavar="DIR", help="of everything (default: %(default)s)"
+    )
+    parser.add_argument("--init", metavar="PATH", help="weights to start from: a file or folder (default: random)")
+    parser.add_argument(
+        "--finetune", action="store_true", help="the embedded Python source instead of the novels, at lr 1e-5, constant"
+    )
+    keeping = parser.add_argument_group("checkpoints")
+    keeping.add_argument("--save-every", type=int, default=100, metavar="N", help="steps (default: 100; 0: never)")
+    keeping.add_argument("--keep", type=int, metavar="N", help="the newest N (default: 2)")
+    keeping.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
+    options.add_run_arguments(parser)
+    parser.add_argument(
+        "--beside", nargs="+", metavar="STRATEGY", help="also tell what these would have lost on this very run"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train. Writes checkpoints, metrics.jsonl, TensorBoard logs, result.json and the weights into --out."""
+    config = options.run_config(args, args.out, eval_every=100)
+    corpus = config.corpus()
+    screen = Console()
+    options.open_folder(config.out)
+    start = _start(config, screen)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.out / "tensorboard"))
+    try:
+        with (config.out / METRICS).open("a", encoding="utf-8") as metrics, console.progress(screen) as bars:
+
+            def record(row: dict[str, Any]) -> None:
+                if start is None or row["step"]:  # a resumed run has told its first loss before
+                    metrics.write(json.dumps(row) + "\n")
+                    metrics.flush()
+                    bars.console.print(_line(row), highlight=False)
+
+            tick = console.bar(bars, config.strategy, config.steps)
+            result = train.run(config, corpus, resume=start, record=record, tick=tick, report_to="tensorboard")
+    except KeyboardInterrupt:
+        screen.print(f"interrupted; checkpoints and metrics so far are in {config.out}; go on with --resume")
+        return 130
+    _save(result, config.out)
+    screen.print(_verdict(result), highlight=False, soft_wrap=True)
+    screen.print(f"weights: {config.out / WEIGHTS}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    if row["kind"] == "eval":
+        return f"step {row['step']:>6}  validation loss {row['loss']:.4f}"
+    measured = "" if row["edq_ratio"] is None else f"  EDQ ratio {row['edq_ratio']:.4f}  lost {row['lost']:.2%}"
+    return f"step {row['step']:>6}  loss {row['loss']:.4f}  lr {row['lr']:.2e}{measured}"
+
+
+def _verdict(result: train.RunResult) -> str:
+    total, frozen = result.report.total, len(result.report.frozen)
+    edq = "" if total.edq_ratio is None else f"; EDQ ratio {total.edq_ratio:.4f}, lost {total.lost or 0:.2%}"
+    beside = "".join(
+        f"; {name} would have had {quality.edq_ratio:.4f}, {quality.lost or 0:.2%}"
+        for name, quality in result.report.beside.items()
+        if quality.edq_ratio is not None
+    )
+    return (
+        f"{result.strategy}: validation loss {result.initial_loss:.4f} → {result.val_loss:.4f}{edq}"
+        + (f", {frozen} parameters frozen" if frozen else "")
+        + beside
+    )
+
+
+def _start(config: RunConfig, screen: Console) -> Path | None:
+    """The checkpoint to go on from, or None to begin. Refuses to mix two runs in one folder."""
+    settings, found = config.out / SETTINGS, checkpoints.all_in(config.out)
+    if not config.resume and found:
+        raise ValueError(
+            f"--out '{config.out}': holds {found[-1].name} of an earlier run; add --resume to go on with it, or choose "
+            "another folder"
+        )
+    start = None
+    if config.resume:
+        if settings.exists():
+            config.require_same_run(json.loads(settings.read_text(encoding="utf-8")))
+        start, skipped = checkpoints.newest_complete(config.out)
+        for line in skipped:
+            screen.print(line, highlight=False, soft_wrap=True)
+        went = f"going on from {start.name}" if start else "no complete checkpoint: starting from the beginning"
+        screen.print(f"{went} in {config.out}", highlight=False, soft_wrap=True)
+    _forget_after(config.out / METRICS, checkpoints.step_of(start) if start else None)
+    checkpoints.write_whole(settings, json.dumps(config.to_dict(), indent=1) + "\n")
+    return start
+
+
+def _forget_after(metrics: Path, step: int | None) -> None:
+    """Keep only the records up to the checkpoint's step: the rest will be made again."""
+    if not metrics.exists():
+        return
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # the last is cut off if the run was killed
+    kept = [line for line in whole if step is not None and json.loads(line)["step"] <= step]
+    checkpoints.write_whole(metrics, "".join(kept))
+
+
+def _save(result: train.RunResult, out: Path) -> None:
+    """result.json, and the weights in float32 with all that their components hold; each tied weight under one name."""
+    from safetensors.torch import save_file
+
+    checkpoints.write_whole(out / RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
+    partial = out / f".{WEIGHTS}.writing"
+    save_file(result.weights, partial, metadata={"format": "pt", "collage": collage.__version__})
+    os.replace(partial, out / WEIGHTS)

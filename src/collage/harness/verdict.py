@@ -1,0 +1,113 @@
+"""What a comparison's runs say together: the table, paired by seed, and one sentence of advice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from collage.harness.results import REFERENCE
+
+Row = dict[str, Any]
+
+WHOLE = 0.999  # EDQ ratio
+V_TOLERANCE = 0.01  # of v over its shadow
+_MEANS = (
+    "val_loss", "initial_loss", "edq_ratio", "edq_visible", "edq", "lost", "v_ratio", "m_error", "edq_shadow",
+    "bytes_per_param", "state_bytes", "optimizer_ms", "tokens_per_s",
+)  # fmt: skip
+
+
+def table(strategies: Sequence[str], runs: Sequence[Row]) -> list[Row]:
+    """A row per strategy: means over seeds, and the differences to fp32-master on the same seed and batches."""
+    return [_row(strategy, runs) for strategy in strategies]
+
+
+def _row(strategy: str, runs: Sequence[Row]) -> Row:
+    mine = _by_seed(strategy, runs)
+    reference = _by_seed(REFERENCE, runs)
+    pairs = [(run, reference[seed]) for seed, run in mine.items() if seed in reference]
+    differences = [run["val_loss"] - other["val_loss"] for run, other in pairs]
+    peaks = [run["peak_device_bytes"] or run["peak_rss_bytes"] for run in mine.values()]
+    return {
+        "strategy": strategy,
+        **{key: mean([run[key] for run in mine.values()]) for key in _MEANS},
+        "difference": mean(differences),
+        "difference_spread": stdev(differences) if len(differences) > 1 else None,
+        "kept": _kept(pairs),
+        "frozen": len({name for run in mine.values() for name in run["frozen"]}),
+        "peak_memory_bytes": mean(peaks),
+    }
+
+
+def _by_seed(strategy: str, runs: Sequence[Row]) -> dict[int, Row]:
+    return {run["seed"]: run for run in runs if run["strategy"] == strategy}
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _kept(pairs: Sequence[tuple[Row, Row]]) -> float | None:
+    """Share of fp32-master's improvement; None if it has not improved."""
+    gains = [tuple(run["initial_loss"] - run["val_loss"] for run in pair) for pair in pairs]
+    whole = sum(reference for _, reference in gains)
+    return sum(gain for gain, _ in gains) / whole if whole > 0 else None
+
+
+def seeds_noise(runs: Sequence[Row]) -> float | None:
+    """Standard deviation of fp32-master's validation loss over seeds: what another seed alone changes."""
+    losses = [run["val_loss"] for run in _by_seed(REFERENCE, runs).values()]
+    return stdev(losses) if len(losses) > 1 else None
+
+
+def advice(rows: Sequence[Row], runs: Sequence[Row]) -> str:
+    """The cheapest strategy that loses nothing that could be seen here, or why there is none."""
+    noise = seeds_noise(runs)
+    fit = [row for row in rows if _whole(row) and _within(row, noise)]
+    if not fit:
+        text = "None of these strategies delivers its updates whole with a second moment within 1 % of its shadow."
+        return f"{text} {_unknown(rows, noise)}".strip()
+    best = min(fit, key=lambda row: (row["bytes_per_param"], row["optimizer_ms"] or 0.0))
+    least = min(row["bytes_per_param"] for row in rows)
+    cost = "the cheapest of all" if best["bytes_per_param"] == least else "the cheapest that loses nothing seen here"
+    sentence = (
+        f"Use {best['strategy']}: {cost}, {best['bytes_per_param']:.4g} bytes per parameter, EDQ ratio "
+        f"{best['edq_ratio']:.4f}, second moment {best['v_ratio']:.3f}× its shadow's"
+    )
+    if noise is not None and best["difference"] is not None:
+        against = f", loss within {abs(best['difference']):.4f} of {REFERENCE}'s (the seeds' noise: {noise:.4f})"
+        sentence += "" if best["strategy"] == REFERENCE else against
+    return f"{sentence}. {_unknown(rows, noise)}".strip()
+
+
+def _whole(row: Mapping[str, Any]) -> bool:
+    edq, v = row["edq_ratio"], row["v_ratio"]
+    return edq is not None and edq >= WHOLE and v is not None and abs(v - 1.0) <= V_TOLERANCE
+
+
+def _within(row: Mapping[str, Any], noise: float | None) -> bool:
+    return noise is None or row["difference"] is None or abs(row["difference"]) <= noise
+
+
+def _unknown(rows: Sequence[Row], noise: float | None) -> str:
+    """What was not compared, and how to."""
+    if all(row["strategy"] != REFERENCE for row in rows):
+        return f"Losses were not judged: add {REFERENCE} to --strategies."
+    return "" if noise is not None else "One seed cannot show which differences in loss are noise: add --seeds 3."
+
+
+def caveats(config: Any, strategies: Sequence[str], seeds: int) -> list[str]:
+    """What these runs do not show."""
+    found = [
+        f"{config.model} for {config.steps} steps: another model, text or length may behave otherwise.",
+        "Optimizer times are those of the reference backend, plain PyTorch, on this machine; they rank no strategy.",
+        "Peak memory is of the whole process during a run: Python, libraries and activations dominate a small model.",
+    ]
+    if seeds == 1:
+        found.append("One seed: small differences in loss may be noise.")
+    if REFERENCE not in strategies:
+        found.append(f"Without {REFERENCE}, no paired difference and no share of its improvement.")
+    return found

@@ -1,0 +1,1 @@
+"""Collage inside other people's training loops."""

@@ -1,0 +1,206 @@
+"""`collage compare` from the command line to its files, and the commands around it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collage import STRATEGIES
+from collage.harness import compare, train, verdict
+from collage.harness.cli import COMMANDS, main
+
+SMALL = ["--batch-size", "4", "--seq-len", "16", "--every", "2", "--eval-sequences", "8", "--steps", "6"]
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparison(out: Path, *options: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run it; its summary and metrics."""
+    assert main(["compare", "--out", str(out), *SMALL, *options]) == 0
+    return json.loads((out / "summary.json").read_text()), lines(out)
+
+
+def test_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary, metrics = comparison(tmp_path)
+    assert summary["strategies"] == list(compare.DEFAULT)
+    assert summary["regime"] == "scratch"
+    assert summary["tokens_per_step"] == 64
+    assert {run["initial_loss"] for run in summary["runs"]} == {summary["initial_loss"]}
+    for row in summary["table"]:
+        assert row["bytes_per_param"] == STRATEGIES[row["strategy"]].bytes_per_param()
+        assert row["difference_spread"] is None
+    assert summary["table"][-1]["difference"] == 0.0
+    assert sum(summary["update_histogram"]["counts"]) > 1000
+    assert len(summary["update_histogram"]["edges"]) == len(summary["update_histogram"]["counts"]) + 1
+    assert set(summary["floors"]["bf16"]) == {"up", "down"}
+    for strategy in compare.DEFAULT:
+        mine = [record for record in metrics if record["strategy"] == strategy]
+        assert [r["step"] for r in mine if r["kind"] == "eval"] == [0, 1, 2, 3, 4, 5, 6]
+        assert [r["step"] for r in mine if r["kind"] == "train"] == [1, 2, 4, 6]
+        assert all(0 < r["lr"] <= 1e-3 and r["grad_norm"] > 0 for r in mine if r["kind"] == "train")
+    # The same weights, batches and arithmetic: before the first update the losses are the same.
+    assert len({r["loss"] for r in metrics if r["kind"] == "train" and r["step"] == 1}) == 1
+    assert "<html" in (tmp_path / "report.html").read_text()
+    assert len(list((tmp_path / "plots").glob("*.png"))) >= 7
+    out = capsys.readouterr().out
+    assert "One seed cannot show" in out
+    assert all(strategy in out for strategy in compare.DEFAULT)
+
+
+def test_finetune_over_two_seeds(tmp_path: Path) -> None:
+    options = ("--finetune", "--pretrain-steps", "3", "--seeds", "2", "--seed", "5", "--strategies", "A,collage-plus,D")
+    summary, _ = comparison(tmp_path, *options, "--model", "tiny-bert")
+    assert summary["regime"] == "finetune"
+    assert summary["lr"] == 1e-5
+    assert summary["settings"]["schedule"] == "constant"
+    assert summary["seeds"] == [5, 6]
+    assert summary["strategies"] == ["paper-bf16", "collage-plus", "fp32-master"]
+    for seed in (5, 6):
+        assert len({run["initial_loss"] for run in summary["runs"] if run["seed"] == seed}) == 1
+    bf16, plus, master = summary["table"]
+    assert bf16["edq_ratio"] < 0.5 < 0.99 < plus["edq_ratio"]
+    assert bf16["lost"] > 0.5 > plus["lost"]
+    assert bf16["frozen"] > 0 == plus["frozen"]
+    assert all(row["difference_spread"] is not None for row in (bf16, plus, master))
+
+
+def test_the_same_again(tmp_path: Path) -> None:
+    one, other = (comparison(tmp_path / name, "--strategies", "collage-plus-sr")[1] for name in "ab")
+    assert one == other
+
+
+def test_own_text(tmp_path: Path) -> None:
+    for name in ("novel", "code", "held"):
+        (tmp_path / f"{name}.txt").write_text(f"some {name} text, again and again. " * 40)
+    paths = {name: str(tmp_path / f"{name}.txt") for name in ("novel", "code", "held")}
+    options = ["--finetune", "--pretrain-steps", "2", "--data", paths["novel"], "--finetune-data", paths["code"]]
+    summary, _ = comparison(tmp_path / "run", *options, "--validation", paths["held"], "--strategies", "bf16")
+    assert summary["table"][0]["kept"] is None
+    assert "add fp32-master to --strategies" in summary["advice"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--strategies", "bf16,nope"], "strategy: unknown 'nope'; known: bf16"),
+        (["--strategies", "A,paper-bf16"], "--strategies: each once"),
+        (["--model", "nope"], "model 'nope': no such recipe; known: tiny-gpt"),
+        (["--seeds", "0"], "--seeds: needs a number above 0"),
+        (["--data", "/nope.txt"], "data '/nope.txt': no such file"),
+        (["--finetune", "--finetune-data", "/nope"], "data '/nope': no such file"),
+        (["--pretrain-steps", "3"], "only with --finetune"),
+        (["--tokenizer", "/nope.json"], "tokenizer '/nope.json'"),
+        (["--out", "/proc/nope"], "--out '/proc/nope': cannot be written to"),
+    ],
+)
+def test_errors_are_one_line(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "--out", str(tmp_path), *SMALL, *given]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_says_where_the_results_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    assert main(["compare", "--out", str(tmp_path), *SMALL]) == 130
+    assert "metrics.jsonl" in capsys.readouterr().out
+
+
+# The verdict
+
+
+def runs(losses: dict[str, list[float]], **fields: dict[str, float]) -> list[dict[str, Any]]:
+    """Made-up runs: strategy -> loss by seed; `fields`: name -> strategy -> value."""
+    usual = {"edq_ratio": 1.0, "v_ratio": 1.0, "lost": 0.0}
+    return [
+        {
+            **dict.fromkeys(("edq_visible", "edq", "m_error", "edq_shadow", "optimizer_ms", "tokens_per_s")),
+            **usual, "strategy": strategy, "seed": seed, "val_loss": loss, "initial_loss": 3.0, "frozen": [],
+            "bytes_per_param": float(STRATEGIES[strategy].bytes_per_param()), "state_bytes": 1, "peak_rss_bytes": 7,
+            "peak_device_bytes": None, **{name: of[strategy] for name, of in fields.items() if strategy in of},
+        }
+        for strategy, by_seed in losses.items()
+        for seed, loss in enumerate(by_seed)
+    ]  # fmt: skip
+
+
+def advised(found: list[dict[str, Any]]) -> str:
+    return verdict.advice(verdict.table(list(dict.fromkeys(run["strategy"] for run in found)), found), found)
+
+
+LOSSES = {"bf16": [2.5, 2.6], "collage-light": [2.0, 2.1], "collage-plus": [2.0, 2.1], "fp32-master": [2.0, 2.1]}
+
+
+def test_table_is_paired_by_seed() -> None:
+    rows = verdict.table(["bf16", "fp32-master"], runs({"bf16": [2.5, 2.7], "fp32-master": [2.0, 2.1]}))
+    assert rows[0]["difference"] == pytest.approx(0.55)
+    assert rows[0]["difference_spread"] == pytest.approx(0.05 * 2**0.5)
+    assert rows[0]["kept"] == pytest.approx(0.8 / 1.9)
+    assert (rows[1]["difference"], rows[1]["kept"]) == (0.0, 1.0)
+    assert rows[0]["peak_memory_bytes"] == 7
+
+
+def test_advice_is_the_cheapest_that_loses_nothing() -> None:
+    assert advised(runs(LOSSES)).startswith("Use collage-light: ")
+    poor = {"edq_ratio": {"bf16": 0.1}, "v_ratio": {"collage-light": 1.02}}
+    assert advised(runs(LOSSES, **poor)).startswith("Use collage-plus: the cheapest that loses nothing seen here, 12 b")
+    worse = {**LOSSES, "collage-plus": [2.3, 2.4]}
+    assert advised(runs(worse, **poor)).startswith("Use fp32-master: ")
+    nothing = {"edq_ratio": dict.fromkeys(LOSSES, 0.5)}
+    assert advised(runs(LOSSES, **nothing)).startswith("None of these strategies")
+
+
+def test_advice_says_what_it_cannot_know() -> None:
+    assert advised(runs({name: losses[:1] for name, losses in LOSSES.items()})).endswith("add --seeds 3.")
+    assert "add fp32-master to --strategies" in advised(runs({"collage-plus": [2.0, 2.1]}))
+    unmeasured = {"edq_ratio": dict.fromkeys(LOSSES), "v_ratio": dict.fromkeys(LOSSES)}
+    assert advised(runs(LOSSES, **unmeasured)).startswith("None of these strategies")
+
+
+def test_specs_are_not_split_at_their_own_commas() -> None:
+    assert compare._split("bf16,param=bf16x2,variance=bf16x2,fp32") == ["bf16", "param=bf16x2,variance=bf16x2", "fp32"]
+
+
+# The command
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ([], *([name] for name in COMMANDS)):
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--help"])
+        assert end.value.code == 0
+        out = capsys.readouterr().out
+        assert "collage" in out
+        assert not command or "examples:" in out
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "reference" in out
+    assert all(name in out for name in STRATEGIES)
+
+
+@pytest.mark.parametrize("missing", ["rich", "transformers"])
+def test_a_missing_extra_is_named(missing: str) -> None:
+    code = (
+        "import sys; sys.modules[sys.argv[1]] = None; from collage.harness.cli import main; sys.exit(main(['compare']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, missing], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "pip install 'collage-optim[train]'" in run.stderr
+    assert run.stderr.count("\n") == 1

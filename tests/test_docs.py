@@ -1,0 +1,82 @@
+"""Every command and example of README and docs runs, with a reduced number of steps."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from collage.harness.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = "--steps 4 --batch-size 2 --every 2 --eval-sequences 2"
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def commands():
+    """Every `collage …` in a shell block or in backquotes, once."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+        for line in [*lines, *re.findall(r"`(collage [a-z][^`\n]*)`", text)]:
+            command = line.partition("#")[0].strip()
+            if command.startswith("collage "):
+                found[command] = None
+    return list(found)
+
+
+def test_the_pages_show_every_command():
+    assert {shlex.split(command)[1] for command in commands()} == set(COMMANDS)
+
+
+@pytest.fixture
+def in_a_folder_with_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file({"layers.0.norm.weight": torch.ones(64), "layers.0.mlp.weight": torch.randn(8, 8)}, "model.safetensors")
+    save_file({"w": torch.ones(4)}, "MODEL.safetensors")
+    Path("my.txt").write_text("It is a truth universally acknowledged. " * 500, encoding="utf-8")
+
+
+# Too large to build: the full-size recipes. A test builds them on the meta device.
+BIG = ("bert-base", "bert-large", "roberta-base", "gpt-", "openllama-7b")
+
+
+@pytest.mark.parametrize("command", commands())
+@pytest.mark.usefixtures("in_a_folder_with_a_model")
+def test_a_command_runs(command, capsys):
+    argv = shlex.split(command)[1:]
+    if argv[0] in ("compare", "train"):
+        argv += shlex.split(SHORT)
+        argv += shlex.split("--pretrain-steps 3") if "--finetune" in argv else []
+        argv += shlex.split("--strategies bf16,fp32-master") if argv[0] == "compare" and len(command) > 20 else []
+        argv += shlex.split("--seeds 2") if "--seeds" in argv else []
+    if any(name.startswith(BIG) for name in argv):
+        argv = ["train", "--help"]
+        with pytest.raises(SystemExit, match="0"):
+            main(argv)
+        return
+    if argv[:1] == ["train"] and "--resume" in argv:
+        assert main([a for a in argv if a != "--resume"]) == 0
+    assert main(argv) == 0, capsys.readouterr().err
+
+
+def python_examples():
+    for page in PAGES:
+        for i, code in enumerate(blocks(page, "python")):
+            whole = "import " in code and "Trainer(" not in code and "\n..." not in code
+            if whole:
+                yield pytest.param(code, id=f"{page.name}-{i}")
+
+
+@pytest.mark.parametrize("code", list(python_examples()))
+def test_an_example_runs(code, capsys):
+    exec(compile(code, "example", "exec"), {})
+    for line in re.findall(r"print\(.*\)\s*#\s*(.*)", code):
+        assert line in capsys.readouterr().out

@@ -1,0 +1,353 @@
+"""`collage train` and the run behind it: precision, checkpoints, resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from collage import STRATEGIES
+from collage.harness import building, checkpoints, train
+from collage.harness.cli import main
+from collage.harness.config import RunConfig
+from collage.harness.recipes import RECIPES
+from collage.harness.recording import label
+from collage.harness.trainer import PrecisionTrainer, arguments
+from collage.harness.weights import read
+
+TINY = ("tiny-llama", "tiny-gpt", "tiny-bert", "tiny-roberta")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """Twenty windows of 16 bytes, so that five steps of four sequences are an epoch; and a validation text."""
+    (tmp_path / "train.txt").write_text("".join(chr(97 + (k * k) % 26) for k in range(320)))
+    (tmp_path / "validation.txt").write_text("abcdefghijklmnop" * 8)
+    return str(tmp_path)
+
+
+def config(text: str, out: Path | str, model: str = "tiny-llama", **given: Any) -> RunConfig:
+    files = {"data": (f"{text}/train.txt",), "validation": (f"{text}/validation.txt",)}
+    small = {"steps": 6, "batch_size": 4, "seq_len": 16, "every": 2, "lr": 1e-3}
+    return RunConfig.of(model, out, **{**files, **small, **given})
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: the weights, and the optimizer's planes."""
+    weights = {entry.name: entry.tensor for entry in read(path / "model.safetensors") if entry.tensor is not None}
+    state = torch.load(path / "optimizer.pt", weights_only=True)["state"]
+    return weights | {f"{i}.{key}": plane for i, planes in state.items() for key, plane in planes.items()}
+
+
+def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        same = tensor.contiguous().reshape(-1).view(torch.uint8) == other[name].contiguous().reshape(-1).view(
+            torch.uint8
+        )
+        assert bool(same.all()), f"{name}: {int((~same).sum())} of {same.numel()} bytes differ"
+
+
+def test_a_difference_is_found() -> None:
+    with pytest.raises(AssertionError, match="w: 1 of 8 bytes differ"):
+        assert_identical({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([1.0, -0.0])})
+
+
+# What is built
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_parameters_are_cast_and_buffers_are_not(text: str, model: str) -> None:
+    built = building.model_of(config(text, "x", model), config(text, "x", model).corpus())
+    assert {p.dtype for p in built.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in built.buffers() if b.is_floating_point()} <= {torch.float32}
+
+
+def test_every_strategy_starts_from_the_same_rounded_weights(text: str) -> None:
+    low, full = config(text, "x", strategy="bf16"), config(text, "x", strategy="fp32")
+    corpus = low.corpus()
+    pairs = zip(building.model_of(low, corpus).parameters(), building.model_of(full, corpus).parameters(), strict=True)
+    for p, exact in pairs:
+        assert (p.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(p.float(), exact)
+
+
+@pytest.mark.parametrize("model", TINY)
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_compute_in_one_dtype_and_gradients_in_the_parameters(
+    text: str, tmp_path: Path, model: str, compute: str
+) -> None:
+    """The loss is that of the model converted as a whole; tied weights stay tied and get one gradient."""
+    run = config(text, tmp_path / "run", model, compute=compute, strategy="bf16")
+    corpus = run.corpus()
+    built, (data, _) = building.model_of(run, corpus), building.datasets(run, corpus)
+    trainer = PrecisionTrainer(model=built, args=arguments(run, "none", 4), compute_dtype=run.compute_dtype())
+    batch = {key: torch.stack([data[i][key] for i in range(4)]) for key in ("input_ids", "labels")}
+    trainer.compute_loss(built, batch).backward()
+    gradients = {name: p.grad.clone() for name, p in built.named_parameters() if p.grad is not None}
+    assert gradients.keys() == dict(built.named_parameters()).keys()
+    assert {g.dtype for g in gradients.values()} == {torch.bfloat16}
+    if compute == "fp32":
+        built.float().zero_grad()
+        loss = built(**batch).loss
+        loss.backward()
+        assert torch.equal(trainer.compute_loss(built, batch), loss)
+        for name, p in built.named_parameters():
+            assert torch.equal(gradients[name], p.grad.bfloat16()), name
+
+
+def test_decay_spares_biases_and_norms_of_masked_models(text: str) -> None:
+    for model, groups in (("tiny-bert", 2), ("tiny-gpt", 1)):
+        run = config(text, "x", model)
+        optimizer = building.optimizer_of(run, building.model_of(run, run.corpus()))
+        assert len(optimizer.param_groups) == groups
+    bert = building.optimizer_of(
+        config(text, "x", "tiny-bert"), building.model_of(config(text, "x", "tiny-bert"), run.corpus())
+    )
+    decayed, spared = (set(group["param_names"]) for group in bert.param_groups)
+    assert not any("LayerNorm" in name or name.endswith("bias") for name in decayed)
+    assert all("LayerNorm" in name or name.endswith("bias") for name in spared)
+    assert bert.param_groups[1]["weight_decay"] == 0.0
+
+
+def test_labels_are_short() -> None:
+    assert label("bert.encoder.layer.1.attention.self.query.weight") == "layer 1 attention query"
+    assert label("transformer.h.0.ln_1.bias") == "layer 0 ln_1 bias"
+    assert label("lm_head.weight") == "lm_head"
+
+
+# Settings
+
+
+def test_defaults_come_from_the_recipe() -> None:
+    bert = RunConfig.of("bert-base", "x", phase=2)
+    assert (bert.seq_len, bert.lr, bert.batch_size, bert.eps, bert.schedule) == (512, 2.8e-4, 32768, 1e-6, "linear")
+    tuned = RunConfig.of("tiny-llama", "x", finetune=True)
+    assert (tuned.lr, tuned.schedule) == (1e-5, "constant")
+    for name in RECIPES:
+        RunConfig.of(name, "x")
+
+
+def test_schedules() -> None:
+    settings = {"steps": 110, "warmup_steps": 10}
+    linear, cosine, constant = (
+        [RunConfig.of("tiny-llama", "x", schedule=name, **settings).lr_scale(k) for k in (0, 9, 10, 60, 110)]
+        for name in ("linear", "cosine-to-a-tenth", "constant")
+    )
+    assert linear == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.0])
+    assert cosine == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1])
+    assert constant == pytest.approx([0.1, 1.0, 1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"strategy": "nope"}, "strategy: unknown 'nope'; known: bf16, "),
+        ({"steps": 0}, "steps: needs an integer >= 1, got 0"),
+        ({"lr": -1.0}, "lr: needs a finite number > 0"),
+        ({"schedule": "up"}, "schedule: unknown 'up'; known: linear"),
+        ({"batch_size": 4, "micro_batch": 3}, "micro_batch: must divide batch_size"),
+        ({"seq_len": 1000}, "seq_len: 'tiny-llama' has 128 positions, got 1000"),
+        ({"phase": 2}, "phase: 'tiny-llama' has 1"),
+    ],
+)
+def test_wrong_settings_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        RunConfig.of("tiny-llama", "x", **given)
+
+
+# Running
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_a_run_learns_and_tells_all(text: str, tmp_path: Path, model: str) -> None:
+    records: list[dict[str, Any]] = []
+    run = config(text, tmp_path / "run", model, steps=8, eval_every=4, save_every=4, micro_batch=2)
+    result = train.run(run, record=records.append, histogram=True)
+    assert result.val_loss < result.initial_loss
+    assert list(result.curve) == [0, 4, 8]
+    assert result.to_dict()["bytes_per_param"] == STRATEGIES["collage-plus"].bytes_per_param()
+    assert set(result.bytes_by_slot) == {"gradient", "param", "param_lo", "exp_avg", "exp_avg_sq", "exp_avg_sq_lo"}
+    assert result.optimizer_ms is not None
+    assert result.optimizer_ms > 0
+    assert result.peak_rss_bytes > 10**8
+    assert sum(result.update_histogram["counts"]) > 1000
+    measured = [r for r in records if r["kind"] == "train" and r["edq_ratio"] is not None]
+    assert [r["step"] for r in measured] == [1, 4, 6, 8]
+    assert all(0.99 < r["edq_ratio"] < 1.01 and len(r["lost_by_layer"]) > 10 for r in measured)
+    assert json.loads(json.dumps(result.to_dict()))["lost"] < 0.1
+
+
+def test_bytes_of_every_strategy_are_those_of_the_table(text: str, tmp_path: Path) -> None:
+    run = config(text, tmp_path)
+    corpus = run.corpus()
+    for name, strategy in STRATEGIES.items():
+        result = train.run(config(text, tmp_path / name, strategy=name, steps=1, eval_sequences=4), corpus)
+        assert result.to_dict()["bytes_per_param"] == strategy.bytes_per_param(), name
+
+
+def test_the_monitor_does_not_change_the_run(text: str, tmp_path: Path) -> None:
+    runs = [
+        train.run(config(text, tmp_path / str(k), "tiny-bert", **given)).weights
+        for k, given in enumerate([{"every": 1, "beside": ("bf16",)}, {"every": 50, "shadow": 0}])
+    ]
+    assert_identical(*runs)
+
+
+def test_weights_to_start_from(text: str, tmp_path: Path) -> None:
+    """A file of `collage train` and a transformers folder; a model of another shape is refused."""
+    run = config(text, tmp_path / "a", "tiny-gpt", strategy="bf16", steps=2, save_every=2)
+    result = train.run(run)
+    folder = str(tmp_path / "a" / "checkpoint-2")
+    again = building.model_of(run, run.corpus(), building.read_weights(folder))
+    for name, p in again.named_parameters():
+        assert torch.equal(p, result.weights[name].bfloat16()), name
+    with pytest.raises(ValueError, match="init: has no weight"):
+        building.model_of(config(text, "x", "tiny-bert"), run.corpus(), building.read_weights(folder))
+    with pytest.raises(ValueError, match="init: weight 'w' has shape"):
+        building._take(nn.ParameterDict({"w": torch.zeros(2)}), {"w": torch.zeros(3)})
+
+
+# Checkpoints and resume
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resume_is_bit_exact(text: str, tmp_path: Path, strategy: str) -> None:
+    straight = config(text, tmp_path / "straight", strategy=strategy, steps=6, save_every=3, keep=9)
+    corpus = straight.corpus()
+    train.run(straight, corpus)
+    resumed = config(text, tmp_path / "resumed", strategy=strategy, steps=6, save_every=3, resume=True, every=5)
+    shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    start, skipped = checkpoints.newest_complete(resumed.out)
+    assert start is not None
+    assert skipped == []
+    train.run(resumed, corpus, resume=start)
+    assert_identical(tensors(straight.out / "checkpoint-6"), tensors(resumed.out / "checkpoint-6"))
+
+
+def arguments_of(text: str, out: Path) -> list[str]:
+    return [
+        "train", "--model", "tiny-bert", "--strategy", "collage-plus-sr", "--out", str(out), "--steps", "40",
+        "--batch-size", "4", "--seq-len", "16", "--save-every", "3", "--every", "4", "--eval-every", "7",
+        "--data", f"{text}/train.txt", "--validation", f"{text}/validation.txt",
+    ]  # fmt: skip
+
+
+def test_killed_and_resumed_is_the_run_that_was_not(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A masked model over eight epochs: SIGKILL in the middle, `--resume` in a new process."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert main(arguments_of(text, straight)) == 0
+    command = [sys.executable, "-m", "collage", *arguments_of(text, killed)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (killed / "checkpoint-12").exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+    assert not (killed / "checkpoint-40").exists()
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from checkpoint-" in resumed.stdout
+    assert_identical(tensors(straight / "checkpoint-40"), tensors(killed / "checkpoint-40"))
+    finals = [{e.name: e.tensor for e in read(out / "weights.safetensors")} for out in (straight, killed)]
+    assert {tensor.dtype for tensor in finals[0].values()} == {torch.float32}
+    assert_identical(*finals)
+    told = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (straight, killed)
+    ]
+    evaluated, again = [[r for r in records if r["kind"] == "eval"] for records in told]
+    assert evaluated == again
+    assert sorted(path.name for path in killed.glob("*checkpoint-*")) == ["checkpoint-39", "checkpoint-40"]
+    assert "validation loss" in capsys.readouterr().out
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    """A complete one, with contents made up."""
+    staged = run / checkpoints.STAGING / f"checkpoint-{step}"
+    staged.mkdir(parents=True)
+    for name in checkpoints.REQUIRED:
+        (staged / name).write_text(f"{name} of step {step}")
+    return checkpoints.publish(staged, run)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("optimizer.pt", "optimizer.pt is missing"),
+        ("scheduler.pt", "scheduler.pt is missing"),
+        ("complete.json", "it has no complete.json"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_set_aside(tmp_path: Path, name: str, problem: str) -> None:
+    for step in (5, 10, 100):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-100" / name).unlink()
+    start, skipped = checkpoints.newest_complete(tmp_path)
+    assert start == tmp_path / "checkpoint-10"
+    assert len(skipped) == 1
+    assert skipped[0].startswith(f"skipped checkpoint-100: {problem}")
+    assert [path.name for path in checkpoints.all_in(tmp_path)] == ["checkpoint-5", "checkpoint-10"]
+
+
+def test_a_truncated_file_and_a_damaged_manifest_are_found(tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path, 1)
+    assert checkpoints.problem_of(whole) is None
+    (whole / "optimizer.pt").write_text("o")
+    assert checkpoints.problem_of(whole) == "optimizer.pt has 1 bytes instead of 22"
+    (whole / "complete.json").write_text("[]")
+    assert checkpoints.problem_of(whole) == "its complete.json cannot be read"
+    assert checkpoints.newest_complete(tmp_path)[0] is None
+
+
+def test_an_unfinished_write_is_neither_resumed_from_nor_counted(text: str, tmp_path: Path) -> None:
+    run = config(text, tmp_path / "run", steps=4, save_every=1, keep=2)
+    left = run.out / checkpoints.STAGING / "checkpoint-9"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
+    assert checkpoints.newest_complete(run.out) == (None, [])
+    train.run(run)
+    assert [path.name for path in checkpoints.all_in(run.out)] == ["checkpoint-3", "checkpoint-4"]
+    assert not left.parent.exists()
+
+
+def test_two_runs_are_not_mixed(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*arguments_of(text, tmp_path / "run"), "--steps", "4"]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert "holds checkpoint-4 of an earlier run; add --resume" in capsys.readouterr().err
+    assert main([*command, "--resume", "--lr", "0.1"]) == 2
+    assert "lr: saved 0.001, here 0.1" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0  # nothing left to do
+    assert "going on from checkpoint-4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "nope"], "model 'nope': no such recipe"),
+        (["--strategy", "nope"], "strategy: unknown 'nope'"),
+        (["--data", "nope.txt"], "data 'nope.txt': no such file or folder"),
+        (["--batch-size", "4000"], "fewer than a step's 4000"),
+        (["--init", "nope.safetensors"], "nope.safetensors"),
+        (["--out", "/proc/nope"], "--out '/proc/nope': cannot be written to"),
+    ],
+)
+def test_errors_are_one_line(
+    text: str, tmp_path: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments_of(text, tmp_path / "run"), *given]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
