@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     screen.print(f"collage {collage.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     screen.print("backends: reference (plain PyTorch, any device)", highlight=False)
     screen.print(_strategies())
+    screen.print("Use it when you want", highlight=False)
     for name, when in USE_WHEN.items():
         screen.print(f"  {name:<16}{when}", highlight=False, soft_wrap=True)
     return 0
@@ -48,10 +49,10 @@ def _strategies() -> Table:
     """Narrow enough for 80 columns."""
     table = Table(header_style="bold", box=SIMPLE)
     letters = {name: letter for letter, name in ALIASES.items()}
-    for header in ("strategy", "paper", "theta / momentum / variance", "arithmetic", "bytes"):
+    for header in ("strategy", "paper", "theta, momentum, variance", "arithmetic", "bytes"):
         table.add_column(header, justify="right" if header == "bytes" else "left", no_wrap=True)
     for name, s in STRATEGIES.items():
-        formats = f"{s.param} / {s.momentum} / {s.variance}"
+        formats = f"{s.param}, {s.momentum}, {s.variance}"
         table.add_row(name, letters.get(name, ""), formats, s.arithmetic, str(s.bytes_per_param()))
-    table.caption = "bytes: per parameter, weights, state and gradient. Use it when:"
+    table.caption = "bytes: of weights, state and gradient, per parameter"
     return table
