@@ -12,7 +12,7 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"mcf", "rng", "accumulators", "formats", "strategies", "constants"}
-STEP = NUMBERS | {"rules", "backends", "sharding", "state", "shadow", "monitor"}
+STEP = NUMBERS | {"rules", "backends", "sharding", "state", "loading", "shadow", "monitor"}
 LIBRARY = STEP | {"optim", "checkpoint", "ema", "wrap", "gradients"}
 ALLOWED = {
     "mcf": set(),
@@ -25,6 +25,7 @@ ALLOWED = {
     "backends": NUMBERS | {"rules"},
     "sharding": {"backends"},
     "state": NUMBERS | {"rules", "sharding"},
+    "loading": NUMBERS | {"rules", "state"},
     "shadow": NUMBERS | {"rules", "backends"},
     "monitor": NUMBERS | {"rules", "backends", "shadow"},
     "optim": STEP,

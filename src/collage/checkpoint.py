@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from collage import state
 from collage.formats import split
-from collage.optim import Entry, PrecisionOptimizer
+from collage.optim import PrecisionOptimizer
 from collage.sharding import is_dtensor, local
+from collage.state import Entry
 
 
 def _entries(optimizer: PrecisionOptimizer) -> dict[Tensor, Entry]:

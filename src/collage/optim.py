@@ -6,35 +6,22 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from collage import backends, constants, state
+from collage import backends, constants, loading, state
 from collage.backends import Update
-from collage.formats import require_whole
 from collage.monitor import Item, Monitor
 from collage.rng import Stream, key_of
 from collage.rules import Rule
 from collage.rules.adamw import ADAMW
 from collage.sharding import local, region
+from collage.state import Entry, Group
 from collage.strategies import STRATEGIES, Strategy
 
 log = logging.getLogger("collage")
-Group = dict[str, Any]
-# What torch's optimizers keep in a group and this one does not: dropped when their state is loaded.
-_TORCH_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
-
-
-class Entry(NamedTuple):
-    """One parameter and where it stands."""
-
-    name: str
-    key: int  # of its random stream
-    group_index: int
-    group: Group
-    param: Tensor
 
 
 class PrecisionOptimizer(torch.optim.Optimizer):
@@ -80,8 +67,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             return STRATEGIES["fp32"]
         wanted = str(strategy.dtype).removeprefix("torch.")
         raise TypeError(
-            f"param '{entry.name}': strategy '{strategy}' needs {wanted}, got {_dtype(entry.param)}; "
-            f"cast it, p.data = p.data.to(torch.{wanted}), or choose a strategy for {_dtype(entry.param)}"
+            f"param '{entry.name}': strategy '{strategy}' needs {wanted}, got {state.dtype_of(entry.param)}; "
+            f"cast it, p.data = p.data.to(torch.{wanted}), or choose a strategy for {state.dtype_of(entry.param)}"
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -139,7 +126,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """Check every gradient, then say what is to be done for each parameter."""
         strategies = [self.strategy_of(entry) for entry in entries]
         for entry in entries:
-            _check_gradient(entry)
+            state.check_gradient(entry)
         measured = any(monitor.due for monitor in self.monitors)
         folded: dict[tuple[Any, ...], Any] = {}
         items = []
@@ -195,7 +182,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         adopted: dict[str, Any] = {}
 
         def adopt(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            adopted.update(self._adopt(saved))
+            adopted.update(loading.adopt(self.rule, self.param_groups, list(self.entries()), saved, self.strategy_of))
             return adopted
 
         hook = self.register_load_state_dict_pre_hook(adopt)  # runs last: what it returns is what is loaded
@@ -203,35 +190,13 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        for entry, saved_id in _paired(self, adopted):
+        for entry, saved_id in loading.paired(self.entries(), adopted):
             if saved_id in adopted["state"]:  # torch has cast the planes to the parameter's dtype: take the originals
                 device = entry.param.device
                 self.state[entry.param] = {
                     key: value.detach().to(device if key != "step" else "cpu", copy=True)
                     for key, value in adopted["state"][saved_id].items()
                 }
-
-    def _adopt(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Check a saved state, and translate one of torch.optim."""
-        if len(saved["param_groups"]) != len(self.param_groups):
-            return saved  # torch's own error says it best
-        groups = [
-            _adopt_group(index, theirs, ours)
-            for index, (theirs, ours) in enumerate(zip(saved["param_groups"], self.param_groups, strict=True))
-        ]
-        states = dict(saved["state"])
-        for entry, saved_id in _paired(self, saved):
-            theirs = states.get(saved_id)
-            if not theirs:
-                continue
-            strategy = self.strategy_of(entry)
-            if "strategy" not in saved["param_groups"][entry.group_index]:
-                states[saved_id] = theirs = state.from_torch(self.rule, strategy, entry.param, theirs)
-            state.check(self.rule, strategy, entry.param, theirs, entry.name)
-            on_device = {key: value.to(entry.param.device) for key, value in theirs.items()}
-            planes = state.slots(self.rule, strategy, entry.param, on_device)[0]
-            require_whole(strategy.formats[0], planes, entry.name)
-        return {**saved, "state": states, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
@@ -318,24 +283,6 @@ class AdamW(PrecisionOptimizer):
         return constants.fold(lr, (beta1, beta2), eps, decay, step, dtype, device)
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _check_gradient(entry: Entry) -> None:
-    grad = entry.param.grad
-    assert grad is not None
-    if grad.layout != torch.strided:
-        raise TypeError(
-            f"param '{entry.name}': its gradient is sparse ({grad.layout}); use a dense one (Embedding(sparse=False))"
-        )
-    if grad.dtype not in (entry.param.dtype, torch.float32):
-        raise TypeError(
-            f"param '{entry.name}': its gradient is {_dtype(grad)}; use {_dtype(entry.param)}, as the parameter, "
-            "or float32"
-        )
-
-
 def _batches(items: list[Item]) -> Iterator[list[Update]]:
     """All updates of one (group, device, gradient dtype) together."""
     batches: dict[tuple[Any, ...], list[Update]] = {}
@@ -343,28 +290,3 @@ def _batches(items: list[Item]) -> Iterator[list[Update]]:
         key = (item.group_index, item.update.grad.device, item.update.grad.dtype)
         batches.setdefault(key, []).append(item.update)
     yield from batches.values()
-
-
-def _paired(optimizer: PrecisionOptimizer, saved: dict[str, Any]) -> list[tuple[Entry, int]]:
-    """Each parameter with its id in a saved state. A wrong number of parameters is left to torch's own error."""
-    ids = [i for group in saved["param_groups"] for i in group["params"]]
-    return list(zip(optimizer.entries(), ids, strict=False))
-
-
-def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
-    """The saved group, if it is of the same strategy; or torch's, with our settings where torch has none."""
-    if "strategy" not in theirs:
-        if theirs.get("amsgrad"):
-            raise ValueError(f"param_groups[{index}]: the saved state has amsgrad=True, which is not kept here")
-        settings = {key: value for key, value in ours.items() if key not in ("params", "param_names")}
-        return {**settings, **{key: value for key, value in theirs.items() if key not in _TORCH_ONLY}}
-    saved, current = Strategy.parse(theirs["strategy"]), Strategy.parse(ours["strategy"])
-    if saved == current:
-        return theirs
-    names = ("param", "momentum", "variance", "arithmetic")
-    pairs = [(name, getattr(saved, name), getattr(current, name)) for name in names]
-    difference = "; ".join(f"{name}: saved {a}, here {b}" for name, a, b in pairs if a != b)
-    raise ValueError(
-        f"param_groups[{index}]: the state was saved under strategy '{saved}', this optimizer has '{current}' "
-        f"({difference}); construct it with strategy='{saved}'"
-    )

@@ -7,7 +7,7 @@ under a key of the optimizer's state (``param_lo``, ``exp_avg``, ``exp_avg_sq_lo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,17 @@ from collage.sharding import local
 from collage.strategies import Strategy
 
 State = dict[str, Any]
+Group = dict[str, Any]
+
+
+class Entry(NamedTuple):
+    """One parameter and where it stands."""
+
+    name: str
+    key: int  # of its random stream
+    group_index: int
+    group: Group
+    param: Tensor
 
 
 def formats(rule: Rule, strategy: Strategy) -> list[tuple[str, Format]]:
@@ -89,8 +100,26 @@ def from_torch(rule: Rule, strategy: Strategy, param: Tensor, saved: Mapping[str
     state: State = {}
     initialise(rule, strategy, param, state)
     state["step"] = torch.as_tensor(saved["step"]).detach().to("cpu", torch.int64).reshape(())
-    for planes, (prefix, fmt) in list(zip(slots(rule, strategy, param, state), formats(rule, strategy), strict=True))[
-        1:
-    ]:
-        write(planes, split(fmt, local(saved[prefix]).to(planes[0].device, torch.float32)))
+    for planes, (prefix, fmt) in zip(slots(rule, strategy, param, state), formats(rule, strategy), strict=True):
+        if prefix != "param":
+            write(planes, split(fmt, local(saved[prefix]).to(planes[0].device, torch.float32)))
     return state
+
+
+def dtype_of(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def check_gradient(entry: Entry) -> None:
+    """Raise TypeError, naming the parameter, for a gradient that the step cannot read."""
+    grad = entry.param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"param '{entry.name}': its gradient is sparse ({grad.layout}); use a dense one (Embedding(sparse=False))"
+        )
+    if grad.dtype not in (entry.param.dtype, torch.float32):
+        raise TypeError(
+            f"param '{entry.name}': its gradient is {dtype_of(grad)}; use {dtype_of(entry.param)}, as the parameter, "
+            "or float32"
+        )

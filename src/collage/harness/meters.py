@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from collage.monitor import Item, Monitor
-from collage.optim import Entry, PrecisionOptimizer
+from collage.optim import PrecisionOptimizer
+from collage.state import Entry
 
 
 def bytes_by_slot(optimizer: PrecisionOptimizer) -> dict[str, int]:
