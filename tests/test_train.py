@@ -20,7 +20,7 @@ from collage.harness import building, checkpoints, train
 from collage.harness.cli import main
 from collage.harness.config import RunConfig
 from collage.harness.recipes import RECIPES
-from collage.harness.recording import label
+from collage.harness.recording import label, to_json
 from collage.harness.trainer import PrecisionTrainer, arguments
 from collage.harness.weights import read
 
@@ -124,6 +124,11 @@ def test_labels_are_short() -> None:
     assert label("bert.encoder.layer.1.attention.self.query.weight") == "layer 1 attention query"
     assert label("transformer.h.0.ln_1.bias") == "layer 0 ln_1 bias"
     assert label("lm_head.weight") == "lm_head"
+
+
+def test_json_knows_no_nan() -> None:
+    text = to_json({"loss": float("nan"), "curve": [(1, float("inf")), (2, 0.5)]})
+    assert json.loads(text) == {"loss": None, "curve": [[1, None], [2, 0.5]]}
 
 
 # Settings

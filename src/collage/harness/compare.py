@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from collage.harness import checkpoints, console, options, train, verdict
 from collage.harness.config import FINETUNE_LR, RunConfig
 from collage.harness.data import Corpus, read_corpus
 from collage.harness.machine import machine
+from collage.harness.recording import to_json
 from collage.harness.results import REFERENCE
 from collage.strategies import STRATEGIES, Strategy
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         with (out / "metrics.jsonl").open("w", encoding="utf-8") as metrics, console.progress(screen) as bars:
             results = _train_all(plan, corpora, metrics, bars)
         summary = summarise(plan, results)
-        checkpoints.write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        checkpoints.write_whole(out / "summary.json", to_json(summary, indent=1))
         console.print_comparison(screen, summary)
         from collage.harness.report import write_report  # matplotlib takes a second
 
@@ -136,7 +136,7 @@ def _train_all(
     plan: Plan, corpora: tuple[Corpus, Corpus | None], metrics: TextIO, bars: Progress
 ) -> list[train.RunResult]:
     def record(row: dict[str, Any]) -> None:
-        metrics.write(json.dumps(row) + "\n")
+        metrics.write(to_json(row))
         metrics.flush()
 
     corpus, warm_corpus = corpora

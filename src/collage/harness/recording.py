@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,6 +71,19 @@ class Recorder(TrainerCallback):
 def lost_by_layer(parameters: Mapping[str, Quality]) -> dict[str, float | None]:
     """Share of lost updates of each parameter, under a short name, in the model's order."""
     return {label(name): quality.lost for name, quality in parameters.items()}
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text; a number that is not finite, which JSON does not know, becomes null."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {key: plain(y) for key, y in x.items()}
+        if isinstance(x, list | tuple):
+            return [plain(y) for y in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False) + "\n"
 
 
 def label(name: str) -> str:

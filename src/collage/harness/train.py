@@ -78,48 +78,65 @@ def run(
         report_to: as Trainer's.
         histogram: gather the sizes of the updates.
     """
-    began, memory = time.perf_counter(), PeakMemory()
-    corpus = corpus or config.corpus()
-    if init is None and config.init:
-        init = building.read_weights(config.init)
     with quiet():
-        model = building.model_of(config, corpus, init)
-        optimizer = building.optimizer_of(config, model)
-        sizes = UpdateSizes(optimizer, config.every) if histogram else None
-        meter = StepMeter(optimizer)
-        edq = EDQCallback(optimizer, config.every, config.shadow or None, config.beside)
-        recorder = Recorder(config, edq, record, tick)
+        session = _Session(config, corpus or config.corpus(), init, (record, tick), report_to, histogram)
+        return session.run(resume)
+
+
+class _Session:
+    """A run's parts, from its beginning to its result."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        init: Mapping[str, Tensor] | None,
+        listeners: tuple[Callable[[Record], None], Callable[[int], None]],
+        report_to: str,
+        histogram: bool,
+    ) -> None:
+        self.began, self.memory, self.config = time.perf_counter(), PeakMemory(), config
+        if init is None and config.init:
+            init = building.read_weights(config.init)
+        self.model = building.model_of(config, corpus, init)
+        self.optimizer = building.optimizer_of(config, self.model)
+        self.sizes = UpdateSizes(self.optimizer, config.every) if histogram else None
+        self.meter = StepMeter(self.optimizer)
+        self.edq = EDQCallback(self.optimizer, config.every, config.shadow or None, config.beside)
+        self.recorder = Recorder(config, self.edq, *listeners)
         train_data, validation = building.datasets(config, corpus)
-        trainer = PrecisionTrainer(
-            model=model,
+        self.trainer = PrecisionTrainer(
+            model=self.model,
             args=arguments(config, report_to, building.eval_batch(config, validation)),
             train_dataset=train_data,
             eval_dataset=validation,
-            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_scale)),
-            callbacks=[edq, meter, recorder],
+            optimizers=(self.optimizer, torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.lr_scale)),
+            callbacks=[self.edq, self.meter, self.recorder],
             compute_dtype=config.compute_dtype(),
         )
-        initial = trainer.evaluate()["eval_loss"]
-        if resume is not None and checkpoints.step_of(resume) == config.steps:
-            trainer.load_finished(resume)  # Trainer.train() would take one step more
+
+    def run(self, resume: Path | None) -> RunResult:
+        initial = self.trainer.evaluate()["eval_loss"]
+        if resume is not None and checkpoints.step_of(resume) == self.config.steps:
+            self.trainer.load_finished(resume)  # Trainer.train() would take one step more
         else:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if config.steps not in recorder.evaluated:
-            trainer.evaluate()
-    return RunResult(
-        strategy=config.strategy,
-        seed=config.seed,
-        parameters=sum(p.numel() for p in model.parameters()),
-        initial_loss=initial,
-        val_loss=recorder.evaluated[config.steps],
-        curve=recorder.evaluated,
-        report=edq.report(),
-        bytes_by_slot=meter.bytes,
-        peak_rss_bytes=memory.rss_bytes(),
-        peak_device_bytes=memory.device_bytes(),
-        optimizer_ms=meter.optimizer_ms,
-        tokens_per_s=meter.tokens_per_second(config.tokens_per_step),
-        seconds=time.perf_counter() - began,
-        update_histogram=sizes.to_dict() if sizes else None,
-        weights=collage.high_precision_state_dict(model, optimizer),
-    )
+            self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if self.config.steps not in self.recorder.evaluated:
+            self.trainer.evaluate()
+        return RunResult(
+            strategy=self.config.strategy,
+            seed=self.config.seed,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            initial_loss=initial,
+            val_loss=self.recorder.evaluated[self.config.steps],
+            curve=self.recorder.evaluated,
+            report=self.edq.report(),
+            bytes_by_slot=self.meter.bytes,
+            peak_rss_bytes=self.memory.rss_bytes(),
+            peak_device_bytes=self.memory.device_bytes(),
+            optimizer_ms=self.meter.optimizer_ms,
+            tokens_per_s=self.meter.tokens_per_second(self.config.tokens_per_step),
+            seconds=time.perf_counter() - self.began,
+            update_histogram=self.sizes.to_dict() if self.sizes else None,
+            weights=collage.high_precision_state_dict(self.model, self.optimizer),
+        )

@@ -13,6 +13,7 @@ from rich.console import Console
 import collage
 from collage.harness import checkpoints, console, options, train
 from collage.harness.config import RunConfig
+from collage.harness.recording import to_json
 
 SETTINGS, METRICS, RESULT, WEIGHTS = "settings.json", "metrics.jsonl", "result.json", "weights.safetensors"
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
             def record(row: dict[str, Any]) -> None:
                 if start is None or row["step"]:  # a resumed run has told its first loss before
-                    metrics.write(json.dumps(row) + "\n")
+                    metrics.write(to_json(row))
                     metrics.flush()
                     bars.console.print(_line(row), highlight=False)
 
@@ -107,7 +108,7 @@ def _start(config: RunConfig, screen: Console) -> Path | None:
         went = f"going on from {start.name}" if start else "no complete checkpoint: starting from the beginning"
         screen.print(f"{went} in {config.out}", highlight=False, soft_wrap=True)
     _forget_after(config.out / METRICS, checkpoints.step_of(start) if start else None)
-    checkpoints.write_whole(settings, json.dumps(config.to_dict(), indent=1) + "\n")
+    checkpoints.write_whole(settings, to_json(config.to_dict(), indent=1))
     return start
 
 
@@ -125,7 +126,7 @@ def _save(result: train.RunResult, out: Path) -> None:
     """result.json, and the weights in float32 with all that their components hold; each tied weight under one name."""
     from safetensors.torch import save_file
 
-    checkpoints.write_whole(out / RESULT, json.dumps(result.to_dict(), indent=1) + "\n")
+    checkpoints.write_whole(out / RESULT, to_json(result.to_dict(), indent=1))
     partial = out / f".{WEIGHTS}.writing"
     save_file(result.weights, partial, metadata={"format": "pt", "collage": collage.__version__})
     os.replace(partial, out / WEIGHTS)
