@@ -1,5 +1,5 @@
-# Every target works in a fresh clone: what it needs is installed into .venv first, once, and again when pyproject.toml
-# or constraints.txt change. Settings: `make test JOBS=4`, `make test T="-k edq"`, `make setup PYTHON=python3.12`.
+# Every target works in a fresh clone: what it needs is installed into .venv first, once, and again when pyproject.toml,
+# constraints.txt or a C++ source change. Settings: `make test JOBS=4`, `make test T="-k edq"`, `make setup PYTHON=python3.12`.
 PYTHON ?= python3
 JOBS   ?= 2
 T      ?=
@@ -8,12 +8,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   := runs/demo
+SANITIZED := build/sanitize
+KERNELS := CMakeLists.txt $(wildcard csrc/*.hpp csrc/*.cpp csrc/*/*.hpp)
 PIP     = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 PYTEST  = $(BIN)/python -m pytest --numprocesses $(JOBS)
 
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint check fix clean
+.PHONY: help setup demo test test-all sanitize bench lint check fix clean
 
 help: ## list these targets
 	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -35,6 +37,16 @@ lint: $(READY) ## check format, lint and types; edits nothing
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --no-error-summary
 
+sanitize: $(READY) ## run the kernels' tests under AddressSanitizer and UBSan
+	cmake -S . -B $(SANITIZED) -DCOLLAGE_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
+	cmake --build $(SANITIZED) --parallel $(JOBS) > /dev/null
+	COLLAGE_NATIVE=$(SANITIZED) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest tests/test_backends.py $(T)
+
+bench: $(READY) ## time a step of the optimizer against others and against the memory's limit
+	$(BIN)/collage bench
+
 check: lint test ## lint, then test; edits nothing
 
 fix: $(READY) ## format and repair what ruff can
@@ -46,10 +58,10 @@ clean: ## remove caches and build output; keeps .venv and runs
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(KERNELS)
 	echo "Installing into $(VENV) (minutes the first time) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) scikit-build-core nanobind
-	$(PIP) --no-build-isolation --editable '.[train,dev]'
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) --no-build-isolation --editable '.[train,dev]'
 	touch $@

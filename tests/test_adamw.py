@@ -26,7 +26,7 @@ def second_moment(strategy, beta2, gradients):
 
     s = STRATEGIES[strategy]
     fmt = s.formats[2]
-    c = fold(1e-3, (0.9, beta2), 1e-8, 0.0, 1, s.register, torch.device("cpu"))
+    c = fold(1e-3, (0.9, beta2), 1e-8, 0.0, 1, s.register).on(s.register, torch.device("cpu"))
     planes = split(fmt, torch.zeros_like(gradients[0]))
     exact = torch.zeros_like(gradients[0], dtype=torch.float64)
     for step, g in enumerate(gradients):

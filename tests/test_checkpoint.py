@@ -158,11 +158,80 @@ def test_a_torch_adamw_state_is_taken_over(strategy, fused):
     run(model, opt, 3, 4)
 
 
-def test_amsgrad_is_refused():
+@pytest.mark.parametrize("strategy", ["collage-plus", "fp32-master", "kahan"])
+def test_a_torch_state_leaves_the_components_of_float32_weights_alone(strategy):
+    """The way over from torch: its weights in float32, then its moments."""
+    full = model_of("fp32")
+    theirs = torch.optim.AdamW(full.parameters())
+    run(full, theirs, 0, 1)
+    model = model_of(strategy)
+    opt = collage.AdamW(model.named_parameters(), strategy=strategy)
+    collage.load_high_precision_state_dict(model, opt, full.state_dict())
+    before = collage.high_precision_state_dict(model, opt)
+    opt.load_state_dict(theirs.state_dict())
+    after = collage.high_precision_state_dict(model, opt)
+    for key in before:
+        assert_same_bits(key, after[key], before[key])
+    assert any((after[name] != p.float()).any() for name, p in model.named_parameters())
+    assert int(opt.state[model[0].weight]["step"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad=True"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "Adam's with weight_decay=0.1"),
+        (torch.optim.NAdam, "momentum_decay, as NAdam"),
+        (torch.optim.RAdam, "no setting amsgrad"),
+        (torch.optim.RMSprop, "needs step, exp_avg, exp_avg_sq, and has square_avg, step"),
+        (torch.optim.Adamax, "needs step, exp_avg, exp_avg_sq, and has exp_avg, exp_inf, step"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), "needs step, exp_avg, exp_avg_sq, and has momentum_buffer"),
+    ],
+)
+def test_other_rules_of_torch_are_refused(make, message):
     model = model_of("fp32")
-    theirs = torch.optim.AdamW(model.parameters(), amsgrad=True)
-    with pytest.raises(ValueError, match="amsgrad"):
-        collage.AdamW(model.parameters(), strategy="fp32").load_state_dict(theirs.state_dict())
+    theirs = make(model.parameters())
+    run(model, theirs, 0, 1)
+    opt = collage.AdamW(model.parameters(), strategy="fp32")
+    with pytest.raises(ValueError, match=rf"param_groups\[0\]: .* not one of torch.optim.AdamW: .*{message}"):
+        opt.load_state_dict(theirs.state_dict())
+    assert not opt.state
+
+
+def test_adam_without_decay_is_adamw():
+    model = model_of("fp32")
+    theirs = torch.optim.Adam(model.parameters())
+    run(model, theirs, 0, 1)
+    opt = collage.AdamW(model.parameters(), strategy="fp32")
+    opt.load_state_dict(theirs.state_dict())
+    assert opt.param_groups[0]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.clear(), "state_dict: needs 'state' .* and 'param_groups'"),
+        (lambda s: s["param_groups"][0].pop("params"), "state_dict: needs 'state' .* and 'param_groups'"),
+        (lambda s: s["state"].update({0: 1}), "state_dict: needs 'state' .* and 'param_groups'"),
+        (lambda s: s["state"][0].update(step="3"), "param '0.weight': step needs to be a tensor, got '3'"),
+        (lambda s: s["state"][0].update(step=torch.tensor(-1)), "param '0.weight': step needs one whole number >= 0"),
+        (lambda s: s["state"][0].update(step=torch.tensor([1, 2])), "param '0.weight': step needs one whole number"),
+        (lambda s: s["state"][0].update(exp_avg=None), "param '0.weight': exp_avg needs to be a tensor, got None"),
+        (lambda s: s["state"][0].update(exp_avg=torch.ones(1)), r"param '0.weight': exp_avg has shape \(1,\)"),
+    ],
+)
+def test_a_malformed_state_is_refused(ours, damage, message):
+    model = model_of("fp32")
+    opt = collage.AdamW(model.named_parameters(), strategy="fp32")
+    theirs = opt if ours else torch.optim.AdamW(model.named_parameters())
+    run(model, theirs, 0, 1)
+    before = copy.deepcopy(planes(model, opt))
+    saved = copy.deepcopy(theirs.state_dict())
+    damage(saved)
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
+    assert_same(before, planes(model, opt))
 
 
 @pytest.mark.parametrize("strategy", ["collage-plus", "fp32-master", "kahan", "paper-light"])
@@ -214,3 +283,49 @@ def test_a_wrong_state_dict_is_refused_before_anything_changes(change, message):
     with pytest.raises(ValueError, match=message):
         collage.load_high_precision_state_dict(model, opt, full)
     assert_same(before, planes(model, opt))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte, self.lm_head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+@pytest.mark.parametrize("stored", ["wte.weight", "lm_head.weight"])
+def test_tied_weights_may_be_stored_once(stored):
+    model = Tied().bfloat16()
+    opt = collage.AdamW(model.named_parameters())
+    full = {stored: torch.randn(5, 3, generator=torch.Generator().manual_seed(0))}
+    collage.load_high_precision_state_dict(model, opt, full)
+    for value in collage.high_precision_state_dict(model, opt).values():
+        assert torch.allclose(value, full[stored], rtol=2.0**-16, atol=0)
+    with pytest.raises(ValueError, match="missing keys"):
+        collage.load_high_precision_state_dict(model, opt, {})
+
+
+def test_the_optimizer_must_be_one_of_ours_and_of_this_model():
+    model = model_of()
+    full = collage.high_precision_state_dict(model, collage.AdamW(model.named_parameters()))
+    for opt, error, message in (
+        (collage.AdamW(model_of().named_parameters()), ValueError, "none of the model's .* not even '0.weight'"),
+        (torch.optim.AdamW(model.parameters()), TypeError, r"needs one of this package.*got torch\.optim.*AdamW"),
+    ):
+        with pytest.raises(error, match=message):
+            collage.load_high_precision_state_dict(model, opt, full)
+        with pytest.raises(error, match=message):
+            collage.high_precision_state_dict(model, opt)
+    some = collage.AdamW([p for name, p in model.named_parameters() if name.startswith("2.")])
+    collage.load_high_precision_state_dict(model, some, full)  # the others are frozen
+
+
+def test_weights_changed_outside_are_not_saved():
+    model = model_of("fp32-master")
+    opt = collage.AdamW(model.named_parameters(), strategy="fp32-master")
+    run(model, opt, 0, 1)
+    with torch.no_grad():
+        model[0].weight.fill_(3.0)
+    with pytest.raises(ValueError, match=r"param '0.weight': 72 of 72 weights do not match.*opt.resync\(\)"):
+        collage.high_precision_state_dict(model, opt)
+    opt.resync()
+    assert (collage.high_precision_state_dict(model, opt)["0.weight"] == 3.0).all()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from collage import STRATEGIES
+from collage import STRATEGIES, __version__
 from collage.harness import compare, train, verdict
 from collage.harness.cli import COMMANDS, main
 
@@ -89,7 +89,7 @@ def test_own_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--strategies", "bf16,nope"], "strategy: unknown 'nope'; known: bf16"),
+        (["--strategies", "bf16,nope"], "--strategies: unknown 'nope'; known: bf16"),
         (["--strategies", "A,paper-bf16"], "--strategies: each once"),
         (["--model", "nope"], "model 'nope': no such recipe; known: tiny-gpt"),
         (["--seeds", "0"], "--seeds: needs a number above 0"),
@@ -97,14 +97,20 @@ def test_own_text(tmp_path: Path) -> None:
         (["--finetune", "--finetune-data", "/nope"], "data '/nope': no such file"),
         (["--pretrain-steps", "3"], "only with --finetune"),
         (["--tokenizer", "/nope.json"], "tokenizer '/nope.json'"),
+        (["--betas", "0.9", "1"], "--betas: both need to be in [0, 1), got 0.9 and 1"),
+        (["--finetune", "--finetune-data", "SHORT"], "--finetune-data: 5 tokens do not fill one window of 16"),
+        (["--data", __file__, "--validation", "SHORT"], "--validation: 5 tokens do not fill one window of 16"),
         (["--out", "/proc/nope"], "--out '/proc/nope': cannot be written to"),
     ],
 )
 def test_errors_are_one_line(
     given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "short.txt").write_text("brief")
+    given = [str(tmp_path / "short.txt") if option == "SHORT" else option for option in given]
     assert main(["compare", "--out", str(tmp_path), *SMALL, *given]) == 2
-    err = capsys.readouterr().err
+    told, err = capsys.readouterr()
+    assert told == ""  # no bar of a run
     assert message in err
     assert err.count("\n") == 1
 
@@ -138,8 +144,9 @@ def runs(losses: dict[str, list[float]], **fields: dict[str, float]) -> list[dic
     ]  # fmt: skip
 
 
-def advised(found: list[dict[str, Any]]) -> str:
-    return verdict.advice(verdict.table(list(dict.fromkeys(run["strategy"] for run in found)), found), found)
+def advised(found: list[dict[str, Any]], steps: int = 1000, beta2: float = 0.999) -> str:
+    rows = verdict.table(list(dict.fromkeys(run["strategy"] for run in found)), found)
+    return verdict.advice(rows, found, steps, beta2)
 
 
 LOSSES = {"bf16": [2.5, 2.6], "collage-light": [2.0, 2.1], "collage-plus": [2.0, 2.1], "fp32-master": [2.0, 2.1]}
@@ -155,7 +162,7 @@ def test_table_is_paired_by_seed() -> None:
 
 
 def test_advice_is_the_cheapest_that_loses_nothing() -> None:
-    assert advised(runs(LOSSES)).startswith("Use collage-light: ")
+    assert advised(runs(LOSSES)).startswith("Use collage-light: the cheapest that loses nothing seen here, 10 b")
     poor = {"edq_ratio": {"bf16": 0.1}, "v_ratio": {"collage-light": 1.02}}
     assert advised(runs(LOSSES, **poor)).startswith("Use collage-plus: the cheapest that loses nothing seen here, 12 b")
     worse = {**LOSSES, "collage-plus": [2.3, 2.4]}
@@ -169,6 +176,34 @@ def test_advice_says_what_it_cannot_know() -> None:
     assert "add fp32-master to --strategies" in advised(runs({"collage-plus": [2.0, 2.1]}))
     unmeasured = {"edq_ratio": dict.fromkeys(LOSSES), "v_ratio": dict.fromkeys(LOSSES)}
     assert advised(runs(LOSSES, **unmeasured)).startswith("None of these strategies")
+    followed = {name: LOSSES[name] for name in ("collage-light", "fp32-master")}
+    assert "Use collage-light: the cheapest compared here" in advised(runs(followed))
+
+
+def test_advice_does_not_judge_a_second_moment_it_has_not_seen() -> None:
+    without_shadow = advised(runs(LOSSES, v_ratio=dict.fromkeys(LOSSES)), steps=20)
+    assert without_shadow.startswith("Use collage-light: ")
+    assert "second moment not measured" in without_shadow
+    assert "fp32-master" in advised(runs(LOSSES, v_ratio={"collage-light": None, "collage-plus": None}))  # not finite
+    short = "20 steps are too few to judge the second moment at β₂ = 0.999, an average over 1,000."
+    assert short in advised(runs(LOSSES), steps=20)
+    assert "too few" not in advised(runs(LOSSES), steps=20, beta2=0.95)
+
+
+def test_advice_never_recommends_what_diverged() -> None:
+    nan = float("nan")
+    gone = {**LOSSES, "collage-light": [2.0, nan], "bf16": [float("inf"), nan]}
+    assert advised(runs(gone)).startswith("Use collage-plus: ")
+    assert "Diverged (validation loss not finite): bf16, collage-light." in advised(runs(gone))
+    assert "Diverged (validation loss not finite): fp32-master." in advised(runs({**LOSSES, "fp32-master": [nan, nan]}))
+    assert advised(runs({name: [nan, nan] for name in LOSSES})).startswith("All of these strategies diverged")
+
+
+def test_a_comparison_that_diverges_is_told_and_stops_early(tmp_path: Path) -> None:
+    summary, metrics = comparison(tmp_path, "--lr", "1e9", "--strategies", "bf16,fp32-master")
+    assert summary["advice"].startswith("All of these strategies diverged")
+    assert max(record["step"] for record in metrics) < 6
+    assert "diverged" in (tmp_path / "report.html").read_text()
 
 
 def test_specs_are_not_split_at_their_own_commas() -> None:
@@ -188,6 +223,12 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert not command or "examples:" in out
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"collage {__version__}\n"
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     out = capsys.readouterr().out
@@ -202,5 +243,5 @@ def test_a_missing_extra_is_named(missing: str) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code, missing], capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert "pip install 'collage-optim[train]'" in run.stderr
+    assert "pip install '.[train]'" in run.stderr
     assert run.stderr.count("\n") == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from collage.harness.cli import COMMANDS, main
 
@@ -73,6 +74,22 @@ def python_examples():
             whole = "import " in code and "Trainer(" not in code and "\n..." not in code
             if whole:
                 yield pytest.param(code, id=f"{page.name}-{i}")
+
+
+def test_the_trainer_example_runs(tmp_path):
+    (code,) = (code for code in blocks(ROOT / "README.md", "python") if "Trainer(" in code)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).bfloat16()
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, logging_steps=1, use_cpu=True, dataloader_pin_memory=False, save_strategy="no",
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 16
+    names = {"model": model, "args": args, "data": data}
+    exec(compile(code, "example", "exec"), names)
+    first, second, _ = names["trainer"].state.log_history
+    assert first["edq_ratio"] == pytest.approx(1.0, abs=0.01)
+    assert "edq_ratio" not in second  # of every tenth step, and the first
 
 
 @pytest.mark.parametrize("code", list(python_examples()))

@@ -39,6 +39,33 @@ def test_bf16x2_follows_where_bf16_stands_still():
     assert moved("fp32") < 1e-3
 
 
+def test_the_default_follows_all_the_way_where_nearest_stands_still():
+    """From 1.0 towards the next bf16, 2000 updates at 0.999: exactly, 1 - 0.999**2000 = 0.865 of the way."""
+
+    def way(**format):
+        model = model_of(1.0)
+        ema = collage.EMA(model, decay=0.999, **format)
+        model.w.data.fill_(1.0 + 2.0**-7)
+        for _ in range(2000):
+            ema.update()
+        return (ema.value("w").double() - 1.0).mean().item() * 2.0**7
+
+    assert way(format="bf16x2") < 0.3
+    assert way() == pytest.approx(1 - 0.999**2000, abs=0.01)
+
+
+def test_no_update_while_the_average_is_lent():
+    ema = collage.EMA(model_of(1.0), decay=0.9)
+    with ema.averaged():
+        with ema.averaged():
+            pass
+        with pytest.raises(RuntimeError, match=r"update\(\) inside averaged\(\)"):
+            ema.update()
+    assert ema.steps == 0
+    ema.update()
+    assert ema.steps == 1
+
+
 def test_averaged_lends_the_average_and_gives_the_weights_back():
     model = model_of(1.0)
     opt = collage.AdamW(model.named_parameters(), lr=0.1)
@@ -80,3 +107,5 @@ def test_errors():
         collage.EMA(model_of(), decay=0.9, format="bf16+fp32")
     with pytest.raises(ValueError, match="'w' is missing, or of another shape"):
         collage.EMA(model_of(n=3), decay=0.9).load_state_dict(collage.EMA(model_of(n=4), decay=0.9).state_dict())
+    with pytest.raises(ValueError, match=r"state_dict: \['steps', 'planes'\] missing"):
+        collage.EMA(model_of(), decay=0.9).load_state_dict({})

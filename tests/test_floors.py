@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import collage
 from collage.formats import FORMATS, format_of, split
 from collage.harness import floors
 from collage.harness.floors import THETA_FORMATS, DecayFloor, Floor, decay_floor, decay_floors, floor, floors_table
@@ -118,3 +119,30 @@ def test_errors_name_what_is_known():
     for at in (0.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="finite weight other than zero"):
             floor("bf16", at)
+
+
+# The numbers of README.md
+
+
+@pytest.mark.parametrize(
+    ("strategy", "arrived"), [("collage-plus", 0.16), ("collage-plus-sr", 1.0), ("fp32-master", 1.015)]
+)
+def test_decay_below_the_floor_of_collage_plus(strategy, arrived):
+    model = torch.nn.ParameterDict({"w": torch.ones(4096).bfloat16()})
+    opt = collage.AdamW(model.named_parameters(), lr=1e-5, weight_decay=0.1, strategy=strategy)
+    model["w"].grad = torch.zeros(4096).bfloat16()
+    for _ in range(3000):
+        opt.step()
+    end = collage.high_precision_state_dict(model, opt)["w"].double().mean().item()
+    assert (1 - end) / (1 - (1 - 1e-6) ** 3000) == pytest.approx(arrived, abs=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "covered"), [("bf16x2", 0.03), ("bf16x2:sr", 0.86), ("fp32", 0.86)])
+def test_an_average_below_the_floor(form, covered):
+    model = torch.nn.ParameterDict({"w": torch.ones(256).bfloat16()})
+    ema = collage.EMA(model, decay=0.9999, format=form)
+    model["w"].data.fill_(1.0625)
+    for _ in range(20_000):
+        ema.update()
+    assert float(ema.value("w").mean() - 1) / 0.0625 == pytest.approx(covered, abs=0.005)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import collage
+from collage import STRATEGIES
 from collage.integrations.transformers import LOGGED, EDQCallback
 
 
@@ -59,7 +60,7 @@ def test_a_users_own_script(
         assert 0.5 < log["edq_ratio"] < 1.1
     assert not any("edq_ratio" in log for log in run.state.log_history if "eval_loss" in log)
     report = edq.report()
-    assert report.total.steps == 3
+    assert report.total.steps == 4  # 1, 3, 6, 9
     assert report.beside["collage-plus"].lost < report.total.lost
     assert optimizer.monitors == []
     assert "'edq_ratio': " in capsys.readouterr().out
@@ -90,6 +91,17 @@ def test_training_again_starts_a_new_monitor(tmp_path: Path) -> None:
     run.train()
     assert edq.monitor is not first
     assert edq.report().total.steps == 9
+
+
+def test_every_logged_step_is_measured(tmp_path: Path) -> None:
+    built = model()
+    run = trainer(tmp_path, collage.AdamW(built.named_parameters()), built, logging_first_step=True)
+    edq = EDQCallback(every=3, strategies="kahan")
+    run.add_callback(edq)
+    run.train()
+    assert [log["step"] for log in run.state.log_history if "edq_ratio" in log] == [1, 3, 6, 9]
+    assert edq.report().total.steps == 4
+    assert list(edq.report().beside) == [str(STRATEGIES["kahan"])]
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from oracle import assert_same_bits
 from torch import nn
 
 import collage
+from collage.backends import operator
 from collage.strategies import STRATEGIES
 
 
@@ -33,10 +34,10 @@ def theta_planes(p, opt):
 class Spy:
     """A rule that remembers its updates."""
 
-    def __init__(self, opt):
+    def __init__(self, monkeypatch):
         self.deltas = []
-        rule = opt.rule
-        opt.rule = rule._replace(update=self.remember(rule.update))
+        rule = operator.RULES["adamw"]
+        monkeypatch.setitem(operator.RULES, "adamw", rule._replace(update=self.remember(rule.update)))
 
     def remember(self, update):
         def spying(slots, g, c):
@@ -48,10 +49,10 @@ class Spy:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_sums_equal_a_recomputation_from_the_planes(strategy):
-    params, opt = setup(strategy, lr=1e-4)
+def test_sums_equal_a_recomputation_from_the_planes(strategy, monkeypatch):
+    params, opt = setup(strategy, lr=1e-4, backend="reference")
     mon = collage.monitor(opt, every=1, shadow=None)
-    spy = Spy(opt)
+    spy = Spy(monkeypatch)
     sums = {name: [0.0] * 5 for name in params}
     edq = []
     for step in range(3):
@@ -147,6 +148,40 @@ def test_the_shadow_is_the_fp32_run_of_its_elements():
     assert (total.v_ratio, total.m_error) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize("strategy", ["collage-plus", "fp32"])
+def test_the_shadow_follows_changing_batches_and_strides_of_any_kind(strategy):
+    """Parameters come, pause and lie transposed in memory: the report is that of the same numbers laid in rows."""
+    seen = []
+    for transposed in (False, True):
+        params, opt = setup(strategy)
+        values = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)).to(params["w"].dtype)
+        params["late"] = nn.Parameter(values.t().contiguous().t() if transposed else values)
+        opt.add_param_group({"params": [("late", params["late"])]})
+        mon = collage.monitor(opt, every=3, shadow=7, strategies=["bf16"])
+        for step in range(8):
+            give(params, step)
+            for name in {0: ["late"], 3: ["w"], 4: ["w", "late"]}.get(step, []):
+                params[name].grad = None
+            opt.step()
+        report = mon.report()
+        seen.append({name: (q.v_ratio, q.m_error, q.edq_shadow) for name, q in report.by_parameter.items()})
+    assert seen[0] == seen[1]
+    if strategy == "fp32":
+        assert {(v, m) for v, m, _ in seen[0].values()} == {(1.0, 0.0)}
+
+
+def test_the_shadow_reads_no_plane_at_steps_that_are_not_due():
+    params, opt = setup("collage-plus")
+    mon = collage.monitor(opt, every=10)
+    sampled, sample = [], mon._shadow._sample
+    mon._shadow._sample = lambda plane: sampled.append(plane) or sample(plane)
+    for step in range(2):
+        sampled.clear()
+        give(params, step)
+        opt.step()
+    assert len(sampled) == len(params)  # the gradients
+
+
 def test_due_steps_windows_and_reset():
     params, opt = setup("bf16")
     mon = collage.monitor(opt, every=3)
@@ -195,6 +230,21 @@ def test_weights_changed_outside_are_found_before_the_step_and_resync_mends_them
     opt.step()
     assert mon.report().total.steps == 2
     assert params["w"].detach().abs().max() < 0.02
+
+
+@pytest.mark.parametrize("one", ["bf16", STRATEGIES["bf16"]])
+def test_one_strategy_needs_no_list(one):
+    params, opt = setup("collage-plus")
+    mon = collage.monitor(opt, every=1, strategies=one)
+    give(params, 0)
+    opt.step()
+    assert list(mon.report().beside) == ["bf16"]
+
+
+def test_another_optimizer_is_refused():
+    opt = torch.optim.AdamW(setup("fp32")[0].values())
+    with pytest.raises(TypeError, match=r"needs one of this package, such as collage.AdamW, got torch\.optim.*AdamW"):
+        collage.monitor(opt)
 
 
 @pytest.mark.parametrize("kwargs", [{"every": 0}, {"every": 1.5}, {"shadow": 0}, {"strategies": ["x"]}])

@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite_are_left_out(tmp_path, capsys):
 
 
 def test_run_prints_the_verdict_and_writes_the_numbers(model, tmp_path, capsys):
-    target = tmp_path / "new" / "numbers.json"
+    target = tmp_path / "numbers.json"
     assert run(arguments(model[0], "--lr", "1e-5", "--weight-decay", "0.1", "--json", target)) == 0
     printed = capsys.readouterr().out
     numbers = json.loads(target.read_text(encoding="utf-8"))
@@ -227,6 +227,7 @@ def test_threads_are_given_back(model):
     (("--lr", "0"), "--lr: must be a positive number, got 0"),
     (("--lr=-1e-5",), "--lr: must be a positive number, got -1e-05"),
     (("--lr", "nan"), "--lr: must be a positive number, got nan"),
+    (("--lr", "1e-5", "--json", "/nope/x.json"), "--json '/nope/x.json': no folder /nope"),
     (("--lr", "1e-5", "--weight-decay", "-1"), "--weight-decay: must be zero or positive, got -1"),
 ])  # fmt: skip
 def test_senseless_settings_are_refused(model, flags, message):
@@ -243,5 +244,5 @@ def test_a_model_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("package", ["safetensors", "rich.console"])
 def test_a_missing_package_says_how_to_get_it(model, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=r"run pip install 'collage-optim\[train\]'"):
+    with pytest.raises(ValueError, match=r"run pip install '.\[train\]'"):
         run(arguments(model[0], "--lr", LR))

@@ -27,7 +27,7 @@ ALLOWED = {
     "state": NUMBERS | {"rules", "sharding"},
     "loading": NUMBERS | {"rules", "state"},
     "shadow": NUMBERS | {"rules", "backends"},
-    "monitor": NUMBERS | {"rules", "backends", "shadow"},
+    "monitor": NUMBERS | {"rules", "backends", "shadow", "state"},
     "optim": STEP,
     "ema": STEP,
     "checkpoint": STEP | {"optim"},

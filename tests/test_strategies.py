@@ -36,6 +36,7 @@ def test_a_strategy_survives_its_text(name):
     assert Strategy.parse(name) is strategy
     custom = Strategy(strategy.param, "fp32", "fp32") if strategy.arithmetic == "float32" else strategy
     assert Strategy.parse(str(custom)) == custom
+    assert Strategy.parse(" " + str(custom).replace(",", ", ").replace("=", " = ")) == custom
 
 
 def test_letters_of_the_paper():
@@ -63,3 +64,10 @@ def test_a_meaningless_strategy_is_refused(kwargs, message):
 def test_an_unknown_name_lists_the_known_ones(text):
     with pytest.raises(ValueError, match="known: bf16, collage-light, collage-plus"):
         Strategy.parse(text)
+
+
+def test_a_misspelt_name_gets_the_nearest_one():
+    with pytest.raises(ValueError, match=r"unknown 'colage_plus'.*; did you mean 'collage-plus'\?$"):
+        Strategy.parse("colage_plus")
+    with pytest.raises(ValueError, match=r"arithmetic=float32'$"):
+        Strategy.parse("E")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -164,10 +165,12 @@ def test_schedules() -> None:
         ({"batch_size": 4, "micro_batch": 3}, "micro_batch: must divide batch_size"),
         ({"seq_len": 1000}, "seq_len: 'tiny-llama' has 128 positions, got 1000"),
         ({"phase": 2}, "phase: 'tiny-llama' has 1"),
+        ({"betas": (1.0, 2.0)}, "betas: both need to be in [0, 1), got 1 and 2"),
+        ({"steps": 20, "warmup_steps": 50}, "warmup_steps: 50 are more than the 20 of --steps"),
     ],
 )
 def test_wrong_settings_are_named(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         RunConfig.of("tiny-llama", "x", **given)
 
 
@@ -188,7 +191,7 @@ def test_a_run_learns_and_tells_all(text: str, tmp_path: Path, model: str) -> No
     assert result.peak_rss_bytes > 10**8
     assert sum(result.update_histogram["counts"]) > 1000
     measured = [r for r in records if r["kind"] == "train" and r["edq_ratio"] is not None]
-    assert [r["step"] for r in measured] == [1, 4, 6, 8]
+    assert [r["step"] for r in measured] == [1, 2, 4, 6, 8]  # every logged step
     assert all(0.99 < r["edq_ratio"] < 1.01 and len(r["lost_by_layer"]) > 10 for r in measured)
     assert json.loads(json.dumps(result.to_dict()))["lost"] < 0.1
 
@@ -334,15 +337,70 @@ def test_two_runs_are_not_mixed(text: str, tmp_path: Path, capsys: pytest.Captur
     assert "holds checkpoint-4 of an earlier run; add --resume" in capsys.readouterr().err
     assert main([*command, "--resume", "--lr", "0.1"]) == 2
     assert "lr: saved 0.001, here 0.1" in capsys.readouterr().err
-    assert main([*command, "--resume"]) == 0  # nothing left to do
-    assert "going on from checkpoint-4" in capsys.readouterr().out
+
+
+def told(out: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return result
+
+
+def test_a_finished_run_is_left_as_it_is(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*arguments_of(text, tmp_path), "--steps", "4"]
+    assert main(command) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert main([*command, "--resume"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "already finished" in capsys.readouterr().out
+    assert told(tmp_path)["since_step"] == 0
+    # Killed after the last checkpoint: nothing is measured any more, and nothing is said to be.
+    (tmp_path / "result.json").unlink()
+    assert main([*command, "--resume"]) == 0
+    assert "; since step 4 alone: no EDQ" in capsys.readouterr().out
+    unknown = ("edq_ratio", "optimizer_ms", "bytes_per_param", "state_bytes")
+    assert [told(tmp_path)[key] for key in unknown] == [None] * 4
+
+
+def test_a_resumed_run_says_what_its_numbers_cover(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*arguments_of(text, tmp_path), "--steps", "4"]
+    assert main(command) == 0
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    (tmp_path / "result.json").unlink()
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 0
+    assert "; since step 3 alone: EDQ ratio " in capsys.readouterr().out
+    assert (told(tmp_path)["since_step"], told(tmp_path)["last_step"]) == (3, 4)
+    assert told(tmp_path)["bytes_per_param"] == 12
+
+
+def test_a_run_without_checkpoints_is_not_overwritten(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*arguments_of(text, tmp_path), "--steps", "1", "--save-every", "0"]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert "holds result.json of an earlier run; empty it, or choose another folder" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_ends_and_says_so(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*arguments_of(text, tmp_path), "--lr", "1e38", "--save-every", "0"]
+    assert main(command) == 1
+    assert "diverged: the loss of step 4 is not finite; lower --lr" in capsys.readouterr().out
+    assert (told(tmp_path)["val_loss"], told(tmp_path)["last_step"]) == (None, 4)
+    assert main([*command, "--resume"]) == 1
+    assert "already finished: diverged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--model", "nope"], "model 'nope': no such recipe"),
-        (["--strategy", "nope"], "strategy: unknown 'nope'"),
+        (["--strategy", "colage-plus"], "--strategy: unknown 'colage-plus'"),
+        (["--beside", "bf16", "nope"], "--beside: unknown 'nope'"),
+        (["--betas", "1", "2"], "--betas: both need to be in [0, 1), got 1 and 2"),
+        (["--warmup-steps", "50"], "--warmup-steps: 50 are more than the 40 of --steps"),
+        (["--data", "SHORT"], "--data: 5 tokens do not fill one window of 16; give more text"),
         (["--data", "nope.txt"], "data 'nope.txt': no such file or folder"),
         (["--batch-size", "4000"], "fewer than a step's 4000"),
         (["--init", "nope.safetensors"], "nope.safetensors"),
@@ -352,7 +410,10 @@ def test_two_runs_are_not_mixed(text: str, tmp_path: Path, capsys: pytest.Captur
 def test_errors_are_one_line(
     text: str, tmp_path: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "short.txt").write_text("brief")
+    given = [str(tmp_path / "short.txt") if option == "SHORT" else option for option in given]
     assert main([*arguments_of(text, tmp_path / "run"), *given]) == 2
-    err = capsys.readouterr().err
+    printed, err = capsys.readouterr()
+    assert printed == ""  # no bar of a run
     assert message in err
     assert err.count("\n") == 1

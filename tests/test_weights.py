@@ -7,6 +7,7 @@ import argparse
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from collage.harness.weights import kind_of, read
 
@@ -52,17 +53,26 @@ def test_files_that_are_not_models_are_refused_in_one_line(tmp_path):
         (tmp_path / name).write_text("It is a truth universally acknowledged\n" * 9)
     torch.save({"lr": 0.1}, tmp_path / "numbers.pt")
     torch.save(argparse.Namespace(), tmp_path / "object.pt")
+    torch.save({"w": torch.ones(99)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-300])
     for name, kind, message in (
         ("gone.safetensors", FileNotFoundError, "gone.safetensors: no such file or folder"),
         ("empty", FileNotFoundError, "no model in this folder; want one of model.safetensors"),
         ("broken", FileNotFoundError, "gone.safetensors: no such file or folder .named by the index"),
         ("list.index.json", ValueError, "not an index of shards"),
         ("text.safetensors", ValueError, "text.safetensors: not a safetensors file, or damaged"),
-        ("text.pt", ValueError, "text.pt: not a state dict that torch.load"),
+        ("text.pt", ValueError, "text.pt: damaged, or not a state dict; write one with"),
         ("text.md", ValueError, "text.md: not a model; want a .safetensors file"),
         ("numbers.pt", ValueError, "numbers.pt: not a state dict: it holds no tensors by name"),
-        ("object.pt", ValueError, "object.pt: not a state dict that torch.load"),
+        ("object.pt", ValueError, "object.pt: damaged, or not a state dict"),
+        ("cut.pt", ValueError, "cut.pt: damaged, or not a state dict"),
     ):  # fmt: skip
         with pytest.raises(kind, match=message) as error:
             list(read(tmp_path / name))
         assert "\n" not in str(error.value)
+        assert "weights_only" not in str(error.value)
+
+
+def test_the_folder_of_a_run(tmp_path):
+    save_file({"w": torch.ones(3)}, tmp_path / "weights.safetensors")
+    assert [e.name for e in read(tmp_path)] == ["w"]

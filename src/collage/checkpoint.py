@@ -9,14 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from collage import state
-from collage.formats import split
+from collage.formats import require_whole, split
 from collage.optim import PrecisionOptimizer
 from collage.sharding import is_dtensor, local
 from collage.state import Entry
 
 
-def _entries(optimizer: PrecisionOptimizer) -> dict[Tensor, Entry]:
-    return {entry.param: entry for entry in optimizer.entries()}
+def _entries(model: nn.Module, optimizer: PrecisionOptimizer) -> dict[Tensor, Entry]:
+    """The optimizer's parameters. Raises TypeError, ValueError if it is not one of this package and of this model."""
+    state.require_optimizer(optimizer, PrecisionOptimizer)
+    entries = {entry.param: entry for entry in optimizer.entries()}
+    own = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    if own and not any(p in entries for p in own.values()):
+        raise ValueError(
+            f"optimizer: has none of the model's parameters, not even '{next(iter(own))}'; was it made for another "
+            "model, or before this one's parameters were replaced?"
+        )
+    return entries
 
 
 @torch.no_grad()
@@ -27,20 +36,24 @@ def high_precision_state_dict(model: nn.Module, optimizer: PrecisionOptimizer) -
         A dict that ``load_state_dict(strict=True)`` takes, of a float32 model or of this one. Buffers and other
         entries are as they are. Tied parameters appear under each of their names.
 
+    Raises:
+        ValueError: weights that do not match their other components, an optimizer of another model.
+
     >>> import collage
     >>> model = torch.nn.Linear(2, 1).bfloat16()
     >>> opt = collage.AdamW(model.named_parameters())
     >>> high_precision_state_dict(model, opt)["weight"].dtype
     torch.float32
     """
-    entries = _entries(optimizer)
+    entries = _entries(model, optimizer)
     result: dict[str, Any] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         entry = entries.get(tensor) if isinstance(tensor, Tensor) else None
         if entry is not None and optimizer.state.get(entry.param):
-            planes = optimizer.planes(entry)[0]
+            planes, fmt = optimizer.planes(entry)[0], optimizer.strategy_of(entry).formats[0]
+            require_whole(fmt, planes, key)
             value = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
-            local(value).copy_(optimizer.strategy_of(entry).formats[0].value(planes))
+            local(value).copy_(fmt.value(planes))
             result[key] = value
         elif isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
             result[key] = tensor.detach().to(torch.float32, copy=True)
@@ -55,12 +68,16 @@ def load_high_precision_state_dict(
 ) -> None:
     """Split float32 weights into the components the optimizer keeps; load everything else as torch does.
 
-    The way to start from a float32 checkpoint: ``model.bfloat16()`` alone throws the low 16 bits away.
+    The way to start from a float32 checkpoint: ``model.bfloat16()`` alone throws the low 16 bits away. Tied weights
+    may be there under one of their names, as Hugging Face's ``save_pretrained`` stores them.
 
     Raises:
-        ValueError: a missing, an unexpected or a misshapen key, before anything is changed.
+        ValueError: a missing, an unexpected or a misshapen key, an optimizer of another model; before anything is
+            changed.
     """
+    entries = _entries(model, optimizer)
     own = model.state_dict(keep_vars=True)
+    state_dict = _with_tied(own, state_dict)
     missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(f"state_dict: missing keys {missing or 'none'}, unexpected keys {unexpected or 'none'}")
@@ -69,13 +86,25 @@ def load_high_precision_state_dict(
             raise ValueError(
                 f"state_dict['{key}']: has shape {tuple(state_dict[key].shape)}, the model's is {tuple(tensor.shape)}"
             )
-    entries = _entries(optimizer)
-    model.load_state_dict(dict(state_dict), strict=True)
+    model.load_state_dict(state_dict, strict=True)
     for key, tensor in own.items():
         if isinstance(tensor, Tensor) and tensor in entries:
             entry = entries[tensor]
             value = _local_part(state_dict[key], tensor).to(tensor.device, torch.float32)
             state.write(optimizer.planes(entry)[0], split(optimizer.strategy_of(entry).formats[0], value))
+
+
+def _with_tied(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict, each weight under all the names that the model has for the very same tensor."""
+    places = {key: _place(tensor) for key, tensor in own.items() if isinstance(tensor, Tensor)}
+    there = {place: state_dict[key] for key, place in places.items() if key in state_dict}
+    return {**{key: there[place] for key, place in places.items() if place in there}, **state_dict}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where its numbers lie: equal for tied tensors. A tensor without memory is tied to itself alone."""
+    part = local(tensor)
+    return part.data_ptr() or id(tensor), part.dtype, part.shape, part.stride()
 
 
 def _local_part(value: Any, param: Any) -> Tensor:

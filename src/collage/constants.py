@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 PRECISION = {torch.float32: (24, -126), torch.bfloat16: (8, -126)}
 
@@ -43,18 +42,35 @@ def rounded(x: float, dtype: torch.dtype) -> float:
 
 
 class Constants(NamedTuple):
-    """AdamW's constants, 0-d tensors of the arithmetic's dtype on the parameter's device.
+    """AdamW's constants: floats as `fold` returns them, 0-d tensors of the arithmetic's dtype as `on` does.
 
     beta1 and beta2 are expansions: one component in float32, (hi, lo) in bfloat16.
     """
 
-    beta1: tuple[Tensor, ...]
-    one_minus_beta1: Tensor
-    beta2: tuple[Tensor, ...]
-    one_minus_beta2: Tensor
-    a: Tensor  # lr * s / (1 - beta1**t), with s = sqrt(1 - beta2**t)
-    e: Tensor  # eps * s
-    w: Tensor  # lr * weight_decay
+    beta1: tuple[Any, ...]
+    one_minus_beta1: Any
+    beta2: tuple[Any, ...]
+    one_minus_beta2: Any
+    a: Any  # lr * s / (1 - beta1**t), with s = sqrt(1 - beta2**t)
+    e: Any  # eps * s
+    w: Any  # lr * weight_decay
+
+    def on(self, dtype: torch.dtype, device: torch.device) -> Constants:
+        """As 0-d tensors, for the reference backend."""
+
+        def tensor(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(tensor, x))
+            return torch.tensor(x, dtype=dtype, device=device)
+
+        return Constants(*map(tensor, self))
+
+    def row(self) -> list[float]:
+        """As a kernel reads them: every expansion with two components."""
+        numbers: list[float] = []
+        for x in self:
+            numbers += (*x, 0.0)[:2] if isinstance(x, tuple) else (x,)
+        return numbers
 
 
 def fold(
@@ -64,24 +80,23 @@ def fold(
     weight_decay: float,
     step: int,  # t, from 1
     dtype: torch.dtype,  # the arithmetic's
-    device: torch.device,
 ) -> Constants:
     """The constants of one step. With them Adam's bias corrections cost no operation per element:
 
     lr * (m / (1 - beta1**t)) / (sqrt(v / (1 - beta2**t)) + eps)  ==  a * m / (sqrt(v) + e)
     """
 
-    def scalar(x: float) -> Tensor:
-        return torch.tensor(rounded(x, dtype), dtype=dtype, device=device)
+    def number(x: float) -> float:
+        return rounded(x, dtype)
 
-    def expansion(x: float) -> tuple[Tensor, ...]:
-        hi = rounded(x, dtype)
-        return (scalar(hi),) if dtype == torch.float32 else (scalar(hi), scalar(x - hi))
+    def expansion(x: float) -> tuple[float, ...]:
+        hi = number(x)
+        return (hi,) if dtype == torch.float32 else (hi, number(x - hi))
 
     beta1, beta2 = betas
     s = math.sqrt(1.0 - power(beta2, step))
     a = lr * s / (1.0 - power(beta1, step))
     return Constants(
-        expansion(beta1), scalar(1.0 - beta1), expansion(beta2), scalar(1.0 - beta2), scalar(a), scalar(eps * s),
-        scalar(lr * weight_decay),
+        expansion(beta1), number(1.0 - beta1), expansion(beta2), number(1.0 - beta2), number(a), number(eps * s),
+        number(lr * weight_decay),
     )  # fmt: skip

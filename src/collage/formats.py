@@ -220,8 +220,13 @@ def require_whole(fmt: Format, planes: Planes, name: str) -> None:
     """Raise ValueError, naming the parameter, where plane 0 was changed without the others."""
     broken = int(fmt.broken(planes).sum())
     if broken:
-        raise ValueError(
-            f"param '{name}': {broken} of {planes[0].numel()} weights do not match their other components; they were "
-            "changed outside the optimizer (a loaded model, an EMA swap, clamp_). Load a model before its optimizer's "
-            "state, or call opt.resync() to take the weights as they are now"
-        )
+        raise not_whole(name, broken, planes[0].numel())
+
+
+def not_whole(name: str, broken: int, numel: int) -> ValueError:
+    """What is wrong with so many weights of a parameter."""
+    return ValueError(
+        f"param '{name}': {broken} of {numel} weights do not match their other components; they were changed outside "
+        "the optimizer (a loaded model, an EMA swap, clamp_). Load a model before its optimizer's state, or call "
+        "opt.resync() to take the weights as they are now"
+    )

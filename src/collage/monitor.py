@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from collage.backends import Update
-from collage.formats import require_whole
+from collage.backends import Update, choose
+from collage.backends.reference import SUMS
+from collage.formats import not_whole
 from collage.rules import Rule
 from collage.shadow import Sampled, Shadow
+from collage.state import require_optimizer
 from collage.strategies import Strategy
 
 
@@ -29,6 +31,7 @@ class Item(NamedTuple):
     fold: Callable[[torch.dtype], Any]  # the step's constants in another arithmetic
 
 
+@runtime_checkable
 class Monitored(Protocol):
     """What a monitor needs of an optimizer."""
 
@@ -180,7 +183,7 @@ class _Books:
 
 
 def _total(rows: Iterable[Sequence[float]]) -> list[float]:
-    total = [0.0] * 5
+    total = [0.0] * len(SUMS)
     for row in rows:
         total = [a + b for a, b in zip(total, row, strict=True)]
     return total
@@ -204,7 +207,9 @@ class Monitor:
         """Called by the optimizer before it writes. Raises ValueError if weights were changed outside it."""
         if self.due:
             for item in items:
-                require_whole(item.update.strategy.formats[0], item.update.slots[0], item.name)
+                broken = choose("auto", item.update.grad.device).broken(item.update.strategy, item.update.slots)
+                if broken:
+                    raise not_whole(item.name, broken, item.update.grad.numel())
         if self._shadow:
             self._shadow.before(items, self.due)
 
@@ -241,7 +246,7 @@ def monitor(
     optimizer: Monitored,
     every: int = 10,
     shadow: int | None = 256,
-    strategies: Iterable[str | Strategy] = (),
+    strategies: str | Strategy | Iterable[str | Strategy] = (),
 ) -> Monitor:
     """Measure what an optimizer's rounding loses, while it trains. It never changes a bit of the run.
 
@@ -249,12 +254,13 @@ def monitor(
         optimizer: of this package.
         every: measure one step in this many, the first included.
         shadow: follow one element in this many with the same rule in float32 (costs 12 bytes for each); None for none.
-        strategies: others to run beside it on those elements, to see what they would lose on this very run.
+        strategies: others (or one) to run beside it on those elements, to see what they would lose on this very run.
 
     Returns:
         A Monitor: ``report()`` has ``.total``, ``.by_group``, ``.by_parameter``, ``.frozen`` and ``.to_dict()``.
 
     Raises:
+        TypeError: another optimizer.
         ValueError: an ``every`` or ``shadow`` below 1, an unknown strategy.
 
     >>> import collage
@@ -266,9 +272,11 @@ def monitor(
     >>> mon.report().total.lost, mon.report().frozen
     (1.0, ['w'])
     """
+    require_optimizer(optimizer, Monitored)
     for name, number in (("every", every), ("shadow", shadow)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(f"{name}: needs an integer >= 1, got {number!r}")
-    result = Monitor(optimizer.rule, every, shadow, [Strategy.parse(s) for s in strategies])
+    beside = (strategies,) if isinstance(strategies, str | Strategy) else strategies
+    result = Monitor(optimizer.rule, every, shadow, [Strategy.parse(s) for s in beside])
     optimizer.monitors.append(result)
     return result

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from collage import backends, constants, loading, state
-from collage.backends import Update
+from collage import backends, loading, state
+from collage.backends import (
+    Update,
+    operator,  # noqa: F401  (defines torch.ops.collage.step_)
+)
 from collage.monitor import Item, Monitor
 from collage.rng import Stream, key_of
 from collage.rules import Rule
 from collage.rules.adamw import ADAMW
-from collage.sharding import local, region
+from collage.sharding import is_dtensor, local, region
 from collage.state import Entry, Group
 from collage.strategies import STRATEGIES, Strategy
 
@@ -32,7 +36,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
         self.backend = backend
         self.monitors: list[Monitor] = []
-        self._backend = backends.choose(backend)
+        _require(backend)
         super().__init__(params, defaults)
         self._require_low_precision()
 
@@ -51,12 +55,9 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def entries(self) -> Iterator[Entry]:
         """Every parameter, in order, with its name (or position) and group."""
-        position = 0
-        for index, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                name = group["param_names"][i] if "param_names" in group else None
-                yield Entry(name or str(position), key_of(name or position), index, group, param)
-                position += 1
+        for group in self.param_groups:
+            for i in range(len(group["params"])):
+                yield self._entry(group, i)
 
     def strategy_of(self, entry: Entry) -> Strategy:
         """The group's strategy; float32 parameters are updated in float32. Raises TypeError for any other dtype."""
@@ -90,9 +91,6 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"seed: needs an integer in [0, 2**64), got {seed!r}")
 
-    def _fold(self, group: Group, step: int, dtype: torch.dtype, device: torch.device) -> Any:
-        raise NotImplementedError
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -110,49 +108,150 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        entries = [entry for entry in self.entries() if entry.param.grad is not None]
-        items = self._items(entries)
-        for monitor in self.monitors:
-            monitor.before(items)
-        for updates in _batches(items):
-            self._backend.step(self.rule, updates)
-        for entry in entries:
-            self.state[entry.param]["step"] += 1
-        for monitor in self.monitors:
-            monitor.after(items)
+        calls: list[_Call] = []
+        for group in self.param_groups:
+            for in_float32 in (False, True):
+                planes: list[Tensor] = []
+                grads: list[Tensor] = []
+                steps: list[Tensor] = []
+                keys: list[int] = []
+                regions: list[int] = []
+                strategy = self._init_group(
+                    group, in_float32, torch.compiler.is_compiling(), planes, grads, steps, keys, regions
+                )
+                if len(grads) > 0:
+                    calls.append((group, strategy, planes, grads, steps, keys, regions))
+        if len(self.monitors) > 0:
+            self._step_measured(calls)
+        else:
+            for call in calls:
+                self._step(call, torch.empty(0, 5, dtype=torch.float64))
         return loss
 
-    def _items(self, entries: list[Entry]) -> list[Item]:
-        """Check every gradient, then say what is to be done for each parameter."""
-        strategies = [self.strategy_of(entry) for entry in entries]
-        for entry in entries:
-            state.check_gradient(entry)
-        measured = any(monitor.due for monitor in self.monitors)
-        folded: dict[tuple[Any, ...], Any] = {}
-        items = []
-        for entry, strategy in zip(entries, strategies, strict=True):
-            planes = self.planes(entry, strategy)
-            step = int(self.state[entry.param]["step"]) + 1
-            fold = partial(self._fold_once, folded, entry, step)
-            update = Update(
-                strategy=strategy,
-                slots=planes,
-                grad=local(entry.param.grad),
-                constants=fold(strategy.register),
-                maximize=entry.group["maximize"],
-                stream=Stream(entry.group["seed"], step, entry.key),
-                region=region(entry.param),
-                sums=torch.zeros(5, dtype=torch.float64) if measured else None,
-            )
-            items.append(Item(entry.name, entry.group_index, update, fold))
-        return items
+    def _step(self, call: _Call, sums: Tensor) -> None:
+        group, strategy, planes, grads, steps, keys, regions = call
+        lr = group["lr"]
+        torch.ops.collage.step_(
+            planes, grads, steps, sums, lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+            self.rule.name, strategy, self.backend, keys, regions, self._hyper(group), _signed(group["seed"]),
+            group["maximize"],
+        )  # fmt: skip
 
-    def _fold_once(self, folded: dict[tuple[Any, ...], Any], entry: Entry, step: int, dtype: torch.dtype) -> Any:
-        device = entry.param.device
-        key = (entry.group_index, step, dtype, device)
+    def _init_group(
+        self,
+        group: Group,
+        in_float32: bool,  # collect the float32 parameters of a strategy for narrower ones; else its own
+        compiling: bool,
+        planes: list[Tensor],
+        grads: list[Tensor],
+        steps: list[Tensor],
+        keys: list[int],
+        regions: list[int],
+    ) -> str:
+        """Append what the operator needs of a group's parameters. Raises before anything is changed.
+
+        torch.compile knows this method's name: it runs it where it would trace another, and guards what it returned.
+        """
+        own = Strategy.parse(group["strategy"])
+        strategy = STRATEGIES["fp32"] if in_float32 else own
+        if in_float32 and own.dtype == torch.float32:
+            return str(strategy)
+        names = _plane_names(self.rule, strategy)
+        chosen = [
+            i
+            for i, param in enumerate(group["params"])
+            if param.grad is not None and (own.dtype == torch.float32 or (param.dtype == torch.float32) == in_float32)
+        ]
+        sharded = [i for i in chosen if is_dtensor(group["params"][i])]
+        for i in chosen:
+            param = group["params"][i]
+            grad, values = param.grad, self.state[param]
+            if (
+                param.dtype != strategy.dtype
+                or grad.layout != torch.strided
+                or (grad.dtype != param.dtype and grad.dtype != torch.float32)
+            ):
+                self._refuse(group, i)
+            if not values:
+                state.initialise(self.rule, strategy, param, values)
+            if len(values) != len(names) or not all(name in values for name in names[1:]):
+                state.check(self.rule, strategy, param, values, self._entry(group, i).name)
+            own_planes = [param, *(values[name] for name in names[1:])]
+            planes += [local(plane) for plane in own_planes] if sharded else own_planes
+            grads.append(local(grad) if sharded else grad)
+            steps.append(values["step"])
+            if strategy.stochastic:
+                keys.append(_signed(self._entry(group, i).key))
+                if sharded:
+                    place = region(param)
+                    regions += [len(place.sizes), *place.sizes, *place.starts, *place.strides]
+        if compiling:
+            self._require_compilable(planes, bool(sharded))
+        return str(strategy)
+
+    def _require_compilable(self, planes: list[Tensor], sharded: bool) -> None:
+        if self.monitors:
+            raise RuntimeError("monitor: it measures in Python, outside a compiled step; call opt.step() uncompiled")
+        if sharded:
+            raise RuntimeError("params: a compiled step takes no DTensors; call opt.step() uncompiled")
+        storages = [plane.untyped_storage().data_ptr() for plane in planes if plane.numel()]
+        if len(set(storages)) < len(storages):
+            raise RuntimeError(
+                "params: some are views of one buffer, which torch.compile is known to mix up; call opt.step() "
+                "uncompiled, or give each parameter memory of its own"
+            )
+
+    def _refuse(self, group: Group, i: int) -> None:
+        """Raise what is wrong with the i-th parameter of a group or its gradient."""
+        entry = self._entry(group, i)
+        self.strategy_of(entry)
+        state.check_gradient(entry)
+
+    def _entry(self, group: Group, i: int) -> Entry:
+        index = next(k for k, other in enumerate(self.param_groups) if other is group)
+        position = sum(len(other["params"]) for other in self.param_groups[:index]) + i
+        name = group["param_names"][i] if "param_names" in group else None
+        return Entry(name or str(position), key_of(name or position), index, group, group["params"][i])
+
+    def _step_measured(self, calls: list[_Call]) -> None:
+        """The same step, between what the monitors look at before it and after it."""
+        due = any(monitor.due for monitor in self.monitors)
+        sums = [torch.zeros(len(grads) if due else 0, 5, dtype=torch.float64) for _, _, _, grads, *_ in calls]
+        items = [item for call, rows in zip(calls, sums, strict=True) for item in self._items(call, rows)]
+        for monitor in self.monitors:
+            monitor.before(items)
+        for call, rows in zip(calls, sums, strict=True):
+            self._step(call, rows)
+        for monitor in self.monitors:
+            monitor.after(items)
+
+    def _items(self, call: _Call, sums: Tensor) -> Iterator[Item]:
+        """Every parameter of a call, as a monitor sees it."""
+        group, name, planes, grads, steps, *_ = call
+        strategy = Strategy.parse(name)
+        entries = {id(e.param): e for e in self.entries()}
+        chosen = [e for e in entries.values() if e.group is group and e.param.grad is not None]
+        rest = iter(planes)
+        folded: dict[Any, Any] = {}
+        for k, entry in enumerate(e for e in chosen if self.strategy_of(e) == strategy):
+            slots = tuple(tuple(next(rest).detach() for _ in fmt.dtypes) for fmt in strategy.formats)
+            step = int(steps[k]) + 1
+            stream = Stream(group["seed"], step, entry.key)
+            update = Update(strategy, slots, grads[k], group["maximize"], stream, sums[k] if len(sums) else None)
+            fold = partial(self._fold_once, folded, group, step, grads[k].device)
+            yield Item(entry.name, entry.group_index, update, fold)
+
+    def _fold_once(
+        self, folded: dict[Any, Any], group: Group, step: int, device: torch.device, dtype: torch.dtype
+    ) -> Any:
+        key = (step, device, dtype)
         if key not in folded:
-            folded[key] = self._fold(entry.group, step, dtype, device)
+            folded[key] = self.rule.fold(float(group["lr"]), self._hyper(group), step, dtype).on(dtype, device)
         return folded[key]
+
+    def _hyper(self, group: Group) -> list[float]:
+        """The rule's hyper-parameters but lr, in the order that its `fold` takes them."""
+        raise NotImplementedError
 
     def planes(self, entry: Entry, strategy: Strategy | None = None) -> tuple[Any, ...]:
         """The local planes of every slot of one parameter, theta first; created at first use."""
@@ -182,7 +281,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         adopted: dict[str, Any] = {}
 
         def adopt(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            adopted.update(loading.adopt(self.rule, self.param_groups, list(self.entries()), saved, self.strategy_of))
+            entries = list(self.entries())
+            adopted.update(loading.adopt(self.rule, self.param_groups, entries, saved, self.strategy_of, self.state))
             return adopted
 
         hook = self.register_load_state_dict_pre_hook(adopt)  # runs last: what it returns is what is loaded
@@ -204,7 +304,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.monitors = []
-        self._backend = backends.choose(self.backend)
+        _require(self.backend)
 
 
 class AdamW(PrecisionOptimizer):
@@ -227,7 +327,7 @@ class AdamW(PrecisionOptimizer):
         strategy: a name in ``collage.STRATEGIES``, or a ``collage.Strategy``.
         maximize: ascend instead of descend.
         seed: of stochastic rounding.
-        backend: "auto" or "reference".
+        backend: "auto" (the fastest for the parameters' device), "cpu" (compiled kernels) or "reference" (plain torch).
 
     Raises:
         ValueError, TypeError: an argument out of range, a parameter of a wrong dtype; named, with the fix.
@@ -277,16 +377,32 @@ class AdamW(PrecisionOptimizer):
         if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
             raise ValueError(f"betas: needs two numbers in [0, 1), got {group['betas']}")
 
-    def _fold(self, group: Group, step: int, dtype: torch.dtype, device: torch.device) -> constants.Constants:
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        lr, eps, decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))
-        return constants.fold(lr, (beta1, beta2), eps, decay, step, dtype, device)
+    def _hyper(self, group: Group) -> list[float]:
+        beta1, beta2 = group["betas"]
+        return [float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])]
 
 
-def _batches(items: list[Item]) -> Iterator[list[Update]]:
-    """All updates of one (group, device, gradient dtype) together."""
-    batches: dict[tuple[Any, ...], list[Update]] = {}
-    for item in items:
-        key = (item.group_index, item.update.grad.device, item.update.grad.dtype)
-        batches.setdefault(key, []).append(item.update)
-    yield from batches.values()
+# A group, its strategy, and what `_init_group` appends.
+_Call = tuple[Group, str, list[Tensor], list[Tensor], list[Tensor], list[int], list[int]]
+
+
+def _require(backend: str) -> None:
+    reason = backends.require(backend)
+    if reason:
+        _warn(f"no kernels for the CPU, so steps take the slow reference backend: {reason}")
+
+
+@cache  # once for each text
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+@cache
+def _plane_names(rule: Rule, strategy: Strategy) -> tuple[str, ...]:
+    """ "param", then the state's key of every other plane, slot by slot."""
+    return ("param", *state.dtypes(rule, strategy))
+
+
+def _signed(number: int) -> int:
+    """A number below 2**64 with the bits of a signed one, as operators take them."""
+    return number - 2**64 if number >= 2**63 else number

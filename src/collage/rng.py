@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 _M32, _M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 
+@cache
 def key_of(name: str | int) -> int:
     """64-bit key of a parameter: a stable hash of its name, or its position where it has none."""
     if isinstance(name, int):
@@ -44,9 +46,14 @@ class Stream:
     step: int
     key: int
 
+    @property
+    def base(self) -> int:
+        """Everything but the element's index, mixed to 64 bits."""
+        return _mix64(_mix64(_mix64(self.seed) ^ self.step) ^ self.key)
+
     def keys(self, index_high: int) -> tuple[int, int]:
         """Two 32-bit keys for the elements whose index has these high 32 bits."""
-        mixed = _mix64(_mix64(_mix64(_mix64(self.seed) ^ self.step) ^ self.key) ^ index_high)
+        mixed = _mix64(self.base ^ index_high)
         return mixed & _M32, mixed >> 32
 
     def bits(self, index: Tensor, slot: int) -> Tensor:

@@ -66,33 +66,42 @@ class Shadow:
         self.stride = stride
         self.strategies = strategies
         self._slots: dict[str, list[Tensor]] = {}  # name -> float32 theta, m, v
+        self._joined: dict[tuple[str, ...], list[Tensor]] = {}  # names of a batch of the last step -> the same, joined
         self._beside: dict[str, dict[str, list[list[Tensor]]]] = {str(s): {} for s in strategies}  # -> planes
         self._before: dict[str, list[Tensor]] = {}
 
     def _sample(self, plane: Tensor) -> Tensor:
-        return plane.reshape(-1)[:: self.stride].clone()
+        """One element in ``stride``, row-major. A view where the plane is contiguous."""
+        if plane.is_contiguous():
+            return plane.view(-1)[:: self.stride]
+        return plane.take(torch.arange(0, plane.numel(), self.stride, device=plane.device))
 
     def before(self, items: Sequence[Observed], due: bool) -> None:
         """Meet new parameters where they are; remember theta if the step is to be measured."""
         for item in items:
-            slots = [[self._sample(p) for p in planes] for planes in item.update.slots]
-            formats = item.update.strategy.formats
             if item.name not in self._slots:
-                self._slots[item.name] = [fmt.value(planes) for fmt, planes in zip(formats, slots, strict=True)]
-                for strategy in self.strategies:
-                    pairs = zip(strategy.formats, self._slots[item.name], strict=True)
-                    self._beside[str(strategy)][item.name] = [list(split(fmt, x)) for fmt, x in pairs]
+                self._meet(item)
             if due:
-                self._before[item.name] = list(formats[0].components(slots[0]))
+                theta = item.update.strategy.formats[0].components(item.update.slots[0])
+                self._before[item.name] = [self._sample(plane).clone() for plane in theta]
+
+    def _meet(self, item: Observed) -> None:
+        pairs = zip(item.update.strategy.formats, item.update.slots, strict=True)
+        slots = [fmt.value([self._sample(p).clone() for p in planes]) for fmt, planes in pairs]
+        self._slots[item.name] = slots
+        for strategy in self.strategies:
+            both = zip(strategy.formats, slots, strict=True)
+            self._beside[str(strategy)][item.name] = [list(split(fmt, x)) for fmt, x in both]
 
     def after(self, items: Sequence[Observed], due: bool) -> tuple[dict[str, Sampled], Beside]:
         """Follow the step. Returns, if it is measured, each parameter's sums and each other strategy's."""
         sampled: dict[str, Sampled] = {}
-        beside: Beside = {str(s): ([0.0] * 5, Sampled()) for s in self.strategies} if due else {}
+        beside: Beside = {str(s): ([0.0] * len(reference.SUMS), Sampled()) for s in self.strategies} if due else {}
+        joined, self._joined = self._joined, {}
         for batch in _same_constants(items):
-            g = torch.cat([self._sample(item.update.grad).float() for item in batch])
+            g = torch.cat([self._sample(item.update.grad) for item in batch]).float()
             g = -g if batch[0].update.maximize else g
-            deltas = self._advance(batch, g)
+            deltas = self._advance(batch, g, joined)
             if due:
                 sampled |= {item.name: self._compare(item, delta) for item, delta in zip(batch, deltas, strict=True)}
             for strategy in self.strategies:
@@ -102,14 +111,21 @@ class Shadow:
                     beside[str(strategy)] = ([a + b for a, b in zip(old_sums, sums, strict=True)], old_sample + sample)
         return sampled, beside
 
-    def _advance(self, batch: Sequence[Observed], g: Tensor) -> Sequence[Tensor]:
+    def _advance(
+        self, batch: Sequence[Observed], g: Tensor, joined: dict[tuple[str, ...], list[Tensor]]
+    ) -> Sequence[Tensor]:
         """One float32 step of the batch, all its parameters in one tensor. Returns the updates it intended."""
-        numbers = tuple(Register(torch.cat(slot)) for slot in zip(*(self._slots[i.name] for i in batch), strict=True))
-        delta, grown = self.rule.update(numbers, g, batch[0].fold(torch.float32))
-        sizes = [self._slots[item.name][0].numel() for item in batch]
-        for item, *slots in zip(batch, *(torch.split(x.value, sizes) for x in grown), strict=True):
-            self._slots[item.name] = list(slots)
+        names = tuple(item.name for item in batch)
+        slots = joined.get(names) or self._join(names)
+        delta, grown = self.rule.update(tuple(map(Register, slots)), g, batch[0].fold(torch.float32))
+        self._joined[names] = [x.value for x in grown]
+        sizes = [self._slots[name][0].numel() for name in names]
+        for name, *parts in zip(names, *(torch.split(slot, sizes) for slot in self._joined[names]), strict=True):
+            self._slots[name] = parts
         return torch.split(delta, sizes)
+
+    def _join(self, names: Sequence[str]) -> list[Tensor]:
+        return [torch.cat(slot) for slot in zip(*(self._slots[name] for name in names), strict=True)]
 
     def _compare(self, item: Observed, delta: Tensor) -> Sampled:
         """The run's sampled elements against the shadow's."""
@@ -146,14 +162,13 @@ class Shadow:
         random = [stream.bits(index, k) if fmt.stochastic else None for k, fmt in enumerate(strategy.formats)]
         g = g.to(strategy.register)
         delta, new = reference.advance(self.rule, strategy, slots, g, batch[0].fold(strategy.register), random)
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(len(reference.SUMS), dtype=torch.float64)
         reference.measure(strategy, slots[0], new[0], delta, sums)
         sizes = [self._slots[item.name][0].numel() for item in batch]
         for i, item in enumerate(batch):
             planes_of[item.name] = [[torch.split(plane, sizes)[i] for plane in planes] for planes in new]
         values = [fmt.value(planes) for fmt, planes in zip(strategy.formats, new, strict=True)]
-        shadow = [torch.cat(slot) for slot in zip(*(self._slots[item.name] for item in batch), strict=True)]
-        return sums.tolist(), self._moments(values, shadow)
+        return sums.tolist(), self._moments(values, self._joined[tuple(item.name for item in batch)])
 
 
 def _same_constants(items: Sequence[Observed]) -> Iterator[list[Observed]]:

@@ -78,6 +78,7 @@ def write(planes: Planes, values: Planes) -> None:
 def check(rule: Rule, strategy: Strategy, param: Tensor, state: Mapping[str, Any], name: str) -> None:
     """Raise ValueError, naming the parameter, if a saved state has not exactly this strategy's planes."""
     wanted = dtypes(rule, strategy)
+    require_tensors(state, name)
     found = {key: value.dtype for key, value in state.items() if key != "step"}
     if "step" not in state or found != wanted:
         raise ValueError(
@@ -85,29 +86,66 @@ def check(rule: Rule, strategy: Strategy, param: Tensor, state: Mapping[str, Any
             f"{'step, ' if 'step' in state else ''}{_listing(found)}"
         )
     for key in wanted:
-        if state[key].shape != param.shape:
-            raise ValueError(
-                f"param '{name}': {key} has shape {tuple(state[key].shape)}, not the parameter's {tuple(param.shape)}"
-            )
+        require_shape(key, state[key], param, name)
+
+
+def require_tensors(state: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError, naming the parameter, if anything in a saved state is not a tensor."""
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"param '{name}': {key} needs to be a tensor, got {value!r:.50} ({type(value).__name__})")
+
+
+def require_shape(key: str, plane: Tensor, param: Tensor, name: str) -> None:
+    if plane.shape != param.shape:
+        raise ValueError(
+            f"param '{name}': {key} has shape {tuple(plane.shape)}, not the parameter's {tuple(param.shape)}"
+        )
+
+
+def count(step: Tensor, name: str) -> Tensor:
+    """A saved step counter as int64. Raises ValueError, naming the parameter, if it is not one whole number >= 0."""
+    if step.numel() != 1 or not float(step) >= 0 or not float(step).is_integer():
+        raise ValueError(f"param '{name}': step needs one whole number >= 0, got {step!r:.50}")
+    return step.detach().to("cpu", torch.int64).reshape(())
 
 
 def _listing(planes: Mapping[str, torch.dtype]) -> str:
     return ", ".join(f"{key} ({str(dtype).removeprefix('torch.')})" for key, dtype in planes.items()) or "nothing"
 
 
-def from_torch(rule: Rule, strategy: Strategy, param: Tensor, saved: Mapping[str, Any]) -> State:
-    """A torch.optim state, its moments split into this strategy's planes."""
+def from_torch(
+    rule: Rule, strategy: Strategy, param: Tensor, saved: Mapping[str, Any], live: Mapping[str, Tensor], name: str
+) -> State:
+    """A torch.optim state, its moments split into this strategy's planes.
+
+    Theta's other planes are those of the ``live`` state, which may hold more of the weights than plane 0 does; where it
+    has none they are derived from the parameter.
+    """
+    saved = {key: saved[key] for key in ("step", *(prefix for prefix, _ in rule.slots[1:]))}
+    if isinstance(saved["step"], int | float):  # so in old releases of torch
+        saved["step"] = torch.tensor(saved["step"])
+    require_tensors(saved, name)
     state: State = {}
     initialise(rule, strategy, param, state)
-    state["step"] = torch.as_tensor(saved["step"]).detach().to("cpu", torch.int64).reshape(())
+    state["step"] = count(saved["step"], name)
     for planes, (prefix, fmt) in zip(slots(rule, strategy, param, state), formats(rule, strategy), strict=True):
         if prefix != "param":
+            require_shape(prefix, saved[prefix], param, name)
             write(planes, split(fmt, local(saved[prefix]).to(planes[0].device, torch.float32)))
-    return state
+    theta = {"param" + suffix for suffix in strategy.formats[0].suffixes[1:]}
+    return state | {key: live[key] for key in theta if key in live and live[key].dtype == state[key].dtype}
 
 
 def dtype_of(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def require_optimizer(optimizer: object, kind: type[Any]) -> None:
+    """Raise TypeError for an optimizer of somewhere else."""
+    if not isinstance(optimizer, kind):
+        theirs = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+        raise TypeError(f"optimizer: needs one of this package, such as collage.AdamW, got {theirs}")
 
 
 def check_gradient(entry: Entry) -> None:

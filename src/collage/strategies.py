@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cache
 
 import torch
@@ -117,13 +118,16 @@ ALIASES = {"A": "paper-bf16", "B": "paper-light", "C": "paper-plus", "D": "fp32-
 
 @cache
 def _parse(text: str) -> Strategy:
+    text = text.strip()
     name = ALIASES.get(text, text)
     if name in STRATEGIES:
         return STRATEGIES[name]
-    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    pairs = [(key.strip(), value.strip()) for key, _, value in (part.partition("=") for part in text.split(","))]
     if "=" in text and {key for key, _ in pairs} <= {f.name for f in fields(Strategy)}:
         return Strategy(**dict(pairs))
+    close = get_close_matches(text, STRATEGIES, n=1)
     raise ValueError(
         f"strategy: unknown {text!r}; known: {', '.join(STRATEGIES)}; the paper's letters {', '.join(ALIASES)}; "
         "or a spec such as 'param=bf16x2,momentum=bf16,variance=bf16x2,arithmetic=float32'"
+        + "".join(f"; did you mean {name!r}?" for name in close)
     )

@@ -1,30 +1,28 @@
-"""Backends: what a step is made of, and who carries it out."""
+"""Backends: what a step is made of, who carries it out, and why one of them cannot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from collage.constants import Constants
 from collage.formats import Planes
 from collage.rng import Stream
 from collage.rules import Rule
 from collage.strategies import Strategy
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Where a local tensor lies in the unsharded one: per dimension its size, first index and the global stride."""
+class Region(NamedTuple):
+    """Where a shard lies in the unsharded tensor: per dimension its size, first index and the global stride."""
 
     sizes: tuple[int, ...]
     starts: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def index(self, device: torch.device) -> Tensor:
+    def indices(self, device: torch.device) -> Tensor:
         """int64 row-major index in the unsharded tensor, of every local element."""
         total = torch.zeros((), dtype=torch.int64, device=device)
         for size, start, stride in zip(self.sizes, self.starts, self.strides, strict=True):
@@ -32,33 +30,79 @@ class Region:
         return total
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Share(NamedTuple):
     """One parameter's share of a step. Tensors are local (never DTensors); planes are written in place."""
 
-    strategy: Strategy
     slots: tuple[Planes, ...]  # planes of theta, then of the rule's other slots
     grad: Tensor  # the parameter's dtype or float32
-    constants: Constants
+    step: int  # t, from 1
+    key: int  # of the parameter's random bits, below 2**64
+    region: Region | None = None  # None: not sharded
+    sums: Tensor | None = None  # [5] float64, on the CPU: `reference.SUMS` are added to it
+
+
+class Update(NamedTuple):
+    """One parameter's share as a monitor sees it."""
+
+    strategy: Strategy
+    slots: tuple[Planes, ...]
+    grad: Tensor
     maximize: bool
     stream: Stream
-    region: Region
-    sums: Tensor | None = None  # [5] float64, on the CPU: what `quality.measure` adds to
+    sums: Tensor | None  # [5] float64: what `reference.measure` adds to
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All parameters of one group, strategy, device and gradient dtype: one call of a backend."""
+
+    rule: Rule
+    strategy: Strategy
+    lr: float
+    hyper: Sequence[float]  # the rule's other hyper-parameters
+    maximize: bool
+    seed: int  # of stochastic rounding, below 2**64
+    shares: Sequence[Share]
+
+    def constants(self, step: int) -> Any:
+        """The folded constants of a step, as floats."""
+        return self.rule.fold(self.lr, self.hyper, step, self.strategy.register)
+
+    def stream(self, share: Share) -> Stream:
+        """The random bits of one parameter at this step."""
+        return Stream(self.seed, share.step, share.key)
 
 
 class Backend(Protocol):
-    """Carries out the updates of one group, device and gradient dtype, all in one call."""
+    """Carries out a batch, in place; `broken` counts elements of theta whose planes no step could have left."""
 
-    def step(self, rule: Rule, updates: Sequence[Update]) -> None: ...
+    def step(self, batch: Batch) -> None: ...
+
+    def broken(self, strategy: Strategy, slots: Sequence[Planes]) -> int: ...
 
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "cpu", "reference")
 
 
-def choose(name: str) -> Backend:
-    """The backend of that name. "auto" takes the fastest there is for the parameters' device."""
+def require(name: str) -> str | None:
+    """Why "auto" has no kernels for the CPU; None if it has, or if others are asked for.
+
+    Raises ValueError for an unknown backend, RuntimeError, saying why, for one that is not there.
+    """
+    from collage.backends import cpu
+
     if name not in BACKENDS:
         raise ValueError(f"backend: unknown {name!r}; known: {', '.join(BACKENDS)}")
-    from collage.backends import reference
+    if name == "cpu" and cpu.native is None:
+        raise RuntimeError(f"backend: 'cpu' is not available: {cpu.MISSING}")
+    return cpu.MISSING if name == "auto" and cpu.native is None else None
 
-    return reference
+
+def choose(name: str, device: torch.device) -> Backend:
+    """The backend of that name for tensors on a device. "auto" takes the fastest there is."""
+    from collage.backends import cpu, reference
+
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' cannot update parameters on {device}; use 'auto' or 'reference'")
+    native = name != "reference" and device.type == "cpu" and cpu.native is not None
+    return cpu if native else reference

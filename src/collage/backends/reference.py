@@ -6,14 +6,14 @@ Pure functions on whole tensors; `step` walks them chunk by chunk and is the onl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from collage import mcf
 from collage.accumulators import Accumulator
-from collage.backends import Update
-from collage.constants import Constants
+from collage.backends import Batch, Share
 from collage.formats import Planes
 from collage.rules import Rule
 from collage.strategies import Strategy
@@ -23,18 +23,27 @@ BLOCK = 1024  # elements summed by pairwise halving
 SUMS = ("dot", "dot_visible", "norm2", "nonzero", "lost")
 
 
-def step(rule: Rule, updates: Sequence[Update]) -> None:
-    """Carry out each update, in place."""
-    for update in updates:
-        for slots, grad, index in _chunks(update):
-            g = _gradient(grad, update.strategy.register, update.maximize)
-            random = _random(update, index)
-            delta, new = advance(rule, update.strategy, slots, g, update.constants, random)
-            if update.sums is not None:
-                measure(update.strategy, slots[0], new[0], delta, update.sums)
+def step(batch: Batch) -> None:
+    """Carry out the batch, parameter after parameter."""
+    constants: dict[tuple[int, torch.device], Any] = {}
+    for share in batch.shares:
+        at = share.step, share.grad.device
+        if at not in constants:
+            constants[at] = batch.constants(share.step).on(batch.strategy.register, share.grad.device)
+        for slots, grad, index in _chunks(batch, share):
+            g = _gradient(grad, batch.strategy.register, batch.maximize)
+            random = _random(batch, share, index)
+            delta, new = advance(batch.rule, batch.strategy, slots, g, constants[at], random)
+            if share.sums is not None:
+                measure(batch.strategy, slots[0], new[0], delta, share.sums)
             for planes, fresh in zip(slots, new, strict=True):
                 for plane, value in zip(planes, fresh, strict=True):
                     plane.copy_(value)
+
+
+def broken(strategy: Strategy, slots: Sequence[Planes]) -> int:
+    """How many elements of theta have planes that no step could have left."""
+    return int(strategy.formats[0].broken(slots[0]).sum())
 
 
 def advance(
@@ -42,7 +51,7 @@ def advance(
     strategy: Strategy,
     slots: Sequence[Planes],
     g: Tensor,
-    constants: Constants,
+    constants: Any,  # the rule's, as tensors
     random: Sequence[Tensor | None],
 ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
     """(intended update, new planes of every slot). Pure."""
@@ -87,20 +96,27 @@ def _add_in_blocks(terms: Tensor, sums: Tensor, k: int) -> None:
     sums[k] = total
 
 
-def _chunks(update: Update) -> Iterator[tuple[list[list[Tensor]], Tensor, Tensor | None]]:
+def _chunks(batch: Batch, share: Share) -> Iterator[tuple[list[list[Tensor]], Tensor, Tensor | None]]:
     """(planes per slot, gradient, global index where random bits are needed), chunk by chunk in row-major order.
 
     A tensor that is not contiguous is one chunk: the operations are elementwise, so its strides do not matter.
     """
-    tensors = [update.grad, *(plane for planes in update.slots for plane in planes)]
-    index = update.region.index(update.grad.device) if update.strategy.stochastic else None
+    tensors = [share.grad, *(plane for planes in share.slots for plane in planes)]
+    index = _index(share) if batch.strategy.stochastic else None
     if not all(t.is_contiguous() for t in tensors):
-        yield [list(planes) for planes in update.slots], update.grad, index
+        yield [list(planes) for planes in share.slots], share.grad, index
         return
-    for i in range(0, update.grad.numel(), CHUNK):
+    for i in range(0, share.grad.numel(), CHUNK):
         chunk = slice(i, i + CHUNK)
-        slots = [[plane.view(-1)[chunk] for plane in planes] for planes in update.slots]
-        yield slots, update.grad.view(-1)[chunk], None if index is None else index.view(-1)[chunk]
+        slots = [[plane.view(-1)[chunk] for plane in planes] for planes in share.slots]
+        yield slots, share.grad.view(-1)[chunk], None if index is None else index.view(-1)[chunk]
+
+
+def _index(share: Share) -> Tensor:
+    """Row-major index in the unsharded tensor, of every element."""
+    if share.region is not None:
+        return share.region.indices(share.grad.device)
+    return torch.arange(share.grad.numel(), device=share.grad.device).view(share.grad.shape)
 
 
 def _gradient(grad: Tensor, register: torch.dtype, maximize: bool) -> Tensor:
@@ -108,8 +124,8 @@ def _gradient(grad: Tensor, register: torch.dtype, maximize: bool) -> Tensor:
     return -g if maximize else g
 
 
-def _random(update: Update, index: Tensor | None) -> list[Tensor | None]:
+def _random(batch: Batch, share: Share, index: Tensor | None) -> list[Tensor | None]:
     return [
-        update.stream.bits(index, slot) if index is not None and fmt.stochastic else None
-        for slot, fmt in enumerate(update.strategy.formats)
+        batch.stream(share).bits(index, slot) if index is not None and fmt.stochastic else None
+        for slot, fmt in enumerate(batch.strategy.formats)
     ]

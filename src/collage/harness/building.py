@@ -73,8 +73,19 @@ def optimizer_of(config: RunConfig, model: nn.Module) -> collage.AdamW:
     )  # fmt: skip
 
 
-def datasets(config: RunConfig, corpus: Corpus) -> tuple[Dataset[Any], Subset[Any]]:
-    """Training windows, and a fixed sample of validation windows spread evenly over their text."""
+def datasets(config: RunConfig, corpus: Corpus, flag: str = "--data") -> tuple[Dataset[Any], Subset[Any]]:
+    """Training windows, and a fixed sample of validation windows spread evenly over their text.
+
+    Raises:
+        ValueError: too little text for a step or for one window; ``flag`` says where it was given.
+    """
+    held_out_flag = "--validation" if corpus.validation_files else f"validation, the last tenth of {flag}"
+    for name, ids in ((flag, corpus.train), (held_out_flag, corpus.validation)):
+        if len(ids) < config.seq_len:
+            raise ValueError(
+                f"{name}: {len(ids):,} tokens do not fill one window of {config.seq_len}; give more text, or a smaller "
+                "--seq-len"
+            )
     train: CausalBlocks | MaskedBlocks
     held_out: CausalBlocks | MaskedBlocks
     if config.recipe.objective == "causal":
@@ -85,7 +96,7 @@ def datasets(config: RunConfig, corpus: Corpus) -> tuple[Dataset[Any], Subset[An
         held_out = MaskedBlocks(corpus.validation, config.seq_len, corpus.tokens, fixed=True)
     if len(train) < config.batch_size:
         raise ValueError(
-            f"data: {len(corpus.train):,} tokens are {len(train)} windows of {config.seq_len}, fewer than a step's "
+            f"{flag}: {len(corpus.train):,} tokens are {len(train)} windows of {config.seq_len}, fewer than a step's "
             f"{config.batch_size}; give more text, or a smaller --batch-size or --seq-len"
         )
     # Whole batches only: Trainer drops a short last one.

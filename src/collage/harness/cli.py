@@ -7,7 +7,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-EXTRA = "pip install 'collage-optim[train]'"
+from collage import __version__
+
+EXTRA = "pip install '.[train]' in the folder of collage's source"
 
 # Command -> (module with add_arguments and run, one line, examples).
 COMMANDS = {
@@ -28,6 +30,11 @@ COMMANDS = {
         "collage train --strategy collage-plus --out runs/mine --save-every 100\n"
         "  collage train --strategy collage-plus --out runs/mine --save-every 100 --resume",
     ),
+    "bench": (
+        "bench",
+        "time a step of the optimizer against others and against the memory's limit",
+        "collage bench\n  collage bench --params 1M --shapes small --no-others",
+    ),
     "info": ("info", "show versions, backends and the table of strategies", "collage info"),
 }
 
@@ -39,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train in bfloat16 without float32 master weights, and measure what rounding loses.",
         epilog="collage COMMAND --help says more.",
     )
+    result.add_argument("--version", action="version", version=f"collage {__version__}")
     commands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, line, examples) in COMMANDS.items():
         commands.add_parser(

@@ -16,13 +16,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 import collage
-from collage.harness import checkpoints, console, options, train, verdict
+from collage.harness import building, checkpoints, console, options, train, verdict
 from collage.harness.config import FINETUNE_LR, RunConfig
 from collage.harness.data import Corpus, read_corpus
 from collage.harness.machine import machine
 from collage.harness.recording import to_json
 from collage.harness.results import REFERENCE
-from collage.strategies import STRATEGIES, Strategy
+from collage.strategies import STRATEGIES
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", REFERENCE)
 STEPS, FINETUNE_STEPS, PRETRAIN_STEPS = 300, 120, 250
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """Check all that was asked for, before anything is trained."""
-    strategies = tuple(str(Strategy.parse(name.strip())) for name in _split(args.strategies))
+    strategies = tuple(options.strategy("--strategies", name.strip()) for name in _split(args.strategies))
     if len(set(strategies)) < len(strategies):
         raise ValueError(f"--strategies: each once, got {', '.join(strategies)}")
     if args.seeds < 1:
@@ -122,14 +122,17 @@ def _warm_up(args: argparse.Namespace, run: RunConfig) -> RunConfig:
 
 
 def _corpora(plan: Plan, finetune_data: list[str] | None) -> tuple[Corpus, Corpus | None]:
-    """Text of the runs, and of the warm-up. Read once; a wrong path is known before anything is trained."""
+    """Text of the runs, and of the warm-up. Read once; a wrong path or too little is known before a run."""
     config = plan.run
-    if plan.warm is None:
-        return config.corpus(), None
-    warm = plan.warm.corpus()
-    if finetune_data is not None:
-        return read_corpus(finetune_data, config.validation or None, warm.tokens), warm
-    return config.corpus(), warm
+    warm = plan.warm.corpus() if plan.warm else None
+    if finetune_data is not None and warm is not None:
+        corpus = read_corpus(finetune_data, config.validation or None, warm.tokens)
+    else:
+        corpus = config.corpus()
+    if plan.warm is not None and warm is not None:
+        building.datasets(plan.warm, warm)  # raises if it is too little
+    building.datasets(config, corpus, "--finetune-data" if finetune_data else "--data")
+    return corpus, warm
 
 
 def _train_all(
@@ -183,7 +186,7 @@ def summarise(plan: Plan, results: list[train.RunResult]) -> dict[str, Any]:
         "runs": runs,
         "table": rows,
         "floors": {name: floor._asdict() for name, floor in floors_table().items()},
-        "advice": verdict.advice(rows, runs),
+        "advice": verdict.advice(rows, runs, config.steps, config.betas[1]),
         "update_histogram": next((r.update_histogram for r in results if r.update_histogram), None),
         "caveats": verdict.caveats(config, plan.strategies, len(plan.seeds)),
     }

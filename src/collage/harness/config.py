@@ -67,6 +67,11 @@ class RunConfig:
             Strategy.parse(name)
         _require_whole(self)
         _require_positive(self)
+        for beta in self.betas:
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"betas: both need to be in [0, 1), got {self.betas[0]:g} and {self.betas[1]:g}")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} are more than the {self.steps} of --steps")
         _require_known("schedule", self.schedule, SCHEDULES)
         _require_known("compute", self.compute, COMPUTE)
         if self.batch_size % self.micro_batch:

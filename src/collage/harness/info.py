@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import collage
+from collage.backends import cpu
 from collage.strategies import ALIASES, STRATEGIES
 
 USE_WHEN = {
@@ -37,7 +38,12 @@ def run(args: argparse.Namespace) -> int:
     """Print versions, backends, strategies."""
     screen = Console()
     screen.print(f"collage {collage.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    screen.print("backends: reference (plain PyTorch, any device)", highlight=False)
+    native = (
+        f"cpu (compiled kernels, {cpu.instruction_set()} of {', '.join(cpu.native.instruction_sets())})"
+        if cpu.native is not None
+        else f"cpu is missing: {cpu.MISSING}"
+    )
+    screen.print(f"backends: {native}; reference (plain PyTorch, any device)", highlight=False, soft_wrap=True)
     screen.print(_strategies())
     screen.print("Use it when you want", highlight=False)
     for name, when in USE_WHEN.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 from collage.harness.config import COMPUTE, SCHEDULES, RunConfig
 from collage.harness.recipes import RECIPES
+from collage.strategies import Strategy
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="arithmetic of forward and backward (default: auto, bf16 where the hardware multiplies matrices in it)",
     )
     watch = parser.add_argument_group("what is measured")
-    watch.add_argument("--every", type=int, metavar="N", help="measure EDQ and log one step in N (default: 10)")
+    watch.add_argument("--every", type=int, metavar="N", help="measure EDQ and log: step 1 and every Nth (default: 10)")
     watch.add_argument("--shadow", type=int, metavar="N", help="follow one weight in N in fp32 (default: 256; 0: none)")
     watch.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations")
     watch.add_argument("--eval-sequences", type=int, metavar="N", help="validation sequences (default: 256)")
@@ -56,7 +57,22 @@ def run_config(args: argparse.Namespace, out: Path, **settings: Any) -> RunConfi
     names = {f.name for f in fields(RunConfig)} - {"model", "out"}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return RunConfig.of(args.model, out, phase=args.phase, **(settings | tuples))
+    if "strategy" in given:
+        tuples["strategy"] = strategy("--strategy", given["strategy"])
+    tuples["beside"] = tuple(strategy("--beside", name) for name in given.get("beside", ()))
+    try:
+        return RunConfig.of(args.model, out, phase=args.phase, **(settings | tuples))
+    except ValueError as error:
+        field, colon, rest = str(error).partition(":")
+        raise ValueError(f"--{field.replace('_', '-')}{colon}{rest}" if field in names else str(error)) from None
+
+
+def strategy(flag: str, name: str) -> str:
+    """The canonical name of a strategy. Raises ValueError naming the flag."""
+    try:
+        return str(Strategy.parse(name))
+    except ValueError as error:
+        raise ValueError(f"{flag}: {str(error).removeprefix('strategy: ')}") from None
 
 
 def open_folder(out: Path) -> Path:

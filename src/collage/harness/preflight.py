@@ -22,6 +22,7 @@ from torch import Tensor
 from collage import mcf
 from collage.constants import rounded
 from collage.formats import format_of, split
+from collage.harness.cli import EXTRA
 from collage.harness.floors import MANTISSAS, THETA_FORMATS, decay_floors, movable_below, register_of, unchanged
 from collage.harness.weights import ACCEPTED, KINDS, kind_of, read
 
@@ -46,14 +47,14 @@ def run(args: argparse.Namespace) -> int:
 
         from collage.harness import preflight_report
     except ModuleNotFoundError as error:
-        name = error.name
-        raise ValueError(f"preflight needs {name}, which is missing; run pip install 'collage-optim[train]'") from None
+        raise ValueError(f"preflight needs {error.name}, which is missing; run {EXTRA}") from None
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json '{args.json}': no folder {args.json.parent}; make it, or choose another")
     console = Console()
     with console.status("reading ..."):
         found = examine(args.model, args.lr, args.weight_decay)
     preflight_report.show(found, console)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(preflight_report.to_dict(found), indent=1) + "\n", encoding="utf-8")
         console.print(f"Every number: {args.json}", soft_wrap=True, highlight=False, markup=False)
     return 0

@@ -55,6 +55,8 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
+        if not math.isfinite(logs.get("eval_loss", logs.get("loss", 0.0))):
+            control.should_training_stop = True  # a NaN gradient has reached every weight
         where = {**self._where, "step": state.global_step}
         if "eval_loss" in logs:
             self.evaluated[state.global_step] = logs["eval_loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ class RunResult:
     parameters: int
     initial_loss: float  # on the validation sample, before the first step
     val_loss: float  # after the last
+    since_step: int  # the step it went on from; 0: none
+    last_step: int  # before the configured one if it diverged
     curve: dict[int, float]  # step -> validation loss
     report: Report  # of the monitor
     bytes_by_slot: dict[str, int]  # of the live tensors
@@ -41,15 +44,21 @@ class RunResult:
     update_histogram: dict[str, list[float]] | None
     weights: dict[str, Tensor] = field(repr=False)  # float32, with all that the components hold
 
+    @property
+    def diverged(self) -> bool:
+        return not math.isfinite(self.val_loss)
+
     def to_dict(self) -> Record:
         """Its row of summary.json."""
         quality = self.report.to_dict()
         state = sum(self.bytes_by_slot.values())
         return {
             "strategy": self.strategy, "seed": self.seed, "initial_loss": self.initial_loss,
-            "val_loss": self.val_loss, **{name: quality["total"][name] for name in LOGGED},
+            "val_loss": self.val_loss, "since_step": self.since_step, "last_step": self.last_step,
+            **{name: quality["total"][name] for name in LOGGED},
             "frozen": self.report.frozen, "beside": quality["beside"], "bytes_by_slot": self.bytes_by_slot,
-            "bytes_per_param": state / self.parameters, "state_bytes": state, "peak_rss_bytes": self.peak_rss_bytes,
+            "bytes_per_param": state / self.parameters if state else None, "state_bytes": state or None,
+            "peak_rss_bytes": self.peak_rss_bytes,
             "peak_device_bytes": self.peak_device_bytes, "optimizer_ms": self.optimizer_ms,
             "tokens_per_s": self.tokens_per_s, "seconds": self.seconds,
         }  # fmt: skip
@@ -66,7 +75,7 @@ def run(
     report_to: str = "none",
     histogram: bool = False,
 ) -> RunResult:
-    """Build, evaluate, train, evaluate.
+    """Build, evaluate, train, evaluate. A run whose loss is not finite ends there.
 
     Args:
         config: the settings.
@@ -121,14 +130,17 @@ class _Session:
             self.trainer.load_finished(resume)  # Trainer.train() would take one step more
         else:
             self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if self.config.steps not in self.recorder.evaluated:
+        last = self.trainer.state.global_step
+        if last not in self.recorder.evaluated:
             self.trainer.evaluate()
         return RunResult(
             strategy=self.config.strategy,
             seed=self.config.seed,
             parameters=sum(p.numel() for p in self.model.parameters()),
             initial_loss=initial,
-            val_loss=self.recorder.evaluated[self.config.steps],
+            val_loss=self.recorder.evaluated[last],
+            since_step=(checkpoints.step_of(resume) or 0) if resume else 0,
+            last_step=last,
             curve=self.recorder.evaluated,
             report=self.edq.report(),
             bytes_by_slot=self.meter.bytes,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 import collage
-from collage.harness import checkpoints, console, options, train
+from collage.harness import building, checkpoints, console, options, train
 from collage.harness.config import RunConfig
 from collage.harness.recording import to_json
 
@@ -43,8 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train. Writes checkpoints, metrics.jsonl, TensorBoard logs, result.json and the weights into --out."""
     config = options.run_config(args, args.out, eval_every=100)
-    corpus = config.corpus()
     screen = Console()
+    if config.resume and (config.out / RESULT).exists():
+        return _already_finished(config, screen)
+    corpus = config.corpus()
+    building.datasets(config, corpus)  # too little text is an error before anything is written
+    init = building.read_weights(config.init) if config.init else None
     options.open_folder(config.out)
     start = _start(config, screen)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.out / "tensorboard"))
@@ -58,14 +62,29 @@ def run(args: argparse.Namespace) -> int:
                     bars.console.print(_line(row), highlight=False)
 
             tick = console.bar(bars, config.strategy, config.steps)
-            result = train.run(config, corpus, resume=start, record=record, tick=tick, report_to="tensorboard")
+            result = train.run(
+                config, corpus, init=init, resume=start, record=record, tick=tick, report_to="tensorboard"
+            )
     except KeyboardInterrupt:
         screen.print(f"interrupted; checkpoints and metrics so far are in {config.out}; go on with --resume")
         return 130
     _save(result, config.out)
     screen.print(_verdict(result), highlight=False, soft_wrap=True)
     screen.print(f"weights: {config.out / WEIGHTS}", highlight=False, soft_wrap=True)
-    return 0
+    if not result.diverged:
+        return 0
+    screen.print(f"diverged: the loss of step {result.last_step} is not finite; lower --lr", style="bold red")
+    return 1
+
+
+def _already_finished(config: RunConfig, screen: Console) -> int:
+    """Leave the run as it is. Returns its exit code."""
+    _require_same_run(config)
+    result = config.out / RESULT
+    diverged = json.loads(result.read_text(encoding="utf-8"))["val_loss"] is None
+    how = "diverged; lower --lr and choose another --out" if diverged else "nothing left to do"
+    screen.print(f"already finished: {how}; see {result}", highlight=False, soft_wrap=True)
+    return int(diverged)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -77,14 +96,15 @@ def _line(row: dict[str, Any]) -> str:
 
 def _verdict(result: train.RunResult) -> str:
     total, frozen = result.report.total, len(result.report.frozen)
-    edq = "" if total.edq_ratio is None else f"; EDQ ratio {total.edq_ratio:.4f}, lost {total.lost or 0:.2%}"
+    since = f"since step {result.since_step} alone: " if result.since_step else ""
+    edq = "no EDQ" if total.edq_ratio is None else f"EDQ ratio {total.edq_ratio:.4f}, lost {total.lost or 0:.2%}"
     beside = "".join(
         f"; {name} would have had {quality.edq_ratio:.4f}, {quality.lost or 0:.2%}"
         for name, quality in result.report.beside.items()
         if quality.edq_ratio is not None
     )
     return (
-        f"{result.strategy}: validation loss {result.initial_loss:.4f} → {result.val_loss:.4f}{edq}"
+        f"{result.strategy}: validation loss {result.initial_loss:.4f} → {result.val_loss:.4f}; {since}{edq}"
         + (f", {frozen} parameters frozen" if frozen else "")
         + beside
     )
@@ -93,15 +113,15 @@ def _verdict(result: train.RunResult) -> str:
 def _start(config: RunConfig, screen: Console) -> Path | None:
     """The checkpoint to go on from, or None to begin. Refuses to mix two runs in one folder."""
     settings, found = config.out / SETTINGS, checkpoints.all_in(config.out)
-    if not config.resume and found:
+    told = [path for path in (config.out / METRICS, config.out / RESULT) if path.exists() and path.stat().st_size]
+    if not config.resume and (found or told):
+        fix = "add --resume to go on with it" if found else "empty it"
         raise ValueError(
-            f"--out '{config.out}': holds {found[-1].name} of an earlier run; add --resume to go on with it, or choose "
-            "another folder"
+            f"--out '{config.out}': holds {(told + found)[-1].name} of an earlier run; {fix}, or choose another folder"
         )
     start = None
     if config.resume:
-        if settings.exists():
-            config.require_same_run(json.loads(settings.read_text(encoding="utf-8")))
+        _require_same_run(config)
         start, skipped = checkpoints.newest_complete(config.out)
         for line in skipped:
             screen.print(line, highlight=False, soft_wrap=True)
@@ -110,6 +130,12 @@ def _start(config: RunConfig, screen: Console) -> Path | None:
     _forget_after(config.out / METRICS, checkpoints.step_of(start) if start else None)
     checkpoints.write_whole(settings, to_json(config.to_dict(), indent=1))
     return start
+
+
+def _require_same_run(config: RunConfig) -> None:
+    settings = config.out / SETTINGS
+    if settings.exists():
+        config.require_same_run(json.loads(settings.read_text(encoding="utf-8")))
 
 
 def _forget_after(metrics: Path, step: int | None) -> None:
@@ -123,10 +149,10 @@ def _forget_after(metrics: Path, step: int | None) -> None:
 
 
 def _save(result: train.RunResult, out: Path) -> None:
-    """result.json, and the weights in float32 with all that their components hold; each tied weight under one name."""
+    """The weights in float32 with all that their components hold, each tied one under one name; last, result.json."""
     from safetensors.torch import save_file
 
-    checkpoints.write_whole(out / RESULT, to_json(result.to_dict(), indent=1))
     partial = out / f".{WEIGHTS}.writing"
     save_file(result.weights, partial, metadata={"format": "pt", "collage": collage.__version__})
     os.replace(partial, out / WEIGHTS)
+    checkpoints.write_whole(out / RESULT, to_json(result.to_dict(), indent=1))

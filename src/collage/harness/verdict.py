@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -27,6 +28,7 @@ def _row(strategy: str, runs: Sequence[Row]) -> Row:
     mine = _by_seed(strategy, runs)
     reference = _by_seed(REFERENCE, runs)
     pairs = [(run, reference[seed]) for seed, run in mine.items() if seed in reference]
+    pairs = [pair for pair in pairs if not any(map(diverged, pair))]
     differences = [run["val_loss"] - other["val_loss"] for run, other in pairs]
     peaks = [run["peak_device_bytes"] or run["peak_rss_bytes"] for run in mine.values()]
     return {
@@ -38,6 +40,11 @@ def _row(strategy: str, runs: Sequence[Row]) -> Row:
         "frozen": len({name for run in mine.values() for name in run["frozen"]}),
         "peak_memory_bytes": mean(peaks),
     }
+
+
+def diverged(row: Mapping[str, Any]) -> bool:
+    """Of a run, or of a row of the table: under some seed."""
+    return not math.isfinite(row["val_loss"])
 
 
 def _by_seed(strategy: str, runs: Sequence[Row]) -> dict[int, Row]:
@@ -59,44 +66,72 @@ def _kept(pairs: Sequence[tuple[Row, Row]]) -> float | None:
 
 def seeds_noise(runs: Sequence[Row]) -> float | None:
     """Standard deviation of fp32-master's validation loss over seeds: what another seed alone changes."""
-    losses = [run["val_loss"] for run in _by_seed(REFERENCE, runs).values()]
+    losses = [run["val_loss"] for run in _by_seed(REFERENCE, runs).values() if not diverged(run)]
     return stdev(losses) if len(losses) > 1 else None
 
 
-def advice(rows: Sequence[Row], runs: Sequence[Row]) -> str:
-    """The cheapest strategy that loses nothing that could be seen here, or why there is none."""
+def advice(rows: Sequence[Row], runs: Sequence[Row], steps: int, beta2: float) -> str:
+    """The cheapest strategy that loses nothing that could be seen here, or why there is none; and what was not seen."""
+    gone = [row["strategy"] for row in rows if diverged(row)]
+    if len(gone) == len(rows):
+        return "All of these strategies diverged (no finite validation loss): nothing to recommend; lower --lr."
     noise = seeds_noise(runs)
-    fit = [row for row in rows if _whole(row) and _within(row, noise)]
-    if not fit:
-        text = "None of these strategies delivers its updates whole with a second moment within 1 % of its shadow."
-        return f"{text} {_unknown(rows, noise)}".strip()
+    followed = any(row["v_ratio"] is not None for row in rows)
+    fit = [row for row in rows if not diverged(row) and _whole(row, followed) and _within(row, noise)]
+    parts = [
+        _recommended(fit, rows, noise) if fit else _none_fits(followed),
+        f"Diverged (validation loss not finite): {', '.join(gone)}." if gone else "",
+        _too_short(steps, beta2) if followed else "",
+        _unknown(rows, noise),
+    ]
+    return " ".join(filter(None, parts))
+
+
+def _recommended(fit: Sequence[Row], rows: Sequence[Row], noise: float | None) -> str:
     best = min(fit, key=lambda row: (row["bytes_per_param"], row["optimizer_ms"] or 0.0))
     least = min(row["bytes_per_param"] for row in rows)
-    cost = "the cheapest of all" if best["bytes_per_param"] == least else "the cheapest that loses nothing seen here"
+    cheapest = "compared here" if best["bytes_per_param"] == least else "that loses nothing seen here"
+    v = "not measured" if best["v_ratio"] is None else f"{best['v_ratio']:.3f}× its shadow's"
     sentence = (
-        f"Use {best['strategy']}: {cost}, {best['bytes_per_param']:.4g} bytes per parameter, EDQ ratio "
-        f"{best['edq_ratio']:.4f}, second moment {best['v_ratio']:.3f}× its shadow's"
+        f"Use {best['strategy']}: the cheapest {cheapest}, {best['bytes_per_param']:.4g} bytes per parameter, "
+        f"EDQ ratio {best['edq_ratio']:.4f}, second moment {v}"
     )
-    if noise is not None and best["difference"] is not None:
-        against = f", loss within {abs(best['difference']):.4f} of {REFERENCE}'s (the seeds' noise: {noise:.4f})"
-        sentence += "" if best["strategy"] == REFERENCE else against
-    return f"{sentence}. {_unknown(rows, noise)}".strip()
+    if noise is not None and best["difference"] is not None and best["strategy"] != REFERENCE:
+        sentence += f", loss within {abs(best['difference']):.4f} of {REFERENCE}'s (the seeds' noise: {noise:.4f})"
+    return f"{sentence}."
 
 
-def _whole(row: Mapping[str, Any]) -> bool:
+def _none_fits(followed: bool) -> str:
+    v = " with a second moment within 1 % of its shadow" if followed else "; the second moment was not measured"
+    return f"None of these strategies delivers its updates whole{v}."
+
+
+def _whole(row: Mapping[str, Any], followed: bool) -> bool:
+    """Whether all of its updates arrived and, if shadows were followed at all, v is that of its own."""
     edq, v = row["edq_ratio"], row["v_ratio"]
-    return edq is not None and edq >= WHOLE and v is not None and abs(v - 1.0) <= V_TOLERANCE
+    v_kept = not followed or (v is not None and abs(v - 1.0) <= V_TOLERANCE)
+    return edq is not None and edq >= WHOLE and v_kept
 
 
 def _within(row: Mapping[str, Any], noise: float | None) -> bool:
     return noise is None or row["difference"] is None or abs(row["difference"]) <= noise
 
 
+def _too_short(steps: int, beta2: float) -> str:
+    window = round(1 / (1 - beta2))
+    if steps >= window:
+        return ""
+    return f"{steps} steps are too few to judge the second moment at β₂ = {beta2:g}, an average over {window:,}."
+
+
 def _unknown(rows: Sequence[Row], noise: float | None) -> str:
     """What was not compared, and how to."""
-    if all(row["strategy"] != REFERENCE for row in rows):
+    reference = next((row for row in rows if row["strategy"] == REFERENCE), None)
+    if reference is None:
         return f"Losses were not judged: add {REFERENCE} to --strategies."
-    return "" if noise is not None else "One seed cannot show which differences in loss are noise: add --seeds 3."
+    if noise is None and not diverged(reference):
+        return "One seed cannot show which differences in loss are noise: add --seeds 3."
+    return ""
 
 
 def caveats(config: Any, strategies: Sequence[str], seeds: int) -> list[str]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 KINDS = ("embedding", "attention", "mlp", "norm", "bias", "head", "other")
 
-ACCEPTED = "a .safetensors file, a state dict (.pt, .pth, .bin, .ckpt), or a folder that transformers saved a model in"
+ACCEPTED = "a .safetensors file, a state dict (.pt, .pth, .bin, .ckpt), or the folder of a transformers model or a run"
 _STATE_DICTS = (".pt", ".pth", ".bin", ".ckpt")
 _IN_FOLDER = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "weights.safetensors",
 )  # fmt: skip
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where training loops put the weights
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of what can be trained
@@ -108,9 +109,10 @@ def _state_dict(file: Path) -> Iterator[Entry]:
     try:
         # A file from before torch 1.6 is not a zip and cannot be mapped.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
-        reason = _first_line(error)
-        raise ValueError(f"{file}: not a state dict that torch.load(weights_only=True) reads ({reason})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError):
+        raise ValueError(  # torch's own text advises weights_only=False, which runs whatever code the file holds
+            f"{file}: damaged, or not a state dict; write one with torch.save(model.state_dict(), FILE)"
+        ) from None
     seen = set()
     for name, tensor in _unwrapped(loaded, file).items():
         if not isinstance(tensor, Tensor):

@@ -15,6 +15,8 @@ from collage.monitor import Monitor, Quality, Report, Tally, monitor
 from collage.optim import PrecisionOptimizer
 from collage.strategies import Strategy
 
+NEVER = 2**62  # calls of a monitor
+
 LOGGED = tuple(f.name for f in fields(Quality) if f.name not in ("steps", "nonzero"))
 
 
@@ -27,7 +29,8 @@ class EDQCallback(TrainerCallback):
 
     Args:
         optimizer: what to watch; by default the Trainer's own. One of this package.
-        every, shadow, strategies: as in `collage.monitor`.
+        every: measure the first step and every step that it divides, as `logging_steps` has the Trainer log them.
+        shadow, strategies: as in `collage.monitor`.
 
     Attributes:
         monitor: of the run, once it has begun.
@@ -47,12 +50,13 @@ class EDQCallback(TrainerCallback):
         optimizer: PrecisionOptimizer | None = None,
         every: int = 10,
         shadow: int | None = 256,
-        strategies: Iterable[str | Strategy] = (),
+        strategies: str | Strategy | Iterable[str | Strategy] = (),
     ) -> None:
         self.monitor: Monitor | None = None
         self.window: Report | None = None
         self._optimizer = optimizer
-        self._settings: dict[str, Any] = {"every": every, "shadow": shadow, "strategies": tuple(strategies)}
+        beside = (strategies,) if isinstance(strategies, str | Strategy) else tuple(strategies)
+        self._settings: dict[str, Any] = {"every": every, "shadow": shadow, "strategies": beside}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,6 +66,13 @@ class EDQCallback(TrainerCallback):
         self._detach(optimizer)
         self.monitor = monitor(cast("Any", optimizer), **self._settings)
         self._log_before_reporters()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the monitor, which counts from its own first call, what the Trainer's count makes of this step."""
+        assert self.monitor is not None
+        self.monitor.every = NEVER if (state.global_step + 1) % self._settings["every"] else 1  # the first is measured
 
     def on_log(
         self,

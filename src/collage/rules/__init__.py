@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from collage.accumulators import Accumulator
@@ -22,8 +23,10 @@ class Rule(NamedTuple):
 
     slots: (state prefix, slot of the strategy) pairs, theta first.
     update: (slots' numbers, gradient, constants) -> Advance.
+    fold: (lr, hyper-parameters, step from 1, dtype of the arithmetic) -> constants, as floats.
     """
 
     name: str
     slots: tuple[tuple[str, str], ...]
     update: Callable[[tuple[Accumulator, ...], Tensor, Any], Advance]
+    fold: Callable[[float, Sequence[float], int, torch.dtype], Any]

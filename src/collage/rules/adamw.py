@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from collage import mcf
+from collage import constants, mcf
 from collage.accumulators import Accumulator
 from collage.constants import Constants
 from collage.rules import Advance, Rule
@@ -22,4 +25,10 @@ def update(slots: tuple[Accumulator, ...], g: Tensor, c: Constants) -> Advance:
     return Advance(delta, (theta.grown(delta), m, v))
 
 
-ADAMW = Rule("adamw", (("param", "param"), ("exp_avg", "momentum"), ("exp_avg_sq", "variance")), update)
+def fold(lr: float, hyper: Sequence[float], step: int, dtype: torch.dtype) -> Constants:
+    """hyper: beta1, beta2, eps, weight_decay."""
+    beta1, beta2, eps, weight_decay = hyper
+    return constants.fold(lr, (beta1, beta2), eps, weight_decay, step, dtype)
+
+
+ADAMW = Rule("adamw", (("param", "param"), ("exp_avg", "momentum"), ("exp_avg_sq", "variance")), update, fold)

@@ -1,0 +1,122 @@
+// The component dtypes: how LANES of them lie in memory, and rounding to them. In between they are float32
+// lanes, in two halves: the elements at even places (half 0) and those at odd ones (half 1).
+#pragma once
+#include "kernel.hpp"
+#include "simd.hpp"
+
+#if defined(__AVX512BW__)
+#define COLLAGE_SHUFFLE(a, b, k)                                                                               \
+  __builtin_shufflevector(a, b, k(0), k(1), k(2), k(3), k(4), k(5), k(6), k(7), k(8), k(9), k(10), k(11), k(12), \
+                          k(13), k(14), k(15))
+#elif defined(__AVX2__)
+#define COLLAGE_SHUFFLE(a, b, k) __builtin_shufflevector(a, b, k(0), k(1), k(2), k(3), k(4), k(5), k(6), k(7))
+#else
+#define COLLAGE_SHUFFLE(a, b, k) __builtin_shufflevector(a, b, k(0), k(1), k(2), k(3))
+#endif
+
+namespace collage {
+namespace {
+
+// Every NaN made the quiet one.
+inline F32 quiet(F32 x) { return x == x ? x : (F32)(U32{} + 0x7FC00000); }
+
+// Where the elements of a half stand among those of two vectors in order, and the other way round.
+template <int half>
+constexpr int place(int k) {
+  return 2 * k + half;
+}
+
+template <int first>
+constexpr int merged(int k) {
+  return first + k / 2 + (k % 2 ? W : 0);
+}
+
+struct FP32 {
+  static constexpr Code::Component component = Code::fp32;
+
+  template <int half>
+  static F32 read(const char* plane, int64_t i) {
+    const F32 a = load<F32>(plane + 4 * i), b = load<F32>(plane + 4 * (i + W));
+    return quiet(COLLAGE_SHUFFLE(a, b, place<half>));
+  }
+
+  static void write(char* plane, int64_t i, F32 even, F32 odd) {
+    save(plane + 4 * i, COLLAGE_SHUFFLE(even, odd, merged<0>));
+    save(plane + 4 * (i + W), COLLAGE_SHUFFLE(even, odd, merged<W / 2>));
+  }
+
+  static F32 value(F32 code) { return code; }
+  static F32 code(F32 x) { return x; }
+};
+
+struct BF16 {
+  static constexpr Code::Component component = Code::bf16;
+
+  template <int half>
+  static F32 read(const char* plane, int64_t i) {
+    const U32 words = load<U32>(plane + 2 * i);
+    return (F32)(half ? words & 0xFFFF0000 : words << 16);
+  }
+
+  static void write(char* plane, int64_t i, F32 even, F32 odd) {
+    save(plane + 2 * i, blend_high((U32)even >> 16, (U32)odd));
+  }
+
+  // The number of a code: 16 bits in the high half of a lane, and anything in the low half.
+  static F32 value(F32 code) { return (F32)((U32)code & 0xFFFF0000); }
+
+  // To nearest, ties to even. Half an ulp less one, plus the last kept bit, carries into the kept bits exactly when
+  // rounding goes up; a carry out of the significand is the next binade, or Inf. NaN stays NaN, because no NaN here has
+  // a low half that carries: they come from a bf16, from `FP32::read`, or from the processor.
+  static F32 code(F32 x) {
+    const U32 bits = (U32)x;
+    return (F32)(bits + 0x7FFF + ((bits >> 16) & 1));
+  }
+
+  static F32 rn(F32 x) { return value(code(x)); }
+
+  // Stochastically, for finite x: 16 random bits are added to the 16 that are dropped. Stops before Inf.
+  static F32 stochastic_code(F32 x, U32 random) {
+    const U32 below = min_signed((U32)x + random, U32{} + 0x7F7FFFFF);  // the sign bit makes negative ones smaller
+    return (F32)min_unsigned(below, U32{} + 0xFF7FFFFF);
+  }
+};
+
+struct FP16 {
+  static constexpr Code::Component component = Code::fp16;
+
+  template <int half>
+  static F32 read(const char* plane, int64_t i) {
+    const U32 words = load<U32>(plane + 2 * i);
+    return decode(half ? words >> 16 : words & 0xFFFF);
+  }
+
+  static void write(char* plane, int64_t i, F32 even, F32 odd) {
+    save(plane + 2 * i, encode(even) | (encode(odd) << 16));
+  }
+
+  static F32 value(F32 code) { return code; }
+  static F32 code(F32 x) { return decode(encode(x)); }
+
+ private:
+  static F32 decode(U32 code) {  // the exponent is moved to float32's by an exact multiplication: subnormals too
+    const U32 magnitude = (code & 0x7FFF) << 13;
+    const U32 bits = (code & 0x7C00) == 0x7C00 ? magnitude | 0x7F800000 : (U32)((F32)magnitude * 0x1p112f);
+    return (F32)(bits | ((code & 0x8000) << 16));
+  }
+
+  // As BF16::code; below the smallest normal number, adding 1/2, whose ulp is the smallest subnormal, rounds.
+  static U32 encode(F32 x) {
+    const U32 bits = (U32)x, magnitude = bits & 0x7FFFFFFF;
+    const U32 normal = ((magnitude + 0xFFF + ((magnitude >> 13) & 1)) >> 13) - (112 << 10);
+    const U32 subnormal = (U32)((F32)magnitude + 0.5f) - 0x3F000000;
+    U32 code = (F32)magnitude < 0x1p-14f ? subnormal : normal;
+    code = (Mask)code > 0x7BFF ? U32{} + 0x7C00 : code;
+    return x == x ? code | ((bits >> 16) & 0x8000) : U32{} + 0x7E00;
+  }
+};
+
+#undef COLLAGE_SHUFFLE
+
+}  // namespace
+}  // namespace collage

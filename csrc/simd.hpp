@@ -1,0 +1,110 @@
+// Vectors of the instruction set that this file is compiled for, and the lanes that the kernels compute on.
+//
+// Two vectors hold 2 W consecutive elements, those at even and those at odd places: a bfloat16 is the high half of a
+// float32, so one shift and one mask unpack a word of two, and no lane ever has to move.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace collage {
+namespace {
+
+#if defined(__AVX512BW__) && defined(__AVX512DQ__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr int LANES = 2 * W;
+
+// Lanes: one vector of W numbers. Arithmetic is the operators of the compiler's vectors.
+typedef float F32 __attribute__((vector_size(4 * W)));
+typedef uint32_t U32 __attribute__((vector_size(4 * W)));
+typedef int32_t Mask __attribute__((vector_size(4 * W)));  // 0 or -1
+typedef double F64 __attribute__((vector_size(8 * W)));
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+inline void save(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline F32 sqrt(F32 x) {
+#if defined(__AVX512BW__)
+  return (F32)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (F32)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (F32)_mm_sqrt_ps((__m128)x);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return (F32)vsqrtq_f32((float32x4_t)x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// The low halves of a's words under the high halves of b's.
+inline U32 blend_high(U32 a, U32 b) {
+#if defined(__AVX512BW__)
+  return (U32)_mm512_mask_blend_epi16(0xAAAAAAAA, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (U32)_mm256_blend_epi16((__m256i)a, (__m256i)b, 0xAA);
+#else
+  return a | (b & 0xFFFF0000);
+#endif
+}
+
+inline bool all(Mask mask) {
+#if defined(__AVX512BW__)
+  return _mm512_movepi32_mask((__m512i)mask) == 0xFFFF;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) == 0xFF;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) == 0xF;
+#else
+  int32_t every = -1;
+  for (int i = 0; i < W; ++i) every &= mask[i];
+  return every;
+#endif
+}
+
+inline U32 min_signed(U32 a, U32 b) {
+#if defined(__AVX512BW__)
+  return (U32)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (U32)_mm256_min_epi32((__m256i)a, (__m256i)b);
+#else
+  return (Mask)a < (Mask)b ? a : b;
+#endif
+}
+
+inline U32 min_unsigned(U32 a, U32 b) {
+#if defined(__AVX512BW__)
+  return (U32)_mm512_min_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (U32)_mm256_min_epu32((__m256i)a, (__m256i)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline F32 splat(float x) { return F32{} + x; }
+inline F64 wide(F32 x) { return __builtin_convertvector(x, F64); }
+inline Mask finite(F32 x) { return x - x == F32{}; }
+inline F32 keep(Mask m, F32 x) { return (F32)((Mask)x & m); }  // +0 elsewhere
+
+}  // namespace
+}  // namespace collage

@@ -1,0 +1,245 @@
+"""`collage bench`: what a step of the optimizer costs, against others and against moving its bytes, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from collage.backends import cpu
+from collage.harness import bench_plot
+from collage.harness.bench_rows import DEFAULT, A, Contestant, D, Row, Shapes, arrived, rows
+from collage.harness.console import bar, progress
+from collage.harness.machine import machine
+from collage.harness.options import open_folder
+from collage.harness.recipes import build
+from collage.strategies import Strategy
+
+SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
+LR = 1e-5
+MODELS = ("gpt-125m", "tiny-llama")
+SPREADS = ("even", "small", *MODELS)
+MINIMUM = 2e-3  # seconds that one timing takes at least: several steps of a small optimizer are timed together
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    add = parser.add_argument
+    add("--params", type=count, default=64 * 10**6, metavar="N", help="parameters, e.g. 1M or 1B (default: 64M)")
+    add(
+        "--shapes",
+        choices=SPREADS,
+        default="even",
+        help="four equal tensors, tensors of 1,000 elements, or a real model's (--params is then the model's own)",
+    )
+    add("--threads", type=int, metavar="N", help=f"of torch and of the kernels (default: {torch.get_num_threads()})")
+    add("--strategies", default=",".join(DEFAULT), metavar="NAMES", help="comma-separated (default: %(default)s)")
+    add("--rounds", type=int, default=9, metavar="N", help="timings of every row, interleaved (default: %(default)s)")
+    add("--no-monitor", action="store_true", help="leave out the monitored steps")
+    add("--no-others", action="store_true", help="leave out torch's and other packages' optimizers")
+    add("--extra", action="store_true", help="also optimi and torchao: pip install 'collage-optim[bench]'")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        metavar="DIR",
+        help="bench.json, bench.png (default: %(default)s)",
+    )
+
+
+def count(text: str) -> int:
+    """64M -> 64000000."""
+    scale = SUFFIXES.get(text[-1:].upper(), 1)
+    try:
+        number = float(text[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        number = 0
+    if not math.isfinite(number) or number < 1:
+        raise argparse.ArgumentTypeError(f"needs a number such as 500K, 64M or 1B, got {text!r}")
+    return int(number)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time every row, print the table, write the JSON and the picture. Returns the exit status."""
+    if args.rounds < 1 or (args.threads is not None and args.threads < 1):
+        raise ValueError(f"--rounds and --threads: need at least 1, got {args.rounds} and {args.threads}")
+    if cpu.native is None:
+        raise ValueError(f"bench: the kernels for the CPU are not there: {cpu.MISSING}")
+    names = [name.strip() for name in args.strategies.split(",")]
+    for name in names:
+        Strategy.parse(name)
+    shapes = shapes_of(args.shapes, args.params)
+    lines = rows(names, not args.no_monitor, not args.no_others, args.extra)
+    numel = sum(math.prod(shape) for shape in shapes)
+    require_memory(lines, numel)
+    open_folder(args.out)
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or before)
+    screen = Console()
+    try:
+        result = measure(lines, shapes, args.rounds, screen)
+    finally:
+        torch.set_num_threads(before)
+    result["command"] = f"collage bench --params {numel} --shapes {args.shapes} --strategies {args.strategies}"
+    (args.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    bench_plot.draw(result, args.out / "bench.png")
+    show(result, screen)
+    screen.print(f"numbers and picture: {args.out}/bench.json, bench.png", highlight=False, soft_wrap=True)
+    return 0
+
+
+def shapes_of(spread: str, params: int) -> Shapes:
+    """The shapes of the tensors that hold so many parameters."""
+    if spread == "even":
+        return [(max(1, params // 4),)] * 4
+    if spread == "small":
+        return [(1000,)] * max(1, params // 1000)
+    model = build(spread, device="meta")
+    return [tuple(p.shape) for p in model.parameters()]
+
+
+def require_memory(lines: Sequence[Row], numel: int) -> None:
+    """Raise ValueError if the rows, all alive at once because they are interleaved, do not fit."""
+    needed = sum(row.kept for row in lines) * numel
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if needed > 0.9 * free:
+        raise ValueError(
+            f"--params: all rows together need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; take fewer "
+            "parameters, fewer --strategies, --no-monitor or --no-others"
+        )
+
+
+def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, screen: Console) -> dict[str, Any]:
+    """Time all rows round after round, so that what disturbs the machine disturbs all of them."""
+    numel = sum(math.prod(shape) for shape in shapes)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    contestants: dict[str, tuple[Row, Contestant, int]] = {}
+    failed: dict[str, str] = {}
+    with progress(screen) as bars:
+        tick = bar(bars, "building", len(lines))
+        for k, row in enumerate(lines):
+            try:
+                contestant = row.build(shapes, LR)
+                contestant.step()
+                contestants[row.name] = row, contestant, repeats(contestant)
+            except Exception as error:  # another package's: say so in its row, go on with the others
+                failed[row.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            tick(k + 1)
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        gc.collect()
+        gc.disable()
+        try:
+            tick = bar(bars, "timing", rounds)
+            for k in range(rounds):
+                for name, (_, contestant, calls) in contestants.items():
+                    times[name].append(seconds(contestant.step, calls) / contestant.steps)
+                tick(k + 1)
+        finally:
+            gc.enable()
+    table = [entry(row, times[name], numel) for name, (row, _, _) in contestants.items()]
+    contestants.clear()
+    for line, row in zip(table, (row for row in lines if row.name in times), strict=True):
+        line["edq_ratio"] = None if row.name.startswith("limit") else arrived(row)
+    compare(table)
+    return {
+        "machine": machine(torch.float32) | {"instructions": cpu.instruction_set()},
+        "parameters": numel,
+        "tensors": len(shapes),
+        "rounds": rounds,
+        "load_before": load,
+        "rows": table,
+        "failed": failed,
+    }
+
+
+def seconds(call: Callable[[], Any], calls: int) -> float:
+    """Of one call, on average."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def repeats(contestant: Contestant) -> int:
+    """How many calls one timing takes."""
+    return max(1, math.ceil(MINIMUM / max(seconds(contestant.step, 1), 1e-9)))
+
+
+def entry(row: Row, times: list[float], numel: int) -> dict[str, Any]:
+    """One line of the result."""
+    middle = median(times)
+    low, _, high = quantiles(times, n=4) if len(times) > 1 else (middle,) * 3
+    return {
+        "name": row.name,
+        "ns_per_param": middle / numel * 1e9,
+        "spread": (high - low) / middle,
+        "bytes_moved": row.moved,
+        "bytes_kept": row.kept,
+        "gb_per_s": row.moved * numel / middle / 1e9,
+        "ms": middle * 1e3,
+        "times_ms": [t * 1e3 for t in times],
+    }
+
+
+def compare(table: list[dict[str, Any]]) -> None:
+    """Add the ratios of one run: to the limit of the same planes (or of as many bytes), to options D and A."""
+    by_name = {line["name"]: line["ns_per_param"] for line in table}
+    fastest = max((line["gb_per_s"] for line in table if line["name"].startswith("limit")), default=None)
+    for line in table:
+        planes = by_name.get(f"limit of {line['name'].partition(',')[0]}")
+        bound = planes or (line["bytes_moved"] / fastest if fastest else None)
+        line["of_limit"] = bound / line["ns_per_param"] if bound else None
+        for letter, name in (("d", D), ("a", A)):
+            line[f"to_{letter}"] = line["ns_per_param"] / by_name[name] if name in by_name else None
+
+
+def show(result: dict[str, Any], screen: Console) -> None:
+    """The table, and how noisy it is."""
+    tensors = f"{result['tensors']:,} tensor{'s' * (result['tensors'] > 1)}"
+    about = result["machine"]
+    table = Table(
+        title=f"One step of AdamW, {result['parameters']:,} parameters in {tensors}, {about['threads']} threads, "
+        f"{about['instructions']}",
+        header_style="bold",
+        box=SIMPLE,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    headers = ("ns/\nparam", "±", "bytes\nmoved", "GB/s", "of the\nlimit", "time\n÷ D", "time\n÷ A", "EDQ\nratio")
+    table.add_column("", no_wrap=True)
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for line in result["rows"]:
+        table.add_row(
+            line["name"], f"{line['ns_per_param']:.3f}", f"{line['spread']:.0%}", f"{line['bytes_moved']:g}",
+            f"{line['gb_per_s']:.1f}", *(_cell(line[key], form) for key, form in
+            (("of_limit", ".0%"), ("to_d", ".2f"), ("to_a", ".2f"), ("edq_ratio", ".3f"))),
+        )  # fmt: skip
+    screen.print(table)
+    for name, reason in result["failed"].items():
+        screen.print(f"not measured: {name}: {reason}", style="yellow", highlight=False, soft_wrap=True)
+    spreads = [line["spread"] for line in result["rows"]]
+    screen.print(
+        f"Medians of {result['rounds']} interleaved rounds. Noise: the middle half of a row's timings spans "
+        f"{median(spreads):.0%} of its median (worst row {max(spreads):.0%}); load before: {result['load_before']:.2f}."
+        if result["load_before"] is not None
+        else f"Medians of {result['rounds']} interleaved rounds.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,133 @@
+"""The operator that every step goes through: its schema, its fake, and compiled steps with eager's bits."""
+
+import pytest
+import torch
+from oracle import assert_same_bits
+from torch import nn
+
+import collage
+from collage.strategies import STRATEGIES
+
+
+def arguments(measured: bool) -> tuple:
+    g = torch.Generator().manual_seed(0)
+    shapes = [(40,), (3, 5)]
+    planes = [torch.randn(s, generator=g).bfloat16() * scale for s in shapes for scale in (1, 0, 1e-3, 1e-3, 0)]
+    planes = [p.abs() if k % 5 > 2 else p for k, p in enumerate(planes)]
+    grads = [torch.randn(s, generator=g).bfloat16() for s in shapes]
+    steps = [torch.tensor(3), torch.tensor(0)]
+    sums = torch.zeros(2 if measured else 0, 5, dtype=torch.float64)
+    return (
+        planes, grads, steps, sums, torch.tensor(1e-3), "adamw", "collage-plus-sr", "auto", [1, -2], [],
+        [0.9, 0.999, 1e-8, 0.1], 7, False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_opcheck(measured):
+    torch.library.opcheck(torch.ops.collage.step_.default, arguments(measured))
+
+
+def model(strategy: str) -> list[tuple[str, nn.Parameter]]:
+    g = torch.Generator().manual_seed(0)
+    dtype = STRATEGIES[strategy].dtype
+    shapes = {"a": (300,), "b": (7, 5), "empty": (0,), "scalar": ()}
+    params = {name: nn.Parameter(torch.randn(shape, generator=g).to(dtype)) for name, shape in shapes.items()}
+    params["full"] = nn.Parameter(torch.randn(64, generator=g))
+    return list(params.items())
+
+
+def train(strategy: str, compiled: bool, steps: int = 20) -> tuple[list, collage.AdamW, int]:
+    """(parameters, optimizer, compilations) after some steps on a schedule."""
+    params, lr = model(strategy), torch.tensor(1e-3)
+    opt = collage.AdamW(params, lr=lr, strategy=strategy, seed=2**63 + 5)
+    graphs = []
+
+    def count(graph, inputs):
+        from torch._inductor.compile_fx import compile_fx
+
+        graphs.append(graph)
+        return compile_fx(graph, inputs)
+
+    step = torch.compile(opt.step, fullgraph=True, backend=count) if compiled else opt.step
+    g = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for _, p in params:
+            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+        step()
+        lr.mul_(0.9)
+    return params, opt, len(graphs)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("strategy", ["collage-plus", "collage-plus-sr", "fp32-master", "paper-plus"])
+def test_a_compiled_step_has_eagers_bits_and_compiles_once_or_twice(strategy):
+    torch._dynamo.reset()
+    eager, opt, _ = train(strategy, compiled=False)
+    compiled, other, compilations = train(strategy, compiled=True)
+    assert 1 <= compilations <= 2
+    for (name, p), (_, q) in zip(eager, compiled, strict=True):
+        assert_same_bits(name, q.detach(), p.detach())
+        for key, value in opt.state[p].items():
+            assert_same_bits(f"{name}.{key}", other.state[q][key], value)
+    assert int(other.state[compiled[0][1]]["step"]) == 20
+
+
+def test_views_of_one_buffer_are_refused_when_compiled_and_right_when_not():
+    buffer = torch.ones(64).bfloat16()
+    params = [("a", nn.Parameter(buffer[:32])), ("b", nn.Parameter(buffer[32:]))]
+    opt = collage.AdamW(params, lr=0.1, weight_decay=0.0)
+    for (_, p), sign in zip(params, (1, -1), strict=True):
+        p.grad = torch.full_like(p, sign)
+    opt.step()
+    assert (buffer[:32] < 1).all()
+    assert (buffer[32:] > 1).all()
+    before = buffer.clone()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="views of one buffer"):
+        torch.compile(opt.step, fullgraph=True, backend="eager")()
+    assert_same_bits("buffer", buffer, before)
+
+
+def test_a_monitored_step_does_not_compile_silently():
+    params = model("collage-plus")
+    opt = collage.AdamW(params)
+    collage.monitor(opt)
+    for _, p in params:
+        p.grad = torch.zeros_like(p)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="monitor: it measures in Python"):
+        torch.compile(opt.step, fullgraph=True, backend="eager")()
+
+
+def test_without_kernels_auto_warns_once_and_steps_on_the_reference(monkeypatch):
+    from collage import optim
+    from collage.backends import cpu
+
+    p = nn.Parameter(torch.ones(8).bfloat16())
+    monkeypatch.setattr(cpu, "native", None)
+    optim._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match="slow reference backend.*compiler"):
+        opt = collage.AdamW([p], lr=0.1)
+    collage.AdamW([p])  # no second warning: here it would be an error
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert (p < 1).all()
+    collage.AdamW([p], backend="reference")
+    with pytest.raises(RuntimeError, match="'cpu' is not available"):
+        collage.AdamW([p], backend="cpu")
+
+
+def test_a_strategy_or_dtype_changed_later_is_named():
+    p = nn.Parameter(torch.ones(8).bfloat16())
+    opt = collage.AdamW([("w", p)])
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.param_groups[0]["strategy"] = "collage-light"
+    with pytest.raises(ValueError, match="param 'w': strategy 'collage-light' keeps"):
+        opt.step()
+    opt.param_groups[0]["strategy"] = "collage-plus"
+    p.data, p.grad = p.data.float(), None
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="param 'w': strategy 'fp32' keeps"):
+        opt.step()
