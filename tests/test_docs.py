@@ -58,6 +58,8 @@ def test_a_command_runs(command, capsys):
         argv += shlex.split("--pretrain-steps 3") if "--finetune" in argv else []
         argv += shlex.split("--strategies bf16,fp32-master") if argv[0] == "compare" and len(command) > 20 else []
         argv += shlex.split("--seeds 2") if "--seeds" in argv else []
+    if argv[0] == "bench":
+        argv += shlex.split("--params 4K --rounds 2 --strategies collage-plus --no-others")
     if any(name.startswith(BIG) for name in argv):
         argv = ["train", "--help"]
         with pytest.raises(SystemExit, match="0"):

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=9, metavar="N", help="timings of every row, interleaved (default: %(default)s)")
     add("--no-monitor", action="store_true", help="leave out the monitored steps")
     add("--no-others", action="store_true", help="leave out torch's and other packages' optimizers")
-    add("--extra", action="store_true", help="also optimi and torchao: pip install 'collage-optim[bench]'")
+    add("--extra", action="store_true", help="also optimi and torchao: pip install '.[bench]'")
     add(
         "--out",
         type=Path,
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     open_folder(args.out)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
-    screen = Console()
+    screen = Console(width=max(100, Console().width))
     try:
         result = measure(lines, shapes, args.rounds, screen)
     finally:
