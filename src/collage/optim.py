@@ -394,7 +394,7 @@ def _require(backend: str) -> None:
 
 @cache  # once for each text
 def _warn(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=4)
+    warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
 @cache
