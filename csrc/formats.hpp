@@ -74,21 +74,28 @@ inline Mask broken_pair(const Planes& x, float ulps) {
   return ~(finite(x.hi) ? lo <= limit : x.lo == F32{});
 }
 
-// hi + lo, both bfloat16. hi = RN(x), lo = R(x - hi), and lo = +0 where either is not finite.
-template <bool stochastic = false>
-struct Pair {
-  static constexpr Code code{Code::pair, Code::bf16, stochastic};
-  static constexpr bool random = stochastic;
-
+// A bfloat16 plane and a second one.
+template <class Second>
+struct TwoPlanes {
   template <int half>
   Planes read(const char* const* p, int64_t i) const {
-    return {BF16::read<half>(p[0], i), BF16::read<half>(p[1], i)};
+    return {BF16::read<half>(p[0], i), Second::template read<half>(p[1], i)};
   }
 
   void write(char* const* p, int64_t i, const Planes& even, const Planes& odd) const {
     BF16::write(p[0], i, even.hi, odd.hi);
-    BF16::write(p[1], i, even.lo, odd.lo);
+    Second::write(p[1], i, even.lo, odd.lo);
   }
+
+  Planes values(const Planes& codes) const { return {BF16::value(codes.hi), Second::value(codes.lo)}; }
+  Mask moved(const Planes& from, const Planes& to) const { return (from.hi != to.hi) | (from.lo != to.lo); }
+};
+
+// hi + lo, both bfloat16. hi = RN(x), lo = R(x - hi), and lo = +0 where either is not finite.
+template <bool stochastic = false>
+struct Pair : TwoPlanes<BF16> {
+  static constexpr Code code{Code::pair, Code::bf16, stochastic};
+  static constexpr bool random = stochastic;
 
   template <class N>
   auto number(const Planes& x) const {
@@ -112,31 +119,17 @@ struct Pair {
     return x.hi + x.rest;
   }
 
-  Planes values(const Planes& codes) const { return {BF16::value(codes.hi), BF16::value(codes.lo)}; }
-
   Mask broken(const Planes& x) const { return broken_pair(x, 0.5f); }
 
   F64 difference(const Planes& from, const Planes& to) const {  // last component first
     return (wide(to.lo) - wide(from.lo)) + (wide(to.hi) - wide(from.hi));
   }
-
-  Mask moved(const Planes& from, const Planes& to) const { return (from.hi != to.hi) | (from.lo != to.lo); }
 };
 
 // bf16 for the forward pass, and the float32 master weight that it is a cast of. The number is the master alone.
-struct Master {
+struct Master : TwoPlanes<FP32> {
   static constexpr Code code{Code::master, Code::bf16, false};
   static constexpr bool random = false;
-
-  template <int half>
-  Planes read(const char* const* p, int64_t i) const {
-    return {BF16::read<half>(p[0], i), FP32::read<half>(p[1], i)};
-  }
-
-  void write(char* const* p, int64_t i, const Planes& even, const Planes& odd) const {
-    BF16::write(p[0], i, even.hi, odd.hi);
-    FP32::write(p[1], i, even.lo, odd.lo);
-  }
 
   template <class N>
   Register<N> number(const Planes& x) const {
@@ -154,16 +147,12 @@ struct Master {
     return to_float(number.value());
   }
 
-  Planes values(const Planes& codes) const { return {BF16::value(codes.hi), codes.lo}; }
-
   Mask broken(const Planes& x) const {
     const F32 cast = BF16::rn(x.lo);
     return ~((x.hi == cast) | ((x.hi != x.hi) & (cast != cast)));
   }
 
-  F64 difference(const Planes& from, const Planes& to) const { return wide(to.lo) - wide(from.lo); }
-  Mask moved(const Planes& from, const Planes& to) const { return (from.hi != to.hi) | (from.lo != to.lo); }
-};
+  F64 difference(const Planes& from, const Planes& to) const { return wide(to.lo) - wide(from.lo); }};
 
 // bf16 with Kahan's compensation in a second bf16 plane.
 struct Compensated : Pair<> {

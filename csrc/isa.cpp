@@ -17,6 +17,6 @@ Kernel* make_kernel(const Request& request) {
 }  // namespace
 
 extern const InstructionSet COLLAGE_ISA;
-const InstructionSet COLLAGE_ISA{make_kernel, stream, W};
+const InstructionSet COLLAGE_ISA{make_kernel, stream};
 
 }  // namespace collage

@@ -74,7 +74,6 @@ struct InstructionSet {
   Kernel* (*make)(const Request&);
   void (*stream)(const Tensor&, const int (&bytes)[MAX_SLOTS][MAX_PLANES], int gradient_bytes, uint32_t zero,
                  int64_t first_block, int64_t end_block);
-  int width;  // float32 lanes of a vector
 };
 
 }  // namespace collage

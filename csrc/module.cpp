@@ -6,7 +6,6 @@
 #include <atomic>
 #include <map>
 #include <memory>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -205,7 +204,6 @@ NB_MODULE(_native, m) {
     for (const auto& [name, set] : collage::instruction_sets()) names.push_back(name);
     return names;
   });
-  m.def("width", [](const std::string& set) { return collage::instruction_set(set).width; });
   nb::class_<Stepper>(m, "Stepper")
       .def(nb::init<const std::string&, const std::string&, const std::vector<std::string>&, bool, const std::string&>(),
            "instruction_set"_a, "rule"_a, "formats"_a, "bfloat16_arithmetic"_a, "gradient"_a)

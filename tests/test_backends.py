@@ -122,7 +122,7 @@ def test_every_combination_of_formats(instructions):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_change_no_bit(threads, instructions, monkeypatch):
-    """40 x 64 blocks give work to several threads, whose borders fall inside tensors; sums too are in one order."""
+    """359 blocks give work to five threads, whose borders fall inside tensors; sums too are in one order."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     strategy = STRATEGIES["collage-plus-sr"]
     assert_same(strategy, [share(strategy, torch.bfloat16, "normal", n) for n in (300_000, 5, 65_536, 1_000)])

@@ -131,3 +131,19 @@ def test_a_strategy_or_dtype_changed_later_is_named():
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match="param 'w': strategy 'fp32' keeps"):
         opt.step()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("plane", [torch.zeros(8), torch.zeros(7).bfloat16(), None, torch.zeros(8, device="meta")])
+def test_a_plane_replaced_by_another_is_refused_before_anything_changed(plane, backend):
+    """Kernels read raw memory: a plane of another dtype, size or device must never reach them."""
+    first, p = (nn.Parameter(torch.ones(8).bfloat16()) for _ in range(2))
+    opt = collage.AdamW([("first", first), ("w", p)], lr=0.1, backend=backend)
+    first.grad, p.grad = torch.ones_like(first), torch.ones_like(p)
+    opt.step()
+    opt.state[p]["exp_avg"] = plane if plane is None or plane.device.type == "cpu" else plane.bfloat16()
+    before = [first.detach().clone(), p.detach().clone()]
+    with pytest.raises(ValueError, match="param 'w': "):
+        opt.step()
+    assert_same_bits("first", first.detach(), before[0])
+    assert_same_bits("w", p.detach(), before[1])

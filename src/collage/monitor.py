@@ -7,7 +7,7 @@ report. Those sums start from the stored state, so they cannot see damage alread
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -135,15 +135,16 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON; a number that is not finite becomes None."""
-        result: dict[str, Any] = _jsonable(asdict(self))
+        result: dict[str, Any] = jsonable(asdict(self))
         return result
 
 
-def _jsonable(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {key: _jsonable(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [_jsonable(value) for value in x]
+def jsonable(x: Any) -> Any:
+    """The same mappings and lists; a number that is not finite, which JSON does not know, becomes None."""
+    if isinstance(x, Mapping):
+        return {key: jsonable(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [jsonable(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 

@@ -6,22 +6,20 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
-from collage import backends, loading, state
-from collage.backends import (
-    Update,
-    operator,  # noqa: F401  (defines torch.ops.collage.step_)
-)
+from collage import backends, calls, loading, state
+from collage.backends import operator  # noqa: F401  (defines torch.ops.collage.step_)
+from collage.calls import Call
 from collage.monitor import Item, Monitor
-from collage.rng import Stream, key_of
+from collage.rng import key_of
 from collage.rules import Rule
 from collage.rules.adamw import ADAMW
-from collage.sharding import is_dtensor, local, region
+from collage.sharding import local
 from collage.state import Entry, Group
 from collage.strategies import STRATEGIES, Strategy
 
@@ -55,9 +53,15 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def entries(self) -> Iterator[Entry]:
         """Every parameter, in order, with its name (or position) and group."""
-        for group in self.param_groups:
-            for i in range(len(group["params"])):
-                yield self._entry(group, i)
+        position = 0
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                name = group["param_names"][i] if "param_names" in group else None
+                yield Entry(name or str(position), key_of(name or position), index, group, param)
+                position += 1
+
+    def _entries_of(self, group: Group) -> list[Entry]:
+        return [entry for entry in self.entries() if entry.group is group]
 
     def strategy_of(self, entry: Entry) -> Strategy:
         """The group's strategy; float32 parameters are updated in float32. Raises TypeError for any other dtype."""
@@ -108,7 +112,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        calls: list[_Call] = []
+        todo: list[Call] = []
         for group in self.param_groups:
             for in_float32 in (False, True):
                 planes: list[Tensor] = []
@@ -120,27 +124,43 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                     group, in_float32, torch.compiler.is_compiling(), planes, grads, steps, keys, regions
                 )
                 if len(grads) > 0:
-                    calls.append((group, strategy, planes, grads, steps, keys, regions))
+                    todo.append(Call(group, strategy, planes, grads, steps, keys, regions))
         if len(self.monitors) > 0:
-            self._step_measured(calls)
+            self._step_measured(todo)
         else:
-            for call in calls:
+            for call in todo:
                 self._step(call, torch.empty(0, 5, dtype=torch.float64))
         return loss
 
-    def _step(self, call: _Call, sums: Tensor) -> None:
-        group, strategy, planes, grads, steps, keys, regions = call
-        lr = group["lr"]
+    def _step(self, call: Call, sums: Tensor) -> None:
+        lr = call.group["lr"]
         torch.ops.collage.step_(
-            planes, grads, steps, sums, lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-            self.rule.name, strategy, self.backend, keys, regions, self._hyper(group), _signed(group["seed"]),
-            group["maximize"],
+            call.planes, call.grads, call.steps, sums,
+            lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+            self.rule.name, call.strategy, self.backend, call.keys, call.regions, self._hyper(call.group),
+            calls.signed(call.group["seed"]), call.group["maximize"],
         )  # fmt: skip
+
+    def _step_measured(self, todo: list[Call]) -> None:
+        """The same step, between what the monitors look at before it and after it."""
+        due = any(monitor.due for monitor in self.monitors)
+        sums = [torch.zeros(len(call.grads) if due else 0, 5, dtype=torch.float64) for call in todo]
+        stepping = [entry for entry in self.entries() if entry.param.grad is not None]
+        items: list[Item] = []
+        for call, rows in zip(todo, sums, strict=True):
+            own = [e for e in stepping if e.group is call.group and str(self.strategy_of(e)) == call.strategy]
+            items += calls.items(self.rule, call, self._hyper(call.group), own, rows)
+        for monitor in self.monitors:
+            monitor.before(items)
+        for call, rows in zip(todo, sums, strict=True):
+            self._step(call, rows)
+        for monitor in self.monitors:
+            monitor.after(items)
 
     def _init_group(
         self,
         group: Group,
-        in_float32: bool,  # collect the float32 parameters of a strategy for narrower ones; else its own
+        in_float32: bool,
         compiling: bool,
         planes: list[Tensor],
         grads: list[Tensor],
@@ -152,102 +172,40 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
         torch.compile knows this method's name: it runs it where it would trace another, and guards what it returned.
         """
-        own = Strategy.parse(group["strategy"])
-        strategy = STRATEGIES["fp32"] if in_float32 else own
-        if in_float32 and own.dtype == torch.float32:
-            return str(strategy)
-        names = _plane_names(self.rule, strategy)
-        chosen = [
-            i
-            for i, param in enumerate(group["params"])
-            if param.grad is not None and (own.dtype == torch.float32 or (param.dtype == torch.float32) == in_float32)
-        ]
-        sharded = [i for i in chosen if is_dtensor(group["params"][i])]
-        for i in chosen:
-            param = group["params"][i]
+        strategy = calls.strategy_of(group, in_float32)
+        if strategy is None:
+            return ""
+        positions = calls.chosen(group, in_float32)
+        params = [group["params"][i] for i in positions]
+        for i, param in zip(positions, params, strict=True):
             grad, values = param.grad, self.state[param]
-            if (
-                param.dtype != strategy.dtype
-                or grad.layout != torch.strided
-                or (grad.dtype != param.dtype and grad.dtype != torch.float32)
-            ):
-                self._refuse(group, i)
-            if not values:
-                state.initialise(self.rule, strategy, param, values)
-            if len(values) != len(names) or not all(name in values for name in names[1:]):
-                state.check(self.rule, strategy, param, values, self._entry(group, i).name)
-            own_planes = [param, *(values[name] for name in names[1:])]
-            planes += [local(plane) for plane in own_planes] if sharded else own_planes
-            grads.append(local(grad) if sharded else grad)
+            known = param.dtype == strategy.dtype and grad.dtype in (param.dtype, torch.float32)
+            own = calls.planes(self.rule, strategy, param, values) if known and grad.layout == torch.strided else None
+            if own is None:
+                self._refuse(self._entries_of(group)[i], strategy)
+            planes += own
+            grads.append(grad)
             steps.append(values["step"])
-            if strategy.stochastic:
-                keys.append(_signed(self._entry(group, i).key))
-                if sharded:
-                    place = region(param)
-                    regions += [len(place.sizes), *place.sizes, *place.starts, *place.strides]
         if compiling:
-            self._require_compilable(planes, bool(sharded))
+            calls.require_compilable(planes, len(self.monitors) > 0)
+        places = calls.places(params)  # refuses partial DTensors
+        if places:
+            planes[:], grads[:] = map(local, planes), map(local, grads)
+        if strategy.stochastic:
+            entries = self._entries_of(group)
+            keys += [calls.signed(entries[i].key) for i in positions]
+            regions += places
         return str(strategy)
 
-    def _require_compilable(self, planes: list[Tensor], sharded: bool) -> None:
-        if self.monitors:
-            raise RuntimeError("monitor: it measures in Python, outside a compiled step; call opt.step() uncompiled")
-        if sharded:
-            raise RuntimeError("params: a compiled step takes no DTensors; call opt.step() uncompiled")
-        storages = [plane.untyped_storage().data_ptr() for plane in planes if plane.numel()]
-        if len(set(storages)) < len(storages):
-            raise RuntimeError(
-                "params: some are views of one buffer, which torch.compile is known to mix up; call opt.step() "
-                "uncompiled, or give each parameter memory of its own"
-            )
-
-    def _refuse(self, group: Group, i: int) -> None:
-        """Raise what is wrong with the i-th parameter of a group or its gradient."""
-        entry = self._entry(group, i)
+    def _refuse(self, entry: Entry, strategy: Strategy) -> NoReturn:
+        """Raise what is wrong with a parameter, its gradient or its state."""
         self.strategy_of(entry)
         state.check_gradient(entry)
-
-    def _entry(self, group: Group, i: int) -> Entry:
-        index = next(k for k, other in enumerate(self.param_groups) if other is group)
-        position = sum(len(other["params"]) for other in self.param_groups[:index]) + i
-        name = group["param_names"][i] if "param_names" in group else None
-        return Entry(name or str(position), key_of(name or position), index, group, group["params"][i])
-
-    def _step_measured(self, calls: list[_Call]) -> None:
-        """The same step, between what the monitors look at before it and after it."""
-        due = any(monitor.due for monitor in self.monitors)
-        sums = [torch.zeros(len(grads) if due else 0, 5, dtype=torch.float64) for _, _, _, grads, *_ in calls]
-        items = [item for call, rows in zip(calls, sums, strict=True) for item in self._items(call, rows)]
-        for monitor in self.monitors:
-            monitor.before(items)
-        for call, rows in zip(calls, sums, strict=True):
-            self._step(call, rows)
-        for monitor in self.monitors:
-            monitor.after(items)
-
-    def _items(self, call: _Call, sums: Tensor) -> Iterator[Item]:
-        """Every parameter of a call, as a monitor sees it."""
-        group, name, planes, grads, steps, *_ = call
-        strategy = Strategy.parse(name)
-        entries = {id(e.param): e for e in self.entries()}
-        chosen = [e for e in entries.values() if e.group is group and e.param.grad is not None]
-        rest = iter(planes)
-        folded: dict[Any, Any] = {}
-        for k, entry in enumerate(e for e in chosen if self.strategy_of(e) == strategy):
-            slots = tuple(tuple(next(rest).detach() for _ in fmt.dtypes) for fmt in strategy.formats)
-            step = int(steps[k]) + 1
-            stream = Stream(group["seed"], step, entry.key)
-            update = Update(strategy, slots, grads[k], group["maximize"], stream, sums[k] if len(sums) else None)
-            fold = partial(self._fold_once, folded, group, step, grads[k].device)
-            yield Item(entry.name, entry.group_index, update, fold)
-
-    def _fold_once(
-        self, folded: dict[Any, Any], group: Group, step: int, device: torch.device, dtype: torch.dtype
-    ) -> Any:
-        key = (step, device, dtype)
-        if key not in folded:
-            folded[key] = self.rule.fold(float(group["lr"]), self._hyper(group), step, dtype).on(dtype, device)
-        return folded[key]
+        state.check(self.rule, strategy, entry.param, self.state[entry.param], entry.name)
+        raise ValueError(
+            f"param '{entry.name}': it is on {entry.param.device} and its optimizer state is not; "
+            "opt.load_state_dict(opt.state_dict()) moves the state"
+        )
 
     def _hyper(self, group: Group) -> list[float]:
         """The rule's hyper-parameters but lr, in the order that its `fold` takes them."""
@@ -382,10 +340,6 @@ class AdamW(PrecisionOptimizer):
         return [float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])]
 
 
-# A group, its strategy, and what `_init_group` appends.
-_Call = tuple[Group, str, list[Tensor], list[Tensor], list[Tensor], list[int], list[int]]
-
-
 def _require(backend: str) -> None:
     reason = backends.require(backend)
     if reason:
@@ -395,14 +349,3 @@ def _require(backend: str) -> None:
 @cache  # once for each text
 def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=5)
-
-
-@cache
-def _plane_names(rule: Rule, strategy: Strategy) -> tuple[str, ...]:
-    """ "param", then the state's key of every other plane, slot by slot."""
-    return ("param", *state.dtypes(rule, strategy))
-
-
-def _signed(number: int) -> int:
-    """A number below 2**64 with the bits of a signed one, as operators take them."""
-    return number - 2**64 if number >= 2**63 else number

@@ -26,7 +26,7 @@ def key_of(name: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def _mix64(z: int) -> int:
+def mix64(z: int) -> int:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
     z = (z + 0x9E3779B97F4A7C15) & _M64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _M64
@@ -49,11 +49,11 @@ class Stream:
     @property
     def base(self) -> int:
         """Everything but the element's index, mixed to 64 bits."""
-        return _mix64(_mix64(_mix64(self.seed) ^ self.step) ^ self.key)
+        return mix64(mix64(mix64(self.seed) ^ self.step) ^ self.key)
 
     def keys(self, index_high: int) -> tuple[int, int]:
         """Two 32-bit keys for the elements whose index has these high 32 bits."""
-        mixed = _mix64(self.base ^ index_high)
+        mixed = mix64(self.base ^ index_high)
         return mixed & _M32, mixed >> 32
 
     def bits(self, index: Tensor, slot: int) -> Tensor:

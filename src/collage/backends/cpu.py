@@ -62,7 +62,7 @@ def step(batch: Batch) -> None:
 def broken(strategy: Strategy, slots: Sequence[Planes]) -> int:
     """How many elements of theta have planes that no step could have left."""
     planes = [plane for slot in slots for plane in slot]
-    if not all(plane.is_contiguous() for plane in slots[0]):
+    if not all(plane.is_contiguous() for plane in planes):
         return reference.broken(strategy, slots)
     kernel = stepper(instruction_set(), "adamw", strategy, strategy.dtype)  # of any rule: only theta is read
     count: int = kernel.broken(

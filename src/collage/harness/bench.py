@@ -25,6 +25,7 @@ from collage.harness.console import bar, progress
 from collage.harness.machine import machine
 from collage.harness.options import open_folder
 from collage.harness.recipes import build
+from collage.monitor import jsonable
 from collage.strategies import Strategy
 
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
@@ -92,8 +93,11 @@ def run(args: argparse.Namespace) -> int:
         result = measure(lines, shapes, args.rounds, screen)
     finally:
         torch.set_num_threads(before)
-    result["command"] = f"collage bench --params {numel} --shapes {args.shapes} --strategies {args.strategies}"
-    (args.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result["command"] = (
+        f"collage bench --params {args.params} --shapes {args.shapes} --threads {result['machine']['threads']} "
+        f"--strategies {args.strategies} --rounds {args.rounds}"
+    )
+    (args.out / "bench.json").write_text(json.dumps(jsonable(result), indent=1) + "\n", encoding="utf-8")
     bench_plot.draw(result, args.out / "bench.png")
     show(result, screen)
     screen.print(f"numbers and picture: {args.out}/bench.json, bench.png", highlight=False, soft_wrap=True)
@@ -231,11 +235,10 @@ def show(result: dict[str, Any], screen: Console) -> None:
     for name, reason in result["failed"].items():
         screen.print(f"not measured: {name}: {reason}", style="yellow", highlight=False, soft_wrap=True)
     spreads = [line["spread"] for line in result["rows"]]
+    load = "" if result["load_before"] is None else f"; load before: {result['load_before']:.2f}"
     screen.print(
         f"Medians of {result['rounds']} interleaved rounds. Noise: the middle half of a row's timings spans "
-        f"{median(spreads):.0%} of its median (worst row {max(spreads):.0%}); load before: {result['load_before']:.2f}."
-        if result["load_before"] is not None
-        else f"Medians of {result['rounds']} interleaved rounds.",
+        f"{median(spreads):.0%} of its median (worst row {max(spreads):.0%}){load}.",
         highlight=False,
         soft_wrap=True,
     )

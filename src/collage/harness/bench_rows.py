@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import collage
 from collage.backends import Share, cpu
 from collage.formats import Master, bytes_per_value
-from collage.strategies import STRATEGIES, Strategy
+from collage.strategies import Strategy
 
 Shapes = Sequence[tuple[int, ...]]
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -179,12 +179,11 @@ DEFAULT = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", "fp32-mas
 
 def rows(strategies: Sequence[str], monitor: bool, others: bool, extra: bool) -> list[Row]:
     """The lines of the table, limits first."""
-    known = [str(STRATEGIES.get(name) or Strategy.parse(name)) for name in strategies]
-    watched = [ours(known[-1], every) for every in (10, 1)] if monitor else []
-    if monitor and "collage-plus" in known:
-        watched = [ours("collage-plus", every) for every in (10, 1)]
+    known = [str(Strategy.parse(name)) for name in strategies]
+    watched = "collage-plus" if "collage-plus" in known else known[-1]
+    monitored = [ours(watched, every) for every in (10, 1)] if monitor else []
     return [
-        *map(limit, known), *map(ours, known), *watched, *(OTHERS if others else ()), *(EXTRA if extra else ()),
+        *map(limit, known), *map(ours, known), *monitored, *(OTHERS if others else ()), *(EXTRA if extra else ()),
     ]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch.utils.data import Dataset
 
+from collage.rng import mix64
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -242,8 +244,5 @@ def _mix(*values: int) -> int:
     """A stable 64-bit hash: SplitMix64 (Steele, Lea and Flood 2014), folded over the values."""
     state = 0
     for value in values:
-        state = (state + value + 0x9E3779B97F4A7C15) % 2**64
-        state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) % 2**64
-        state = ((state ^ state >> 27) * 0x94D049BB133111EB) % 2**64
-        state ^= state >> 31
+        state = mix64(state + value)
     return state

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from collage.harness.config import RunConfig
 from collage.integrations.transformers import LOGGED, EDQCallback
-from collage.monitor import Quality
+from collage.monitor import Quality, jsonable
 
 Record = dict[str, Any]
 
@@ -76,16 +76,8 @@ def lost_by_layer(parameters: Mapping[str, Quality]) -> dict[str, float | None]:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text; a number that is not finite, which JSON does not know, becomes null."""
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, Mapping):
-            return {key: plain(y) for key, y in x.items()}
-        if isinstance(x, list | tuple):
-            return [plain(y) for y in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    return json.dumps(plain(value), indent=indent, allow_nan=False) + "\n"
+    """JSON text; a number that is not finite becomes null."""
+    return json.dumps(jsonable(value), indent=indent, allow_nan=False) + "\n"
 
 
 def label(name: str) -> str:
