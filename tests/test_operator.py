@@ -134,16 +134,63 @@ def test_a_strategy_or_dtype_changed_later_is_named():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("plane", [torch.zeros(8), torch.zeros(7).bfloat16(), None, torch.zeros(8, device="meta")])
+@pytest.mark.parametrize(
+    "plane",
+    [
+        torch.zeros(8),
+        torch.zeros(7).bfloat16(),
+        None,
+        torch.zeros(8, dtype=torch.bfloat16, device="meta"),
+        torch.zeros(1).bfloat16().expand(8),
+        torch.zeros(2, 4).bfloat16().t(),
+        "freed",
+    ],
+)
 def test_a_plane_replaced_by_another_is_refused_before_anything_changed(plane, backend):
     """Kernels read raw memory: a plane of another dtype, size or device must never reach them."""
     first, p = (nn.Parameter(torch.ones(8).bfloat16()) for _ in range(2))
     opt = collage.AdamW([("first", first), ("w", p)], lr=0.1, backend=backend)
     first.grad, p.grad = torch.ones_like(first), torch.ones_like(p)
     opt.step()
-    opt.state[p]["exp_avg"] = plane if plane is None or plane.device.type == "cpu" else plane.bfloat16()
+    if isinstance(plane, str):
+        opt.state[p]["exp_avg"].untyped_storage().resize_(0)
+    else:
+        opt.state[p]["exp_avg"] = plane
     before = [first.detach().clone(), p.detach().clone()]
     with pytest.raises(ValueError, match="param 'w': "):
         opt.step()
     assert_same_bits("first", first.detach(), before[0])
     assert_same_bits("w", p.detach(), before[1])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_weights_given_another_size_are_named(backend):
+    """An embedding that was resized after steps: its state, and a gradient from before, have the old size."""
+    p = nn.Parameter(torch.ones(8, 4).bfloat16())
+    opt = collage.AdamW([("w", p)], backend=backend)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    p.data = torch.ones(6, 4).bfloat16()
+    with pytest.raises(ValueError, match=r"param 'w': its gradient has shape \(8, 4\).*zero_grad"):
+        opt.step()
+    p.grad = None
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"param 'w': param_lo has shape \(8, 4\), not the parameter's \(6, 4\)"):
+        opt.step()
+
+
+def test_what_cannot_be_counted_is_not_updated():
+    p = nn.Parameter(torch.ones(8).bfloat16())
+    opt = collage.AdamW([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    before = p.detach().clone()
+    opt.state[p]["step"] = torch.tensor(1.0)
+    with pytest.raises(ValueError, match="step: needs a 0-d int64 tensor"):
+        opt.step()
+    assert_same_bits("p", p.detach(), before)
+
+
+def test_a_group_has_no_backend_of_its_own():
+    with pytest.raises(ValueError, match="backend: one for the whole optimizer"):
+        collage.AdamW([{"params": [nn.Parameter(torch.ones(8).bfloat16())], "backend": "reference"}])

@@ -55,9 +55,30 @@ def planes(rule: Rule, strategy: Strategy, param: Tensor, values: State) -> list
         state.initialise(rule, strategy, param, values)
     keys, dtypes = _layout(rule, strategy)
     found = [plane for plane in (param, *map(values.get, keys)) if isinstance(plane, Tensor)]
-    whole = len(values) == len(keys) + 1 and [plane.dtype for plane in found] == dtypes
-    fits = all(plane.shape == param.shape and plane.device == param.device for plane in found)
-    return found if whole and fits else None
+    if len(values) != len(keys) + 1 or [plane.dtype for plane in found] != dtypes:
+        return None
+    shape, device = param.shape, param.device
+    return found if all(p.shape == shape and p.device == device and has_memory(p) for p in found) else None
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether every element lies in memory of its own: no storage freed or shrunk (FSDP does), no element twice."""
+    if is_dtensor(tensor):
+        return True  # its local part is torch's own
+    if tensor.untyped_storage().nbytes() < tensor.nbytes:
+        return False
+    return tensor.is_contiguous() or not _overlaps(tensor)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether a strided tensor may have two elements in one place, as one that was expanded."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 @cache

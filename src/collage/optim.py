@@ -78,6 +78,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may have a strategy of its own. Raises before anything is added."""
+        if "backend" in param_group:
+            raise ValueError("backend: one for the whole optimizer; give it to the constructor, not to a group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -179,8 +181,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         params = [group["params"][i] for i in positions]
         for i, param in zip(positions, params, strict=True):
             grad, values = param.grad, self.state[param]
-            known = param.dtype == strategy.dtype and grad.dtype in (param.dtype, torch.float32)
-            own = calls.planes(self.rule, strategy, param, values) if known and grad.layout == torch.strided else None
+            known = param.dtype == strategy.dtype and state.accepts(param, grad)
+            own = calls.planes(self.rule, strategy, param, values) if known else None
             if own is None:
                 self._refuse(self._entries_of(group)[i], strategy)
             planes += own
@@ -203,8 +205,9 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         state.check_gradient(entry)
         state.check(self.rule, strategy, entry.param, self.state[entry.param], entry.name)
         raise ValueError(
-            f"param '{entry.name}': it is on {entry.param.device} and its optimizer state is not; "
-            "opt.load_state_dict(opt.state_dict()) moves the state"
+            f"param '{entry.name}': it and its optimizer state need memory on one device ({entry.param.device}), every "
+            "element its own; some of it is elsewhere, freed, or expanded. opt.load_state_dict(opt.state_dict()) moves "
+            "a state to its parameter"
         )
 
     def _hyper(self, group: Group) -> list[float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from collage.formats import Format, Planes, format_of, split
 from collage.rules import Rule
-from collage.sharding import local
+from collage.sharding import is_dtensor, local
 from collage.strategies import Strategy
 
 State = dict[str, Any]
@@ -148,8 +148,18 @@ def require_optimizer(optimizer: object, kind: type[Any]) -> None:
         raise TypeError(f"optimizer: needs one of this package, such as collage.AdamW, got {theirs}")
 
 
+def accepts(param: Tensor, grad: Tensor) -> bool:
+    """Whether a step can read that gradient: what `check_gradient` explains, in as little time as can be."""
+    return (
+        grad.layout == torch.strided
+        and grad.dtype in (param.dtype, torch.float32)
+        and grad.shape == param.shape
+        and (is_dtensor(grad) or grad.untyped_storage().nbytes() >= (grad.nbytes if grad.is_contiguous() else 1))
+    )
+
+
 def check_gradient(entry: Entry) -> None:
-    """Raise TypeError, naming the parameter, for a gradient that the step cannot read."""
+    """Raise, naming the parameter, for a gradient that the step cannot read."""
     grad = entry.param.grad
     assert grad is not None
     if grad.layout != torch.strided:
@@ -160,4 +170,9 @@ def check_gradient(entry: Entry) -> None:
         raise TypeError(
             f"param '{entry.name}': its gradient is {dtype_of(grad)}; use {dtype_of(entry.param)}, as the parameter, "
             "or float32"
+        )
+    if not accepts(entry.param, grad):
+        raise ValueError(
+            f"param '{entry.name}': its gradient has shape {tuple(grad.shape)} and {grad.untyped_storage().nbytes()} "
+            f"bytes of memory, the parameter shape {tuple(entry.param.shape)}; call zero_grad() after changing p.data"
         )

@@ -42,6 +42,7 @@ def step(batch: Batch) -> None:
         return
     constants, rows = _constants(batch, [share.step for share in shares])
     planes = [[plane for slot in share.slots for plane in slot] for share in shares]
+    increment_version(list(chain.from_iterable(planes)))  # as any in-place operation would
     stochastic = batch.strategy.stochastic
     stepper(instruction_set(), batch.rule.name, batch.strategy, shares[0].grad.dtype).step(
         numel=[share.grad.numel() for share in shares],
@@ -56,7 +57,6 @@ def step(batch: Batch) -> None:
         maximize=batch.maximize,
         threads=torch.get_num_threads(),
     )
-    increment_version(list(chain.from_iterable(planes)))  # as any in-place operation would
 
 
 def broken(strategy: Strategy, slots: Sequence[Planes]) -> int:

@@ -1,12 +1,13 @@
 """The torch operator that every step goes through: ``torch.ops.collage.step_``.
 
 It reads ``step`` and ``lr`` from tensors and folds the constants itself, so that a compiled step is one opaque call
-that neither breaks the graph nor compiles anew when the learning rate moves.
+that neither breaks the graph nor, with a tensor ``lr``, compiles anew when the learning rate moves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -41,23 +42,30 @@ def step_(
 ) -> None:
     """One step of all parameters of one group and strategy."""
     how = Strategy.parse(strategy)
-    counts = [len(fmt.dtypes) for fmt in how.formats]
-    assert len(planes) == len(grads) * sum(counts)
+    ends = list(accumulate((len(fmt.dtypes) for fmt in how.formats), initial=0))
+    assert len(planes) == len(grads) * ends[-1]
+    numbers = _count_up(steps)
     places = _regions(regions) if regions else [None] * len(grads)
-    numbers = torch.stack(list(steps)).tolist() if steps else []
-    batches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    shares = []
-    rest = iter(planes)
+    rows = list(sums) if len(sums) else [None] * len(grads)
+    batches: dict[tuple[torch.device, torch.dtype], list[Share]] = {}
     for k, grad in enumerate(grads):
-        slots = tuple(tuple(next(rest) for _ in range(count)) for count in counts)
-        key = keys[k] % 2**64 if keys else 0
-        shares.append(Share(slots, grad, numbers[k] + 1, key, places[k], sums[k] if len(sums) else None))
-        batches.setdefault((grad.device, grad.dtype), []).append(k)
-    for (device, _), members in batches.items():
-        own = [shares[k] for k in members]
-        batch = Batch(RULES[rule], how, float(lr), tuple(hyper), maximize, seed % 2**64, own)
+        own = planes[k * ends[-1] : (k + 1) * ends[-1]]
+        slots = tuple([own[i:j] for i, j in pairwise(ends)])
+        share = Share(slots, grad, numbers[k], keys[k] % 2**64 if keys else 0, places[k], rows[k])
+        batches.setdefault((grad.device, grad.dtype), []).append(share)
+    for (device, _), shares in batches.items():
+        batch = Batch(RULES[rule], how, float(lr), tuple(hyper), maximize, seed % 2**64, shares)
         choose(backend, device).step(batch)
-    torch._foreach_add_(list(steps), 1)
+
+
+def _count_up(steps: Sequence[Tensor]) -> list[int]:
+    """Every counter plus one. Before anything else is written, so that what cannot be counted is not updated either."""
+    counters = list(steps)
+    if any(step.dtype != torch.int64 or step.dim() for step in counters):
+        raise ValueError("step: needs a 0-d int64 tensor in each parameter's state; it was replaced by hand")
+    torch._foreach_add_(counters, 1)
+    numbers: list[int] = torch.stack(counters).tolist() if counters else []
+    return numbers
 
 
 def _regions(numbers: Sequence[int]) -> list[Region | None]:

@@ -74,8 +74,11 @@ def count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Time every row, print the table, write the JSON and the picture. Returns the exit status."""
-    if args.rounds < 1 or (args.threads is not None and args.threads < 1):
-        raise ValueError(f"--rounds and --threads: need at least 1, got {args.rounds} and {args.threads}")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds: needs at least 1, got {args.rounds}")
+    most = os.cpu_count() or 1
+    if args.threads is not None and not 1 <= args.threads <= most:
+        raise ValueError(f"--threads: needs 1 to {most}, the cores of this machine, got {args.threads}")
     if cpu.native is None:
         raise ValueError(f"bench: the kernels for the CPU are not there: {cpu.MISSING}")
     names = [name.strip() for name in args.strategies.split(",")]
@@ -214,7 +217,7 @@ def show(result: dict[str, Any], screen: Console) -> None:
     tensors = f"{result['tensors']:,} tensor{'s' * (result['tensors'] > 1)}"
     about = result["machine"]
     table = Table(
-        title=f"One step of AdamW, {result['parameters']:,} parameters in {tensors}, {about['threads']} threads, "
+        title=f"One step of AdamW, {result['parameters']:,} parameters in {tensors}, threads: {about['threads']}, "
         f"{about['instructions']}",
         header_style="bold",
         box=SIMPLE,

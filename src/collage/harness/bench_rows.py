@@ -179,7 +179,7 @@ DEFAULT = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", "fp32-mas
 
 def rows(strategies: Sequence[str], monitor: bool, others: bool, extra: bool) -> list[Row]:
     """The lines of the table, limits first."""
-    known = [str(Strategy.parse(name)) for name in strategies]
+    known = list(dict.fromkeys(str(Strategy.parse(name)) for name in strategies))
     watched = "collage-plus" if "collage-plus" in known else known[-1]
     monitored = [ours(watched, every) for every in (10, 1)] if monitor else []
     return [
