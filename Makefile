@@ -23,7 +23,7 @@ help: ## list these targets
 setup: $(READY) ## install the package (editable) and all tools into .venv
 
 demo: $(READY) ## fine-tune under four precision strategies and write a report (minutes)
-	$(BIN)/collage compare --finetune --out $(DEMO)
+	$(BIN)/collage compare --finetune --overwrite --out $(DEMO)
 	echo "Report: $(abspath $(DEMO))/report.html"
 
 test: $(READY) ## run the tests that CI runs

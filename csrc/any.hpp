@@ -81,8 +81,9 @@ struct Any {
     return visit(code, [&](auto format) { return format.values(codes); });
   }
 
+  template <int part>
   F64 difference(const Planes& from, const Planes& to) const {
-    return visit(code, [&](auto format) { return format.difference(from, to); });
+    return visit(code, [&](auto format) { return format.template difference<part>(from, to); });
   }
 
   Mask broken(const Planes& x) const {

@@ -58,7 +58,10 @@ struct Single {
     return to_float(number.value());
   }
 
-  F64 difference(const Planes& from, const Planes& to) const { return wide(to.hi) - wide(from.hi); }
+  template <int part>
+  F64 difference(const Planes& from, const Planes& to) const {
+    return wide<part>(to.hi) - wide<part>(from.hi);
+  }
   Planes values(const Planes& codes) const { return {C::value(codes.hi), F32{}}; }
   Mask moved(const Planes& from, const Planes& to) const { return from.hi != to.hi; }
   Mask broken(const Planes&) const { return Mask{}; }
@@ -121,8 +124,9 @@ struct Pair : TwoPlanes<BF16> {
 
   Mask broken(const Planes& x) const { return broken_pair(x, 0.5f); }
 
+  template <int part>
   F64 difference(const Planes& from, const Planes& to) const {  // last component first
-    return (wide(to.lo) - wide(from.lo)) + (wide(to.hi) - wide(from.hi));
+    return (wide<part>(to.lo) - wide<part>(from.lo)) + (wide<part>(to.hi) - wide<part>(from.hi));
   }
 };
 
@@ -152,7 +156,11 @@ struct Master : TwoPlanes<FP32> {
     return ~((x.hi == cast) | ((x.hi != x.hi) & (cast != cast)));
   }
 
-  F64 difference(const Planes& from, const Planes& to) const { return wide(to.lo) - wide(from.lo); }};
+  template <int part>
+  F64 difference(const Planes& from, const Planes& to) const {
+    return wide<part>(to.lo) - wide<part>(from.lo);
+  }
+};
 
 // bf16 with Kahan's compensation in a second bf16 plane.
 struct Compensated : Pair<> {

@@ -204,6 +204,11 @@ NB_MODULE(_native, m) {
     for (const auto& [name, set] : collage::instruction_sets()) names.push_back(name);
     return names;
   });
+  m.def("count_up", [](const collage::Addresses& counters) {  // of int64, in the memory of this process
+    collage::Numbers numbers;
+    for (uint64_t at : counters) numbers.push_back(++*reinterpret_cast<int64_t*>(at));
+    return numbers;
+  });
   nb::class_<Stepper>(m, "Stepper")
       .def(nb::init<const std::string&, const std::string&, const std::vector<std::string>&, bool, const std::string&>(),
            "instruction_set"_a, "rule"_a, "formats"_a, "bfloat16_arithmetic"_a, "gradient"_a)

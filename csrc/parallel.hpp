@@ -1,7 +1,9 @@
-// Work split over threads by elements. Threads live for one call: a pool would not survive fork() and would have to
-// share the cores with torch's, while starting one costs about 20 microseconds.
+// Work split over threads by elements.
 #pragma once
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <system_error>
 #include <thread>
@@ -11,22 +13,30 @@ namespace collage {
 
 constexpr int64_t BLOCKS_PER_THREAD = 64;  // at least: less does not pay for a thread
 
-// fn(first, end) on disjoint ranges that cover [0, blocks).
+// GOMP_parallel of the OpenMP runtime that torch has loaded: its threads are there already. New ones would have to
+// share the cores with them, because they spin for milliseconds after each of torch's operations. Null: none is found.
+using Team = void (*)(void (*run)(void*), void* argument, unsigned threads, unsigned flags);
+inline Team team() {
+  static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+// fn(first, end) on disjoint ranges that cover [0, blocks), by as many threads as can be had.
 template <class Fn>
 void parallel(int64_t blocks, int threads, Fn fn) {
   const int64_t parts = std::clamp<int64_t>(blocks / BLOCKS_PER_THREAD, 1, std::max(threads, 1));
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t k; (k = next++) < parts;) fn(blocks * k / parts, blocks * (k + 1) / parts);
+  };
+  if (parts == 1) return work();
+  if (team()) return team()([](void* argument) { (*static_cast<decltype(work)*>(argument))(); }, &work, unsigned(parts), 0);
   std::vector<std::thread> others;
-  int64_t first = 0;
-  for (int64_t k = 1; k < parts; ++k) {
-    const int64_t end = blocks * k / parts;
-    try {
-      others.emplace_back(fn, first, end);
-    } catch (const std::system_error&) {  // no more threads to be had: this one does the rest
-      break;
-    }
-    first = end;
+  try {
+    while (int64_t(others.size()) + 1 < parts) others.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads to be had: these do it all
   }
-  fn(first, blocks);
+  work();
   for (std::thread& other : others) other.join();
 }
 

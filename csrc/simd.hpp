@@ -27,7 +27,7 @@ constexpr int LANES = 2 * W;
 typedef float F32 __attribute__((vector_size(4 * W)));
 typedef uint32_t U32 __attribute__((vector_size(4 * W)));
 typedef int32_t Mask __attribute__((vector_size(4 * W)));  // 0 or -1
-typedef double F64 __attribute__((vector_size(8 * W)));
+typedef double F64 __attribute__((vector_size(4 * W)));   // of half as many numbers
 
 template <class V>
 inline V load(const void* p) {
@@ -101,8 +101,21 @@ inline U32 min_unsigned(U32 a, U32 b) {
 #endif
 }
 
+// The lower (part 0) or upper (part 1) lanes in float64.
+template <int part>
+inline F64 wide(F32 x) {
+#if defined(__AVX512BW__)
+  return (F64)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, part));
+#elif defined(__AVX2__)
+  return (F64)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, part));
+#else
+  F64 y{};
+  for (int i = 0; i < W / 2; ++i) y[i] = x[part * (W / 2) + i];
+  return y;
+#endif
+}
+
 inline F32 splat(float x) { return F32{} + x; }
-inline F64 wide(F32 x) { return __builtin_convertvector(x, F64); }
 inline Mask finite(F32 x) { return x - x == F32{}; }
 inline F32 keep(Mask m, F32 x) { return (F32)((Mask)x & m); }  // +0 elsewhere
 

@@ -8,36 +8,44 @@ namespace {
 
 class Sums {
  public:
-  Sums(const Tensor&, int64_t, int count) : count_(count) {}
+  Sums(const Tensor&, int64_t, int count) : count_(count) {
+    if (count < BLOCK) std::memset(terms_, 0, sizeof terms_);
+  }
 
-  // Every second element from i + half: the intended update, what arrived of it, what the forward pass sees of that,
-  // and whether any plane moved.
-  void add(int i, int half, F32 delta, F64 arrived, F64 visible, Mask moved) {
-    const F64 intended = wide(delta);
-    double* const at = terms_[0] + i + half * W;
-    save(at, intended * arrived);
-    save(at + BLOCK, intended * visible);
-    save(at + 2 * BLOCK, intended * intended);
-    Mask counted = ~Mask{};
-    if (i + LANES > count_)  // the padding of the last chunk counts for nothing
-      for (int k = 0; k < W; ++k) counted[k] = -(i + half + 2 * k < count_);
-    const Mask nonzero = (delta != F32{}) & counted;
+  // Whether some of the block's elements i and on are the padding of the last chunk, which counts for nothing.
+  bool padded(int i) const { return i + LANES > count_; }
+
+  // Which of every second element from the i-th are real.
+  Mask real(int i) const {
+    Mask mask{};
+    for (int k = 0; k < W; ++k) mask[k] = -(i + 2 * k < count_);
+    return mask;
+  }
+
+  // A quarter of the block's elements i and on: lower and upper even ones, lower and upper odd ones. What was intended,
+  // what arrived of it, and what the forward pass sees of that.
+  void add(int i, int quarter, F64 intended, F64 arrived, F64 visible) {
+    double* const at = terms_[0] + i % HALF + quarter * (W / 2);
+    const F64 terms[] = {intended * arrived, intended * visible, intended * intended};
+    for (int k = 0; k < 3; ++k) save(at + k * HALF, i < HALF ? terms[k] : load<F64>(at + k * HALF) + terms[k]);
+  }
+
+  void count(Mask nonzero, Mask moved) {
     nonzero_ -= nonzero;  // a set lane is -1
     lost_ -= nonzero & ~moved;
   }
 
   void finish(double* sums) {
     for (int k = 0; k < 3; ++k) {
-      double* x = terms_[k];
-      for (int i = count_; i < BLOCK; ++i) x[place(i)] = 0.0;
-      int half = BLOCK / 2;
+      double* const x = terms_[k];
+      int half = HALF / 2;
       for (; half >= LANES; half /= 2)
         for (int i = 0; i < half; ++i) x[i] += x[i + half];
-      for (half = W / 2; half; half /= 2)  // inside a chunk even and odd places stand apart
+      for (half = W / 2; half; half /= 2)  // inside a chunk even and odd elements stand apart
         for (int i = 0; i < half; ++i) x[i] += x[i + half], x[W + i] += x[W + i + half];
       sums[k] = x[0] + x[W];
     }
-    for (int k = 3; k < SUMS; ++k) sums[k] = 0.0;
+    sums[3] = sums[4] = 0.0;
     for (int i = 0; i < W; ++i) {
       sums[3] += nonzero_[i];
       sums[4] += lost_[i];
@@ -45,10 +53,10 @@ class Sums {
   }
 
  private:
-  static int place(int i) { return i / LANES * LANES + (i % LANES) / 2 + (i % 2 ? W : 0); }
+  static constexpr int HALF = BLOCK / 2;
 
   int count_;
-  alignas(64) double terms_[3][BLOCK];
+  alignas(64) double terms_[3][HALF];  // of a block's first half, to which those of its second are added
   Mask nonzero_{}, lost_{};
 };
 

@@ -139,9 +139,9 @@ class Walk final : public Kernel {
     };
     chunks(t.planes, t.gradient, begin, 0, direct);
     if (direct < count) {
-      Copy copy(t, bytes_, gradient_bytes_, begin + direct, count - direct);
-      chunks(copy.planes, copy.gradient, 0, direct, count);
-      copy.write_back();
+      Copy tail(t, bytes_, gradient_bytes_, begin + direct, count - direct);
+      chunks(tail.planes, tail.gradient, 0, direct, count);
+      tail.write_back();
     }
     if constexpr (measured) sums.finish(t.sums + b * SUMS);
   }
@@ -192,9 +192,18 @@ class Walk final : public Kernel {
 
   ALWAYS_INLINE void add(Sums& sums, int i, int half, const Half& x) const {
     const auto& format = std::get<0>(formats_);
-    const Planes values = format.values(x.fresh[0]);
-    sums.add(i, half, x.delta, format.difference(x.theta, values), wide(values.hi) - wide(x.theta.hi),
-             format.moved(x.theta, values));
+    Planes values = format.values(x.fresh[0]);
+    F32 delta = x.delta;
+    if (__builtin_expect(sums.padded(i), false)) {
+      const Mask real = sums.real(i + half);
+      values = {keep(real, values.hi), keep(real, values.lo)};  // as theta, which is padded with 0
+      delta = keep(real, delta);
+    }
+    sums.count(delta != F32{}, format.moved(x.theta, values));
+    sums.add(i, 2 * half, wide<0>(delta), format.template difference<0>(x.theta, values),
+             wide<0>(values.hi) - wide<0>(x.theta.hi));
+    sums.add(i, 2 * half + 1, wide<1>(delta), format.template difference<1>(x.theta, values),
+             wide<1>(values.hi) - wide<1>(x.theta.hi));
   }
 
   // The rare chunk that holds NaN or Inf.

@@ -59,12 +59,24 @@ def copy_of(s: Share) -> Share:
     return s._replace(slots=slots, sums=None if s.sums is None else s.sums.clone())
 
 
+def batch_of(
+    strategy: Strategy, shares: list[Share], hyper: str = "usual", maximize: bool = False, seed: int = 7
+) -> Batch:
+    """One step of these parameters, at lr 1e-3."""
+    return Batch(
+        ADAMW, strategy, 1e-3, HYPER[hyper], maximize, seed,
+        planes=[plane for s in shares for planes in s.slots for plane in planes],
+        grads=[s.grad for s in shares], steps=[s.step for s in shares], keys=[s.key for s in shares],
+        regions=[s.region for s in shares if s.region is not None],
+        sums=[s.sums for s in shares if s.sums is not None],
+    )  # fmt: skip
+
+
 def assert_same(strategy: Strategy, shares: list[Share], hyper: str = "usual", maximize: bool = False) -> None:
     """One step of the reference and of the CPU backend leave the same planes and sums."""
     ours, theirs = [copy_of(s) for s in shares], [copy_of(s) for s in shares]
-    batch = Batch(ADAMW, strategy, 1e-3, HYPER[hyper], maximize, seed=7, shares=theirs)
-    reference.step(batch)
-    cpu.step(Batch(ADAMW, strategy, 1e-3, HYPER[hyper], maximize, seed=7, shares=ours))
+    reference.step(batch_of(strategy, theirs, hyper, maximize))
+    cpu.step(batch_of(strategy, ours, hyper, maximize))
     for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         for slot, (mine, wanted) in enumerate(zip(a.slots, b.slots, strict=True)):
             for plane, (x, y) in enumerate(zip(mine, wanted, strict=True)):
@@ -180,7 +192,7 @@ def test_nothing_beside_a_tensor_is_touched(instructions):
         for planes, own in zip(views, s.slots, strict=True):
             for view, plane in zip(planes, own, strict=True):
                 view.copy_(plane)
-        cpu.step(Batch(ADAMW, strategy, 1e-3, HYPER["usual"], False, 0, [s._replace(slots=views, sums=None)]))
+        cpu.step(batch_of(strategy, [s._replace(slots=views, sums=None)]))
         for m in itertools.chain.from_iterable(memory):
             assert (m[:shift] == 77).all()
             assert (m[shift + n :] == 77).all()
@@ -191,18 +203,18 @@ def test_broken_planes_are_counted(name, instructions):
     strategy = STRATEGIES[name]
     for regime in REGIMES:
         s = share(strategy, torch.bfloat16, regime, 2100)
-        assert cpu.broken(strategy, s.slots) == 0
+        assert cpu.broken(strategy, [s.slots]) == 0
         s.slots[0][0][5:2050:3] = numbers(regime, 682, 9).bfloat16()
-        wanted = reference.broken(strategy, s.slots)
+        wanted = reference.broken(strategy, [s.slots])
         assert wanted > 0 or name == "bf16" or regime != "normal"
-        assert cpu.broken(strategy, s.slots) == wanted, regime
+        assert cpu.broken(strategy, [s.slots]) == wanted, regime
 
 
 def test_versions_are_counted():
     """As by any in-place operation: autograd must notice weights that changed between forward and backward."""
     s = share(STRATEGIES["collage-light"], torch.bfloat16, "normal", 10)
     before = [p._version for planes in s.slots for p in planes]
-    cpu.step(Batch(ADAMW, STRATEGIES["collage-light"], 1e-3, HYPER["usual"], False, 0, [s]))
+    cpu.step(batch_of(STRATEGIES["collage-light"], [s]))
     assert [p._version for planes in s.slots for p in planes] == [v + 1 for v in before]
 
 
@@ -218,9 +230,8 @@ def test_more_elements_than_31_bits():
         plane[start:] = end
     grad = torch.zeros(n, dtype=torch.bfloat16)
     grad[start:] = tail.grad
-    batch = Batch(ADAMW, strategy, 1e-3, HYPER["usual"], False, 7, [Share(slots, grad, 3, tail.key)])
-    cpu.step(batch)
+    cpu.step(batch_of(strategy, [Share(slots, grad, 3, tail.key)]))
     wanted = tail._replace(region=Region((4096,), (start,), (1,)), sums=None)
-    reference.step(Batch(ADAMW, strategy, 1e-3, HYPER["usual"], False, 7, [wanted]))
+    reference.step(batch_of(strategy, [wanted]))
     for (plane,), (end,) in zip(slots, wanted.slots, strict=True):
         assert_same_bits("tail", plane[start:], end)

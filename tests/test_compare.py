@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from collage import STRATEGIES, __version__
-from collage.harness import compare, train, verdict
+from collage.harness import compare, floors, train, verdict
 from collage.harness.cli import COMMANDS, main
 
 SMALL = ["--batch-size", "4", "--seq-len", "16", "--every", "2", "--eval-sequences", "8", "--steps", "6"]
@@ -95,6 +97,7 @@ def test_own_text(tmp_path: Path) -> None:
         (["--seeds", "0"], "--seeds: needs a number above 0"),
         (["--data", "/nope.txt"], "data '/nope.txt': no such file"),
         (["--finetune", "--finetune-data", "/nope"], "data '/nope': no such file"),
+        (["--finetune", "--pretrain-steps", "0"], "--pretrain-steps: needs a number above 0, got 0; to start"),
         (["--pretrain-steps", "3"], "only with --finetune"),
         (["--tokenizer", "/nope.json"], "tokenizer '/nope.json'"),
         (["--betas", "0.9", "1"], "--betas: both need to be in [0, 1), got 0.9 and 1"),
@@ -113,6 +116,48 @@ def test_errors_are_one_line(
     assert told == ""  # no bar of a run
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_an_earlier_comparison_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    comparison(tmp_path, "--strategies", "bf16")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    again = ["compare", "--out", str(tmp_path), *SMALL, "--strategies", "bf16,fp32"]
+    assert main(again) == 2
+    told, err = capsys.readouterr()
+    assert told == ""
+    assert "holds summary.json of an earlier comparison; choose another folder, delete this one, or add --over" in err
+    assert f"--out '{tmp_path}': " in err
+    assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "summary.json").unlink()  # as if interrupted
+    assert main(again) == 2
+    assert "holds metrics.jsonl of an earlier comparison" in capsys.readouterr().err
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_comparison(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    for name in ("summary.json", "metrics.jsonl", "report.html", "plots/gone.png"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    summary, metrics = comparison(tmp_path, "--strategies", "bf16", "--overwrite")
+    assert summary["strategies"] == ["bf16"]
+    assert {row["strategy"] for row in metrics} == {"bf16"}
+    assert not (tmp_path / "plots" / "gone.png").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_not_of_a_comparison_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "mine.png").write_text("mine")
+    comparison(tmp_path, "--strategies", "bf16", "--overwrite")
+    assert (tmp_path / "plots" / "mine.png").read_text() == "mine"
+
+
+def test_overwrite_does_not_replace_a_training_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    assert main(["compare", "--out", str(tmp_path), *SMALL, "--overwrite"]) == 2
+    assert "holds a run of collage train; choose another folder" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_where_the_results_are(
@@ -234,6 +279,15 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "reference" in out
     assert all(name in out for name in STRATEGIES)
+
+
+def test_info_tells_the_floor_that_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    (line,) = re.findall(r"^  collage-plus .*default.*", capsys.readouterr().out, re.M)
+    assert "increments below 2**-17 theta" in line
+    assert len(line) <= 80
+    ways = floors.floor(STRATEGIES["collage-plus"].param)
+    assert [round(math.log2(way)) for way in ways] == [-17, -18]
 
 
 @pytest.mark.parametrize("missing", ["rich", "transformers"])

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from collage import STRATEGIES
-from collage.harness import building, checkpoints, train
+from collage.harness import building, checkpoints, recipes, train
 from collage.harness.cli import main
 from collage.harness.config import RunConfig
 from collage.harness.recipes import RECIPES
@@ -224,6 +225,29 @@ def test_weights_to_start_from(text: str, tmp_path: Path) -> None:
         building.model_of(config(text, "x", "tiny-bert"), run.corpus(), building.read_weights(folder))
     with pytest.raises(ValueError, match="init: weight 'w' has shape"):
         building._take(nn.ParameterDict({"w": torch.zeros(2)}), {"w": torch.zeros(3)})
+
+
+def test_weights_of_another_shape_are_refused_before_anything_is_written(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocab = config(text, "x").tokens().vocab_size
+    weights = {name: p.detach().clone() for name, p in recipes.build("tiny-bert", vocab).named_parameters()}
+    name, p = list(weights.items())[3]
+    save_file({**weights, name: p[:-1].clone()}, tmp_path / "w.safetensors")
+    assert main([*arguments_of(text, tmp_path / "run"), "--init", str(tmp_path / "w.safetensors")]) == 2
+    printed, err = capsys.readouterr()
+    shapes = f"has shape {tuple(p[:-1].shape)}, the model's is {tuple(p.shape)}"
+    assert f"--init: weight '{name}' {shapes}; give the same --model and --tokenizer" in err
+    assert printed == ""
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_do_not_fit_change_nothing() -> None:
+    model = nn.ParameterDict({"a": torch.zeros(2), "w": torch.zeros(2)})
+    with pytest.raises(ValueError, match="init: weight 'w' has shape"):
+        building._take(model, {"a": torch.ones(2), "w": torch.ones(3)})
+    assert torch.equal(model["a"], torch.zeros(2))
 
 
 # Checkpoints and resume

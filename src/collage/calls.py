@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import islice
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from collage import state
-from collage.backends import Update
-from collage.monitor import Item
-from collage.rng import Stream
+from collage.backends import Share
 from collage.rules import Rule
-from collage.sharding import is_dtensor, local, region
+from collage.shadow import Item
+from collage.sharding import any_dtensor, local, locals_of, region
 from collage.state import Entry, Group, State
 from collage.strategies import STRATEGIES, Strategy
+
+_shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 
 
 class Call(NamedTuple):
     """One call of ``torch.ops.collage.step_``; the lists are its arguments."""
 
     group: Group
+    in_float32: bool
     strategy: str
     planes: list[Tensor]
     grads: list[Tensor]
@@ -39,32 +43,60 @@ def strategy_of(group: Group, in_float32: bool) -> Strategy | None:
     return None if own.dtype == torch.float32 else STRATEGIES["fp32"]
 
 
-def chosen(group: Group, in_float32: bool) -> list[int]:
-    """Positions of the group's parameters that have a gradient and that strategy."""
-    own = Strategy.parse(group["strategy"]).dtype
-    return [
-        i
-        for i, param in enumerate(group["params"])
-        if param.grad is not None and (own == torch.float32 or (param.dtype == torch.float32) == in_float32)
-    ]
+def chosen(group: Group, in_float32: bool) -> list[Tensor]:
+    """The group's parameters that have a gradient and that strategy."""
+    params = [param for param in group["params"] if param.grad is not None]
+    if Strategy.parse(group["strategy"]).dtype == torch.float32:
+        return params
+    return [param for param in params if (param.dtype == torch.float32) == in_float32]
 
 
-def planes(rule: Rule, strategy: Strategy, param: Tensor, values: State) -> list[Tensor] | None:
-    """The planes of every slot, theta first; made at first use. None if they are not this strategy's."""
-    if not values:
-        state.initialise(rule, strategy, param, values)
+def gather(rule: Rule, strategy: Strategy, params: Sequence[Tensor], states: Mapping[Tensor, State]) -> list[Any]:
+    """Every parameter's planes and counter, as its state holds them; made at first use, not checked."""
+    keys = [*_layout(rule, strategy)[0], "step"]
+    found: list[Any] = []
+    for param in params:
+        values = states[param]
+        if not values:
+            state.initialise(rule, strategy, param, values)
+        found += (param, *map(values.get, keys))
+    return found
+
+
+class Roster:
+    """The parameters that step together. Checked once, and good while no tensor is exchanged, moved or reshaped."""
+
+    def __init__(self, strategy: Strategy, gathered: list[Any], entries: Sequence[Entry]) -> None:
+        params = [entry.param for entry in entries]
+        regions = _regions(params)  # refuses partial DTensors
+        width = len(gathered) // max(len(params), 1)
+        self.entries = entries
+        self.planes = locals_of([tensor for k, tensor in enumerate(gathered, 1) if k % width])
+        self.steps = gathered[width - 1 :: width]
+        self.keys = [signed(entry.key) for entry in entries] if strategy.stochastic else []
+        self.regions = regions if strategy.stochastic else []
+        self._gathered, self._facts = gathered, self._now(params)
+
+    def holds(self, params: Sequence[Tensor], gathered: list[Any]) -> bool:
+        """Whether these are the tensors that were checked, where they were."""
+        same = len(gathered) == len(self._gathered) and all(map(is_, gathered, self._gathered))
+        return same and self._now(params) == self._facts
+
+    def _now(self, params: Sequence[Tensor]) -> tuple[list[Any], ...]:
+        return list(map(Tensor.data_ptr, self.planes)), list(map(_shape, params)), list(map(_dtype, params))
+
+
+def suits(rule: Rule, strategy: Strategy, param: Tensor, values: State) -> bool:
+    """Whether a parameter and its state are this strategy's, with memory on one device, every element its own."""
     keys, dtypes = _layout(rule, strategy)
-    found = [plane for plane in (param, *map(values.get, keys)) if isinstance(plane, Tensor)]
-    if len(values) != len(keys) + 1 or [plane.dtype for plane in found] != dtypes:
-        return None
-    shape, device = param.shape, param.device
-    return found if all(p.shape == shape and p.device == device and has_memory(p) for p in found) else None
+    planes = [plane for plane in (param, *map(values.get, keys)) if isinstance(plane, Tensor)]
+    if len(values) != len(keys) + 1 or "step" not in values or list(map(_dtype, planes)) != dtypes:
+        return False
+    return all(p.shape == param.shape and p.device == param.device and _has_memory(local(p)) for p in planes)
 
 
-def has_memory(tensor: Tensor) -> bool:
+def _has_memory(tensor: Tensor) -> bool:
     """Whether every element lies in memory of its own: no storage freed or shrunk (FSDP does), no element twice."""
-    if is_dtensor(tensor):
-        return True  # its local part is torch's own
     if tensor.untyped_storage().nbytes() < tensor.nbytes:
         return False
     return tensor.is_contiguous() or not _overlaps(tensor)
@@ -88,10 +120,10 @@ def _layout(rule: Rule, strategy: Strategy) -> tuple[list[str], list[torch.dtype
     return list(dtypes), [strategy.dtype, *dtypes.values()]
 
 
-def places(params: Sequence[Tensor]) -> list[int]:
+def _regions(params: Sequence[Tensor]) -> list[int]:
     """Where the local parts lie, as the operator takes it; nothing if no parameter is sharded."""
     numbers: list[int] = []
-    if any(map(is_dtensor, params)):
+    if any_dtensor(params):
         for place in map(region, params):
             numbers += [len(place.sizes), *place.sizes, *place.starts, *place.strides]
     return numbers
@@ -101,7 +133,7 @@ def require_compilable(planes: Sequence[Tensor], monitored: bool) -> None:
     """Raise RuntimeError for a step that torch.compile would get wrong."""
     if monitored:
         raise RuntimeError("monitor: it measures in Python, outside a compiled step; call opt.step() uncompiled")
-    if any(map(is_dtensor, planes)):
+    if any_dtensor(planes):
         raise RuntimeError("params: a compiled step takes no DTensors; call opt.step() uncompiled")
     storages = [plane.untyped_storage().data_ptr() for plane in planes if plane.numel()]
     if len(set(storages)) < len(storages):
@@ -111,28 +143,15 @@ def require_compilable(planes: Sequence[Tensor], monitored: bool) -> None:
         )
 
 
-def items(
-    rule: Rule,
-    call: Call,
-    hyper: Sequence[float],
-    entries: Sequence[Entry],  # the call's parameters
-    sums: Tensor,  # [parameters, 5], or [0, 5] where the step is not measured
-) -> Iterator[Item]:
-    """Every parameter of a call, as a monitor sees it."""
-    strategy = Strategy.parse(call.strategy)
-    rest = map(local, call.planes)
-    fold = cache(partial(_fold, rule, float(call.group["lr"]), tuple(hyper)))
-    for k, entry in enumerate(entries):
-        slots = tuple(tuple(next(rest).detach() for _ in fmt.dtypes) for fmt in strategy.formats)
-        grad, step = local(call.grads[k]), int(call.steps[k]) + 1
-        stream = Stream(call.group["seed"], step, entry.key)
-        update = Update(strategy, slots, grad, call.group["maximize"], stream, sums[k] if len(sums) else None)
-        yield Item(entry.name, entry.group_index, update, partial(fold, step, grad.device))
-
-
-def _fold(rule: Rule, lr: float, hyper: tuple[float, ...], step: int, device: torch.device, dtype: torch.dtype) -> Any:
-    """The constants of a step in one arithmetic, as tensors."""
-    return rule.fold(lr, hyper, step, dtype).on(dtype, device)
+def items(call: Call, roster: Roster, hyper: Sequence[float], sums: Sequence[Tensor]) -> Iterator[Item]:
+    """Every parameter of a call, as a monitor sees it. sums: [5] each; none where the step is not measured."""
+    strategy, group = Strategy.parse(call.strategy), call.group
+    rest = iter(call.planes)
+    lr, seed, maximize = float(group["lr"]), group["seed"], group["maximize"]
+    for k, entry in enumerate(roster.entries):
+        slots = tuple(tuple(islice(rest, len(fmt.dtypes))) for fmt in strategy.formats)
+        share = Share(slots, call.grads[k], int(call.steps[k]) + 1, entry.key, sums=sums[k] if sums else None)
+        yield Item(entry.name, entry.group_index, strategy, share, maximize, seed, lr, hyper)
 
 
 def signed(number: int) -> int:

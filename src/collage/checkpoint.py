@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from collage import state
 from collage.formats import require_whole, split
 from collage.optim import PrecisionOptimizer
-from collage.sharding import is_dtensor, local
+from collage.sharding import any_dtensor, local
 from collage.state import Entry
 
 
@@ -109,7 +109,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _local_part(value: Any, param: Any) -> Tensor:
     """This rank's part of a full or already distributed value."""
-    if is_dtensor(param) and not is_dtensor(value):
+    if any_dtensor([param]) and not any_dtensor([value]):
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value, param.device_mesh, param.placements)

@@ -7,28 +7,19 @@ report. Those sums start from the stored state, so they cannot see damage alread
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from collage.backends import Update, choose
+from collage.backends import choose
 from collage.backends.reference import SUMS
 from collage.formats import not_whole
 from collage.rules import Rule
-from collage.shadow import Sampled, Shadow
+from collage.shadow import Item, Sampled, Shadow
 from collage.state import require_optimizer
 from collage.strategies import Strategy
-
-
-class Item(NamedTuple):
-    """One parameter's share of a step, as a monitor sees it."""
-
-    name: str
-    group_index: int
-    update: Update
-    fold: Callable[[torch.dtype], Any]  # the step's constants in another arithmetic
 
 
 @runtime_checkable
@@ -158,7 +149,7 @@ class _Books:
         self.beside: dict[str, Tally] = {}
 
     def add(self, items: Sequence[Item]) -> None:
-        rows = {item.name: item.update.sums.tolist() for item in items if item.update.sums is not None}
+        rows = {item.name: item.share.sums.tolist() for item in items if item.share.sums is not None}
         for item in items:
             self.parameters.setdefault(item.name, Tally()).add(rows[item.name])
         for index in {item.group_index for item in items}:
@@ -190,6 +181,20 @@ def _total(rows: Iterable[Sequence[float]]) -> list[float]:
     return total
 
 
+def _require_whole(items: Sequence[Item]) -> None:
+    kinds: dict[tuple[Strategy, torch.device], list[Item]] = {}
+    for item in items:
+        kinds.setdefault((item.strategy, item.share.grad.device), []).append(item)
+    for (strategy, device), alike in kinds.items():
+        backend = choose("auto", device)
+        if not backend.broken(strategy, [item.share.slots for item in alike]):
+            continue
+        for item in alike:
+            broken = backend.broken(strategy, [item.share.slots])
+            if broken:
+                raise not_whole(item.name, broken, item.share.grad.numel())
+
+
 class Monitor:
     """Watches an optimizer. Made by `monitor`."""
 
@@ -207,10 +212,7 @@ class Monitor:
     def before(self, items: Sequence[Item]) -> None:
         """Called by the optimizer before it writes. Raises ValueError if weights were changed outside it."""
         if self.due:
-            for item in items:
-                broken = choose("auto", item.update.grad.device).broken(item.update.strategy, item.update.slots)
-                if broken:
-                    raise not_whole(item.name, broken, item.update.grad.numel())
+            _require_whole(items)
         if self._shadow:
             self._shadow.before(items, self.due)
 

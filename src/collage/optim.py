@@ -7,19 +7,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import Any, ClassVar, NoReturn
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from collage import backends, calls, loading, state
 from collage.backends import operator  # noqa: F401  (defines torch.ops.collage.step_)
-from collage.calls import Call
-from collage.monitor import Item, Monitor
+from collage.calls import Call, Roster
+from collage.monitor import Monitor
 from collage.rng import key_of
 from collage.rules import Rule
 from collage.rules.adamw import ADAMW
-from collage.sharding import local
+from collage.shadow import Item
+from collage.sharding import locals_of
 from collage.state import Entry, Group
 from collage.strategies import STRATEGIES, Strategy
 
@@ -34,6 +36,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
         self.backend = backend
         self.monitors: list[Monitor] = []
+        self._rosters: dict[tuple[int, bool], Roster] = {}
         _require(backend)
         super().__init__(params, defaults)
         self._require_low_precision()
@@ -53,15 +56,14 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def entries(self) -> Iterator[Entry]:
         """Every parameter, in order, with its name (or position) and group."""
-        position = 0
-        for index, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                name = group["param_names"][i] if "param_names" in group else None
-                yield Entry(name or str(position), key_of(name or position), index, group, param)
-                position += 1
+        return chain.from_iterable(map(self._entries_of, self.param_groups))
 
-    def _entries_of(self, group: Group) -> list[Entry]:
-        return [entry for entry in self.entries() if entry.group is group]
+    def _entries_of(self, group: Group) -> Iterator[Entry]:
+        index = next(i for i, other in enumerate(self.param_groups) if other is group)
+        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
+        names = group.get("param_names") or [None] * len(group["params"])
+        for position, (param, name) in enumerate(zip(group["params"], names, strict=True), first):
+            yield Entry(name or str(position), key_of(name or position), index, group, param)
 
     def strategy_of(self, entry: Entry) -> Strategy:
         """The group's strategy; float32 parameters are updated in float32. Raises TypeError for any other dtype."""
@@ -85,9 +87,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         try:
             group["strategy"] = str(Strategy.parse(group["strategy"]))
             self._validate(group)
-            for entry in self.entries():
-                if entry.group is group:
-                    self.strategy_of(entry)
+            for entry in self._entries_of(group):
+                self.strategy_of(entry)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -126,7 +127,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                     group, in_float32, torch.compiler.is_compiling(), planes, grads, steps, keys, regions
                 )
                 if len(grads) > 0:
-                    todo.append(Call(group, strategy, planes, grads, steps, keys, regions))
+                    todo.append(Call(group, in_float32, strategy, planes, grads, steps, keys, regions))
         if len(self.monitors) > 0:
             self._step_measured(todo)
         else:
@@ -147,11 +148,10 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """The same step, between what the monitors look at before it and after it."""
         due = any(monitor.due for monitor in self.monitors)
         sums = [torch.zeros(len(call.grads) if due else 0, 5, dtype=torch.float64) for call in todo]
-        stepping = [entry for entry in self.entries() if entry.param.grad is not None]
         items: list[Item] = []
         for call, rows in zip(todo, sums, strict=True):
-            own = [e for e in stepping if e.group is call.group and str(self.strategy_of(e)) == call.strategy]
-            items += calls.items(self.rule, call, self._hyper(call.group), own, rows)
+            roster = self._rosters[id(call.group), call.in_float32]
+            items += calls.items(call, roster, self._hyper(call.group), list(rows))
         for monitor in self.monitors:
             monitor.before(items)
         for call, rows in zip(todo, sums, strict=True):
@@ -175,40 +175,38 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         torch.compile knows this method's name: it runs it where it would trace another, and guards what it returned.
         """
         strategy = calls.strategy_of(group, in_float32)
-        if strategy is None:
+        params = calls.chosen(group, in_float32) if strategy else []
+        if strategy is None or not params:
             return ""
-        positions = calls.chosen(group, in_float32)
-        params = [group["params"][i] for i in positions]
-        for i, param in zip(positions, params, strict=True):
-            grad, values = param.grad, self.state[param]
-            known = param.dtype == strategy.dtype and state.accepts(param, grad)
-            own = calls.planes(self.rule, strategy, param, values) if known else None
-            if own is None:
-                self._refuse(self._entries_of(group)[i], strategy)
-            planes += own
-            grads.append(grad)
-            steps.append(values["step"])
+        own_grads = [param.grad for param in params if param.grad is not None]
+        gathered = calls.gather(self.rule, strategy, params, self.state)
+        roster = self._rosters.get((id(group), in_float32))
+        if not (roster and roster.holds(params, gathered) and state.accept(params, own_grads, strategy.dtype)):
+            roster = self._rosters[id(group), in_float32] = self._check(group, strategy, params, gathered)
         if compiling:
-            calls.require_compilable(planes, len(self.monitors) > 0)
-        places = calls.places(params)  # refuses partial DTensors
-        if places:
-            planes[:], grads[:] = map(local, planes), map(local, grads)
-        if strategy.stochastic:
-            entries = self._entries_of(group)
-            keys += [calls.signed(entries[i].key) for i in positions]
-            regions += places
+            calls.require_compilable(gathered, len(self.monitors) > 0)
+        planes += roster.planes
+        grads += locals_of(own_grads)
+        steps += roster.steps
+        keys += roster.keys
+        regions += roster.regions
         return str(strategy)
 
-    def _refuse(self, entry: Entry, strategy: Strategy) -> NoReturn:
-        """Raise what is wrong with a parameter, its gradient or its state."""
-        self.strategy_of(entry)
-        state.check_gradient(entry)
-        state.check(self.rule, strategy, entry.param, self.state[entry.param], entry.name)
-        raise ValueError(
-            f"param '{entry.name}': it and its optimizer state need memory on one device ({entry.param.device}), every "
-            "element its own; some of it is elsewhere, freed, or expanded. opt.load_state_dict(opt.state_dict()) moves "
-            "a state to its parameter"
-        )
+    def _check(self, group: Group, strategy: Strategy, params: list[Tensor], gathered: list[Any]) -> Roster:
+        """Raise what is wrong with a parameter, its gradient or its state, before anything is changed."""
+        stepping = set(map(id, params))
+        entries = [entry for entry in self._entries_of(group) if id(entry.param) in stepping]
+        for entry in entries:
+            self.strategy_of(entry)
+            state.check_gradient(entry)
+            if not calls.suits(self.rule, strategy, entry.param, self.state[entry.param]):
+                state.check(self.rule, strategy, entry.param, self.state[entry.param], entry.name)
+                raise ValueError(
+                    f"param '{entry.name}': it and its optimizer state need memory on one device "
+                    f"({entry.param.device}), every element its own; some of it is elsewhere, freed, or expanded. "
+                    "opt.load_state_dict(opt.state_dict()) moves a state to its parameter"
+                )
+        return Roster(strategy, gathered, entries)
 
     def _hyper(self, group: Group) -> list[float]:
         """The rule's hyper-parameters but lr, in the order that its `fold` takes them."""
@@ -264,7 +262,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.monitors = []
+        self.monitors, self._rosters = [], {}
         _require(self.backend)
 
 

@@ -9,8 +9,9 @@ than Philox, vectorises everywhere, and its bits pass the tests of bias and corr
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -34,6 +35,11 @@ def mix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
+@lru_cache(maxsize=64)
+def _of_step(seed: int, step: int) -> int:
+    return mix64(mix64(seed) ^ step)
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """The random bits of one parameter at one step.
@@ -49,7 +55,7 @@ class Stream:
     @property
     def base(self) -> int:
         """Everything but the element's index, mixed to 64 bits."""
-        return mix64(mix64(mix64(self.seed) ^ self.step) ^ self.key)
+        return mix64(_of_step(self.seed, self.step) ^ self.key)
 
     def keys(self, index_high: int) -> tuple[int, int]:
         """Two 32-bit keys for the elements whose index has these high 32 bits."""
@@ -72,6 +78,11 @@ class Stream:
             x = torch.where(high == h, _mix32(index & _M32, *self.keys(h)), x)
         word = (x, x >> 16, ((x * 0x9E3779B1) & _M32) >> 16)[slot]
         return (word & 0xFFFF).to(torch.int32)
+
+
+def bases(seed: int, steps: Sequence[int], keys: Sequence[int]) -> list[int]:
+    """`Stream.base` of many parameters."""
+    return [Stream(seed, step, key).base for step, key in zip(steps, keys, strict=True)]
 
 
 def _mix32(x: Tensor, key0: int, key1: int) -> Tensor:

@@ -6,32 +6,33 @@ gradients. It sees what the sums of a step cannot: a second moment that stuck lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from collage.accumulators import Register
-from collage.backends import Update, reference
+from collage.backends import Batch, Share, choose, reference
 from collage.formats import split
-from collage.rng import Stream
 from collage.rules import Rule
-from collage.strategies import Strategy
+from collage.strategies import STRATEGIES, Strategy
+
+RUN = 16  # neighbours: elements far apart would each cost a cache line
 
 
-class Observed(Protocol):
-    """What a shadow needs of one parameter's share of a step."""
+class Item(NamedTuple):
+    """One parameter's share of a step, as a monitor and its shadow see it."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def group_index(self) -> int: ...
-    @property
-    def update(self) -> Update: ...
-    @property
-    def fold(self) -> Callable[[torch.dtype], Any]: ...
+    name: str
+    group_index: int
+    strategy: Strategy
+    share: Share
+    maximize: bool
+    seed: int
+    lr: float
+    hyper: Sequence[float]  # the rule's other hyper-parameters
 
 
 @dataclass(slots=True)
@@ -58,123 +59,155 @@ class Sampled:
 Beside = dict[str, tuple[list[float], Sampled]]
 
 
+class _Run:
+    """One strategy on the sampled elements. Parameters that step together lie in one tensor."""
+
+    def __init__(self, rule: Rule, strategy: Strategy) -> None:
+        self.rule = rule
+        self.strategy = strategy
+        self._planes: dict[str, list[Tensor]] = {}  # of each parameter: views of those below, once it has stepped
+        self._joined: dict[tuple[str, ...], list[Tensor]] = {}
+
+    def meet(self, name: str, values: Sequence[Tensor]) -> None:
+        """Start a parameter at these numbers of theta and the rule's other slots."""
+        pairs = zip(self.strategy.formats, values, strict=True)
+        self._planes[name] = [plane for fmt, x in pairs for plane in split(fmt, x)]
+
+    def slots(self, items: Sequence[Item]) -> list[list[Tensor]]:
+        """The planes of every slot, of all these parameters in one."""
+        names = tuple(item.name for item in items)
+        if names not in self._joined:
+            self._join(names)
+        rest = iter(self._joined[names])
+        return [list(islice(rest, len(fmt.dtypes))) for fmt in self.strategy.formats]
+
+    def _join(self, names: tuple[str, ...]) -> None:
+        sizes = [self._planes[name][0].numel() for name in names]
+        joined = [torch.cat(parts) for parts in zip(*map(self._planes.__getitem__, names), strict=True)]
+        for name, *parts in zip(names, *(torch.split(plane, sizes) for plane in joined), strict=True):
+            self._planes[name] = parts
+        self._joined = {others: planes for others, planes in self._joined.items() if not set(others) & set(names)}
+        self._joined[names] = joined
+
+    def values(self, items: Sequence[Item]) -> list[Tensor]:
+        """The numbers that the planes stand for, float32."""
+        return [fmt.value(planes) for fmt, planes in zip(self.strategy.formats, self.slots(items), strict=True)]
+
+    def intended(self, items: Sequence[Item], g: Tensor) -> Tensor:
+        """The update that `step` will make, before it is rounded into theta."""
+        first, register = items[0], self.strategy.register
+        constants = self.rule.fold(first.lr, first.hyper, first.share.step, register).on(register, g.device)
+        g = -g if first.maximize else g
+        nothing_random = [None] * len(self.strategy.formats)
+        return reference.advance(self.rule, self.strategy, self.slots(items), g, constants, nothing_random)[0]
+
+    def step(self, items: Sequence[Item], g: Tensor, sums: Sequence[Tensor] = ()) -> None:
+        """One step, as an optimizer of that strategy would make it."""
+        first = items[0]
+        planes = [plane for slot in self.slots(items) for plane in slot]
+        batch = Batch(
+            self.rule, self.strategy, first.lr, first.hyper, first.maximize, first.seed, planes, [g],
+            [first.share.step], [first.group_index], [], sums,
+        )  # fmt: skip
+        choose("auto", g.device).step(batch)
+
+
 class Shadow:
-    """Follows one element in ``stride`` of every parameter (row-major, its rank's part)."""
+    """Follows one element in ``stride`` of every parameter (row-major, its rank's part), in runs of neighbours."""
 
     def __init__(self, rule: Rule, stride: int, strategies: Sequence[Strategy]) -> None:
-        self.rule = rule
         self.stride = stride
-        self.strategies = strategies
-        self._slots: dict[str, list[Tensor]] = {}  # name -> float32 theta, m, v
-        self._joined: dict[tuple[str, ...], list[Tensor]] = {}  # names of a batch of the last step -> the same, joined
-        self._beside: dict[str, dict[str, list[list[Tensor]]]] = {str(s): {} for s in strategies}  # -> planes
-        self._before: dict[str, list[Tensor]] = {}
+        self._exact = _Run(rule, STRATEGIES["fp32"])
+        self._beside = [_Run(rule, strategy) for strategy in strategies]
+        self._met: set[str] = set()
+        self._before: list[list[Tensor]] = []  # theta's planes in each batch of a measured step
 
     def _sample(self, plane: Tensor) -> Tensor:
-        """One element in ``stride``, row-major. A view where the plane is contiguous."""
+        """One element in ``stride``, row-major. A view where that can be."""
+        if self.stride == 1 or plane.numel() <= RUN:
+            return plane.reshape(-1)
         if plane.is_contiguous():
-            return plane.view(-1)[:: self.stride]
-        return plane.take(torch.arange(0, plane.numel(), self.stride, device=plane.device))
+            return plane.view(-1).unfold(0, RUN, RUN * self.stride).reshape(-1)
+        first = torch.arange(0, plane.numel() - RUN + 1, RUN * self.stride, device=plane.device)
+        return plane.take((first[:, None] + torch.arange(RUN, device=plane.device)).view(-1))
 
-    def before(self, items: Sequence[Observed], due: bool) -> None:
+    def _samples(self, planes: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(map(self._sample, planes)))
+
+    def before(self, items: Sequence[Item], due: bool) -> None:
         """Meet new parameters where they are; remember theta if the step is to be measured."""
         for item in items:
-            if item.name not in self._slots:
+            if item.name not in self._met:
                 self._meet(item)
-            if due:
-                theta = item.update.strategy.formats[0].components(item.update.slots[0])
-                self._before[item.name] = [self._sample(plane).clone() for plane in theta]
+        if due:
+            self._before = [self._slot(batch, 0) for batch in _batches(items)]
 
-    def _meet(self, item: Observed) -> None:
-        pairs = zip(item.update.strategy.formats, item.update.slots, strict=True)
-        slots = [fmt.value([self._sample(p).clone() for p in planes]) for fmt, planes in pairs]
-        self._slots[item.name] = slots
-        for strategy in self.strategies:
-            both = zip(strategy.formats, slots, strict=True)
-            self._beside[str(strategy)][item.name] = [list(split(fmt, x)) for fmt, x in both]
+    def _meet(self, item: Item) -> None:
+        pairs = zip(item.strategy.formats, item.share.slots, strict=True)
+        values = [fmt.value([self._sample(p).clone() for p in planes]) for fmt, planes in pairs]
+        self._met.add(item.name)
+        for run in (self._exact, *self._beside):
+            run.meet(item.name, values)
 
-    def after(self, items: Sequence[Observed], due: bool) -> tuple[dict[str, Sampled], Beside]:
+    def _slot(self, batch: Sequence[Item], slot: int) -> list[Tensor]:
+        """The planes of a slot as the optimizer has them, sampled, of all these parameters in one."""
+        return [self._samples(planes) for planes in zip(*(item.share.slots[slot] for item in batch), strict=True)]
+
+    def after(self, items: Sequence[Item], due: bool) -> tuple[dict[str, Sampled], Beside]:
         """Follow the step. Returns, if it is measured, each parameter's sums and each other strategy's."""
         sampled: dict[str, Sampled] = {}
-        beside: Beside = {str(s): ([0.0] * len(reference.SUMS), Sampled()) for s in self.strategies} if due else {}
-        joined, self._joined = self._joined, {}
-        for batch in _same_constants(items):
-            g = torch.cat([self._sample(item.update.grad) for item in batch]).float()
-            g = -g if batch[0].update.maximize else g
-            deltas = self._advance(batch, g, joined)
-            if due:
-                sampled |= {item.name: self._compare(item, delta) for item, delta in zip(batch, deltas, strict=True)}
-            for strategy in self.strategies:
-                sums, sample = self._advance_beside(strategy, batch, g)
+        beside: Beside = {}
+        for k, batch in enumerate(_batches(items)):
+            g = self._samples(item.share.grad for item in batch).float()
+            delta = self._exact.intended(batch, g) if due else None
+            self._exact.step(batch, g)
+            if delta is not None:
+                sampled |= self._compare(batch, delta, self._before[k])
+            for run in self._beside:
+                sums = torch.zeros(1, len(reference.SUMS), dtype=torch.float64)
+                run.step(batch, g, list(sums) if due else [])
                 if due:
-                    old_sums, old_sample = beside[str(strategy)]
-                    beside[str(strategy)] = ([a + b for a, b in zip(old_sums, sums, strict=True)], old_sample + sample)
+                    old, sample = beside.get(str(run.strategy), ([0.0] * len(reference.SUMS), Sampled()))
+                    moments = Sampled(*self._moments(run.values(batch), batch).sum(1).tolist())
+                    total = [a + b for a, b in zip(old, sums[0].tolist(), strict=True)]
+                    beside[str(run.strategy)] = total, sample + moments
+        self._before = []
         return sampled, beside
 
-    def _advance(
-        self, batch: Sequence[Observed], g: Tensor, joined: dict[tuple[str, ...], list[Tensor]]
-    ) -> Sequence[Tensor]:
-        """One float32 step of the batch, all its parameters in one tensor. Returns the updates it intended."""
-        names = tuple(item.name for item in batch)
-        slots = joined.get(names) or self._join(names)
-        delta, grown = self.rule.update(tuple(map(Register, slots)), g, batch[0].fold(torch.float32))
-        self._joined[names] = [x.value for x in grown]
-        sizes = [self._slots[name][0].numel() for name in names]
-        for name, *parts in zip(names, *(torch.split(slot, sizes) for slot in self._joined[names]), strict=True):
-            self._slots[name] = parts
-        return torch.split(delta, sizes)
-
-    def _join(self, names: Sequence[str]) -> list[Tensor]:
-        return [torch.cat(slot) for slot in zip(*(self._slots[name] for name in names), strict=True)]
-
-    def _compare(self, item: Observed, delta: Tensor) -> Sampled:
-        """The run's sampled elements against the shadow's."""
-        formats = item.update.strategy.formats
-        slots = [[self._sample(p) for p in planes] for planes in item.update.slots]
+    def _compare(self, batch: Sequence[Item], delta: Tensor, before: list[Tensor]) -> dict[str, Sampled]:
+        """The run's sampled elements against the shadow's, parameter by parameter."""
+        formats = batch[0].strategy.formats
+        slots = [self._slot(batch, slot) for slot in range(len(formats))]
         arrived = torch.zeros_like(delta, dtype=torch.float64)
-        for old, new in zip(self._before.pop(item.name), formats[0].components(slots[0]), strict=True):
+        pairs = zip(formats[0].components(before), formats[0].components(slots[0]), strict=True)
+        for old, new in reversed(list(pairs)):
             arrived += new.double() - old.double()
         values = [fmt.value(planes) for fmt, planes in zip(formats, slots, strict=True)]
-        result = self._moments(values, self._slots[item.name])
-        result.dot = float((delta.double() * arrived).sum())
-        result.norm2 = float(delta.double().square().sum())
-        return result
+        intended = delta.double()
+        terms = torch.cat([self._moments(values, batch), torch.stack([intended * arrived, intended * intended])])
+        sizes = torch.tensor([self._sample(item.share.grad).numel() for item in batch], device=delta.device)
+        owner = torch.repeat_interleave(torch.arange(len(batch), device=delta.device), sizes)
+        totals = torch.zeros(len(terms), len(batch), dtype=torch.float64, device=delta.device)
+        totals.index_add_(1, owner, terms)
+        return {item.name: Sampled(*own) for item, own in zip(batch, totals.T.tolist(), strict=True)}
 
-    def _moments(self, values: Sequence[Tensor], shadow: Sequence[Tensor]) -> Sampled:
-        result = Sampled()
-        for (prefix, _), x, exact in zip(self.rule.slots, values, shadow, strict=True):
-            if prefix == "exp_avg":
-                result.m_error2 = float((x.double() - exact.double()).square().sum())
-                result.m_shadow2 = float(exact.double().square().sum())
-            if prefix == "exp_avg_sq":
-                result.v, result.v_shadow = float(x.double().sum()), float(exact.double().sum())
-        return result
-
-    def _advance_beside(self, strategy: Strategy, batch: Sequence[Observed], g: Tensor) -> tuple[list[float], Sampled]:
-        """One step of another strategy on the same elements. Returns its sums (reference.SUMS) and its moments."""
-        planes_of = self._beside[str(strategy)]
-        slots = [
-            [torch.cat(parts) for parts in zip(*(planes_of[item.name][k] for item in batch), strict=True)]
-            for k in range(len(strategy.formats))
-        ]
-        stream = Stream(batch[0].update.stream.seed, batch[0].update.stream.step, key=batch[0].group_index)
-        index = torch.arange(g.numel(), device=g.device)
-        random = [stream.bits(index, k) if fmt.stochastic else None for k, fmt in enumerate(strategy.formats)]
-        g = g.to(strategy.register)
-        delta, new = reference.advance(self.rule, strategy, slots, g, batch[0].fold(strategy.register), random)
-        sums = torch.zeros(len(reference.SUMS), dtype=torch.float64)
-        reference.measure(strategy, slots[0], new[0], delta, sums)
-        sizes = [self._slots[item.name][0].numel() for item in batch]
-        for i, item in enumerate(batch):
-            planes_of[item.name] = [[torch.split(plane, sizes)[i] for plane in planes] for planes in new]
-        values = [fmt.value(planes) for fmt, planes in zip(strategy.formats, new, strict=True)]
-        return sums.tolist(), self._moments(values, self._joined[tuple(item.name for item in batch)])
+    def _moments(self, values: Sequence[Tensor], batch: Sequence[Item]) -> Tensor:
+        """[4, elements] float64: what v, v_shadow, m_error2 and m_shadow2 of `Sampled` are the sums of."""
+        exact = self._exact.values(batch)
+        terms = {
+            prefix: (x.double(), y.double())
+            for (prefix, _), x, y in zip(self._exact.rule.slots, values, exact, strict=True)
+        }
+        nothing = torch.zeros_like(values[0], dtype=torch.float64)
+        m, m_shadow = terms.get("exp_avg", (nothing, nothing))
+        v, v_shadow = terms.get("exp_avg_sq", (nothing, nothing))
+        return torch.stack([v, v_shadow, (m - m_shadow) ** 2, m_shadow**2])
 
 
-def _same_constants(items: Sequence[Observed]) -> Iterator[list[Observed]]:
-    """Parameters that share a group, step number and device can step as one tensor."""
-    batches: dict[tuple[Any, ...], list[Observed]] = {}
+def _batches(items: Sequence[Item]) -> list[list[Item]]:
+    """Parameters that share a group, strategy, step number and device can step as one tensor."""
+    batches: dict[tuple[Any, ...], list[Item]] = {}
     for item in items:
-        key = (item.group_index, item.update.stream.step, item.update.grad.device)
+        key = (item.group_index, item.strategy, item.share.step, item.share.grad.device)
         batches.setdefault(key, []).append(item)
-    yield from batches.values()
+    return list(batches.values())

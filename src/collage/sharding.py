@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -10,16 +11,21 @@ from torch import Tensor
 from collage.backends import Region
 
 
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. Nobody has one before its module is imported, so nothing is imported to find out."""
+def any_dtensor(tensors: Iterable[Any]) -> bool:
+    """Whether one is a DTensor. Nobody has one before its module is imported, so nothing is imported to find out."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
 def local(tensor: Any) -> Tensor:
     """The part of the tensor that this rank holds. Writing to it writes to the DTensor."""
-    result: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
+    result: Tensor = tensor.to_local() if any_dtensor([tensor]) else tensor
     return result
+
+
+def locals_of(tensors: list[Any]) -> list[Tensor]:
+    """`local` of each."""
+    return list(map(local, tensors)) if any_dtensor(tensors) else tensors
 
 
 def region(tensor: Any) -> Region:
@@ -29,7 +35,7 @@ def region(tensor: Any) -> Region:
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
     sizes, starts = shape, (0,) * len(shape)
-    if is_dtensor(tensor):
+    if any_dtensor([tensor]):
         if any(p.is_partial() for p in tensor.placements):
             raise ValueError(f"a partial DTensor cannot be updated: {tensor.placements}; reduce it first")
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -6,7 +6,8 @@ under a key of the optimizer's state (``param_lo``, ``exp_avg``, ``exp_avg_sq_lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import attrgetter, ge
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from collage.formats import Format, Planes, format_of, split
 from collage.rules import Rule
-from collage.sharding import is_dtensor, local
+from collage.sharding import local, locals_of
 from collage.strategies import Strategy
+
+_layout, _dtype, _shape, _nbytes = map(attrgetter, ("layout", "dtype", "shape", "nbytes"))
 
 State = dict[str, Any]
 Group = dict[str, Any]
@@ -148,14 +151,21 @@ def require_optimizer(optimizer: object, kind: type[Any]) -> None:
         raise TypeError(f"optimizer: needs one of this package, such as collage.AdamW, got {theirs}")
 
 
-def accepts(param: Tensor, grad: Tensor) -> bool:
-    """Whether a step can read that gradient: what `check_gradient` explains, in as little time as can be."""
+def accept(params: Sequence[Tensor], grads: list[Tensor], dtype: torch.dtype) -> bool:
+    """Whether a step can read these gradients of parameters of one dtype: what `check_gradient` explains, for all."""
     return (
-        grad.layout == torch.strided
-        and grad.dtype in (param.dtype, torch.float32)
-        and grad.shape == param.shape
-        and (is_dtensor(grad) or grad.untyped_storage().nbytes() >= (grad.nbytes if grad.is_contiguous() else 1))
+        set(map(_layout, grads)) <= {torch.strided}
+        and set(map(_dtype, grads)) <= {dtype, torch.float32}
+        and list(map(_shape, grads)) == list(map(_shape, params))
+        and _all_in_memory(locals_of(grads))
     )
+
+
+def _all_in_memory(grads: list[Tensor]) -> bool:
+    sizes = list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, grads)))
+    if all(map(ge, sizes, map(_nbytes, grads))):
+        return True
+    return all(size >= (g.nbytes if g.is_contiguous() else 1) for size, g in zip(sizes, grads, strict=True))
 
 
 def check_gradient(entry: Entry) -> None:
@@ -171,7 +181,7 @@ def check_gradient(entry: Entry) -> None:
             f"param '{entry.name}': its gradient is {dtype_of(grad)}; use {dtype_of(entry.param)}, as the parameter, "
             "or float32"
         )
-    if not accepts(entry.param, grad):
+    if not accept([entry.param], [grad], entry.param.dtype):
         raise ValueError(
             f"param '{entry.name}': its gradient has shape {tuple(grad.shape)} and {grad.untyped_storage().nbytes()} "
             f"bytes of memory, the parameter shape {tuple(entry.param.shape)}; call zero_grad() after changing p.data"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,20 +42,9 @@ class Share(NamedTuple):
     sums: Tensor | None = None  # [5] float64, on the CPU: `reference.SUMS` are added to it
 
 
-class Update(NamedTuple):
-    """One parameter's share as a monitor sees it."""
-
-    strategy: Strategy
-    slots: tuple[Planes, ...]
-    grad: Tensor
-    maximize: bool
-    stream: Stream
-    sums: Tensor | None  # [5] float64: what `reference.measure` adds to
-
-
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All parameters of one group, strategy, device and gradient dtype: one call of a backend."""
+    """All parameters of one group, strategy, device and gradient dtype, as columns: one call of a backend."""
 
     rule: Rule
     strategy: Strategy
@@ -62,15 +52,45 @@ class Batch:
     hyper: Sequence[float]  # the rule's other hyper-parameters
     maximize: bool
     seed: int  # of stochastic rounding, below 2**64
-    shares: Sequence[Share]
+    planes: Sequence[Tensor]  # of every parameter in turn: those of theta, then of the rule's other slots
+    grads: Sequence[Tensor]
+    steps: Sequence[int]
+    keys: Sequence[int]  # none: nothing is random
+    regions: Sequence[Region]  # none: nothing is sharded
+    sums: Sequence[Tensor]  # none: not measured
 
     def constants(self, step: int) -> Any:
         """The folded constants of a step, as floats."""
         return self.rule.fold(self.lr, self.hyper, step, self.strategy.register)
 
+    def shares(self) -> Iterator[Share]:
+        """Parameter after parameter."""
+        ends = list(accumulate((len(fmt.dtypes) for fmt in self.strategy.formats), initial=0))
+        for k, grad in enumerate(self.grads):
+            own = self.planes[k * ends[-1] : (k + 1) * ends[-1]]
+            yield Share(
+                tuple(own[i:j] for i, j in pairwise(ends)), grad, self.steps[k], self.keys[k] if self.keys else 0,
+                self.regions[k] if self.regions else None, self.sums[k] if self.sums else None,
+            )  # fmt: skip
+
     def stream(self, share: Share) -> Stream:
         """The random bits of one parameter at this step."""
         return Stream(self.seed, share.step, share.key)
+
+    def take(self, positions: Sequence[int]) -> Batch:
+        """The same step of these parameters only, in order."""
+        if len(positions) == len(self.grads):
+            return self
+        width = len(self.planes) // len(self.grads)
+
+        def taken(column: Sequence[Any]) -> list[Any]:
+            return [column[k] for k in positions] if column else []
+
+        return replace(
+            self, planes=[self.planes[k * width + i] for k in positions for i in range(width)],
+            grads=taken(self.grads), steps=taken(self.steps), keys=taken(self.keys), regions=taken(self.regions),
+            sums=taken(self.sums),
+        )  # fmt: skip
 
 
 class Backend(Protocol):
@@ -78,7 +98,7 @@ class Backend(Protocol):
 
     def step(self, batch: Batch) -> None: ...
 
-    def broken(self, strategy: Strategy, slots: Sequence[Planes]) -> int: ...
+    def broken(self, strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int: ...
 
 
 BACKENDS = ("auto", "cpu", "reference")

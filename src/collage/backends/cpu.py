@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from itertools import chain
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from collage.backends import Batch, Region, Share, reference
-from collage.constants import Constants
+from collage.backends import Batch, reference
 from collage.formats import Planes
+from collage.rng import bases
 from collage.rules import Rule
 from collage.strategies import Strategy
 
@@ -37,36 +37,36 @@ GRADIENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16
 
 def step(batch: Batch) -> None:
     """Carry out the batch on `torch.get_num_threads()` threads, with no temporary of a parameter's size."""
-    shares = [share for share in batch.shares if share.grad.numel()]
-    if not shares:
-        return
-    constants, rows = _constants(batch, [share.step for share in shares])
-    planes = [[plane for slot in share.slots for plane in slot] for share in shares]
-    increment_version(list(chain.from_iterable(planes)))  # as any in-place operation would
+    constants, rows = _constants(batch)
+    increment_version(batch.planes)  # as any in-place operation would
     stochastic = batch.strategy.stochastic
-    stepper(instruction_set(), batch.rule.name, batch.strategy, shares[0].grad.dtype).step(
-        numel=[share.grad.numel() for share in shares],
-        planes=[plane.data_ptr() for plane in chain.from_iterable(planes)],
-        gradients=[share.grad.data_ptr() for share in shares],
+    stepper(instruction_set(), batch.rule.name, batch.strategy, batch.grads[0].dtype).step(
+        numel=_each(Tensor.numel, batch.grads),
+        planes=_each(Tensor.data_ptr, batch.planes),
+        gradients=_each(Tensor.data_ptr, batch.grads),
         constants=constants,
         rows=rows,
-        streams=[batch.stream(share).base for share in shares] if stochastic else [],
-        shards=[_flat(share.region) for share in shares] if stochastic else [],
-        layouts=_layouts(planes, [share.grad for share in shares]),
-        sums=[share.sums.data_ptr() for share in shares if share.sums is not None],
+        streams=bases(batch.seed, batch.steps, batch.keys) if stochastic else [],
+        shards=[[*region.sizes, *region.starts, *region.strides] for region in batch.regions] if stochastic else [],
+        layouts=_layouts(batch),
+        sums=_each(Tensor.data_ptr, batch.sums),
         maximize=batch.maximize,
         threads=torch.get_num_threads(),
     )
 
 
-def broken(strategy: Strategy, slots: Sequence[Planes]) -> int:
-    """How many elements of theta have planes that no step could have left."""
-    planes = [plane for slot in slots for plane in slot]
-    if not all(plane.is_contiguous() for plane in planes):
-        return reference.broken(strategy, slots)
+def _each(method: Callable[[Tensor], int], tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(method, tensors))
+
+
+def broken(strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int:
+    """How many elements of theta, in all parameters' slots, have planes that no step could have left."""
+    planes = [plane for slots in params for slot in slots for plane in slot]
+    if not all(map(Tensor.is_contiguous, planes)):
+        return reference.broken(strategy, params)
     kernel = stepper(instruction_set(), "adamw", strategy, strategy.dtype)  # of any rule: only theta is read
     count: int = kernel.broken(
-        [planes[0].numel()], [plane.data_ptr() for plane in planes], threads=torch.get_num_threads()
+        [slots[0][0].numel() for slots in params], _each(Tensor.data_ptr, planes), threads=torch.get_num_threads()
     )
     return count
 
@@ -85,35 +85,29 @@ def instruction_set() -> str:
     return best
 
 
-def _constants(batch: Batch, steps: list[int]) -> tuple[list[list[float]], list[int]]:
+def _constants(batch: Batch) -> tuple[list[list[float]], list[int]]:
     """(folded constants of each distinct step, which of them each parameter takes)."""
-    distinct = sorted(set(steps))
-    folded: list[Constants] = [batch.constants(step) for step in distinct]
-    position = {step: k for k, step in enumerate(distinct)}
-    return [constants.row() for constants in folded], [position[step] for step in steps]
+    distinct = {step: k for k, step in enumerate(dict.fromkeys(batch.steps))}
+    return [batch.constants(step).row() for step in distinct], [distinct[step] for step in batch.steps]
 
 
-def _flat(region: Region | None) -> list[int]:
-    return [] if region is None else [*region.sizes, *region.starts, *region.strides]
-
-
-def _layouts(planes: list[list[Tensor]], grads: list[Tensor]) -> list[list[int]]:
+def _layouts(batch: Batch) -> list[list[int]]:
     """Sizes and strides of the tensors that are not all contiguous; nothing if all are."""
-    tensors = [[*own, grad] for own, grad in zip(planes, grads, strict=True)]
-    strided = [not all(t.is_contiguous() for t in own) for own in tensors]
-    if not any(strided):
+    if all(map(Tensor.is_contiguous, batch.planes)) and all(map(Tensor.is_contiguous, batch.grads)):
         return []
+    width = len(batch.planes) // len(batch.grads)
+    tensors = [[*batch.planes[k * width : (k + 1) * width], grad] for k, grad in enumerate(batch.grads)]
     return [
-        [*own[0].shape, *chain.from_iterable(t.stride() for t in own)] if odd else []
-        for own, odd in zip(tensors, strided, strict=True)
+        [] if all(map(Tensor.is_contiguous, own)) else [*own[0].shape, *chain.from_iterable(map(Tensor.stride, own))]
+        for own in tensors
     ]
 
 
-def stream(rule: Rule, strategy: Strategy, shares: Sequence[Share]) -> None:
-    """Read and write all planes of contiguous shares without arithmetic: the time below which no step can be."""
-    stepper(instruction_set(), rule.name, strategy, shares[0].grad.dtype).stream(
-        numel=[share.grad.numel() for share in shares],
-        planes=[plane.data_ptr() for share in shares for slot in share.slots for plane in slot],
-        gradients=[share.grad.data_ptr() for share in shares],
+def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Read and write all planes, contiguous ones, without arithmetic: the time below which no step can be."""
+    stepper(instruction_set(), rule.name, strategy, grads[0].dtype).stream(
+        numel=_each(Tensor.numel, grads),
+        planes=_each(Tensor.data_ptr, planes),
+        gradients=_each(Tensor.data_ptr, grads),
         threads=torch.get_num_threads(),
     )

@@ -7,16 +7,20 @@ that neither breaks the graph nor, with a tensor ``lr``, compiles anew when the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from operator import attrgetter
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from collage.backends import Batch, Region, Share, choose
+from collage.backends import Batch, Region, choose
+from collage.backends.cpu import native
 from collage.rules.adamw import ADAMW
 from collage.strategies import Strategy
 
 RULES = {rule.name: rule for rule in (ADAMW,)}
+
+_device, _dtype, _is_cpu = map(attrgetter, ("device", "dtype", "is_cpu"))
 
 NAME = "collage::step_"
 SCHEMA = (
@@ -41,35 +45,31 @@ def step_(
     maximize: bool,
 ) -> None:
     """One step of all parameters of one group and strategy."""
-    how = Strategy.parse(strategy)
-    ends = list(accumulate((len(fmt.dtypes) for fmt in how.formats), initial=0))
-    assert len(planes) == len(grads) * ends[-1]
-    numbers = _count_up(steps)
-    places = _regions(regions) if regions else [None] * len(grads)
-    rows = list(sums) if len(sums) else [None] * len(grads)
-    batches: dict[tuple[torch.device, torch.dtype], list[Share]] = {}
-    for k, grad in enumerate(grads):
-        own = planes[k * ends[-1] : (k + 1) * ends[-1]]
-        slots = tuple([own[i:j] for i, j in pairwise(ends)])
-        share = Share(slots, grad, numbers[k], keys[k] % 2**64 if keys else 0, places[k], rows[k])
-        batches.setdefault((grad.device, grad.dtype), []).append(share)
-    for (device, _), shares in batches.items():
-        batch = Batch(RULES[rule], how, float(lr), tuple(hyper), maximize, seed % 2**64, shares)
-        choose(backend, device).step(batch)
+    whole = Batch(
+        RULES[rule], Strategy.parse(strategy), float(lr), tuple(hyper), maximize, seed % 2**64, planes, grads,
+        _count_up(steps), [key % 2**64 for key in keys], _regions(regions), list(sums),
+    )  # fmt: skip
+    kinds = list(zip(map(_device, grads), map(_dtype, grads), strict=True))
+    for kind in dict.fromkeys(kinds):
+        positions = [k for k, other in enumerate(kinds) if other == kind]
+        choose(backend, kind[0]).step(whole.take(positions))
 
 
 def _count_up(steps: Sequence[Tensor]) -> list[int]:
     """Every counter plus one. Before anything else is written, so that what cannot be counted is not updated either."""
     counters = list(steps)
-    if any(step.dtype != torch.int64 or step.dim() for step in counters):
+    if set(map(_dtype, counters)) - {torch.int64} or any(map(Tensor.dim, counters)):
         raise ValueError("step: needs a 0-d int64 tensor in each parameter's state; it was replaced by hand")
+    if native is not None and all(map(_is_cpu, counters)):
+        increment_version(counters)
+        numbers: list[int] = native.count_up(list(map(Tensor.data_ptr, counters)))
+        return numbers
     torch._foreach_add_(counters, 1)
-    numbers: list[int] = torch.stack(counters).tolist() if counters else []
-    return numbers
+    return [int(counter) for counter in counters]
 
 
-def _regions(numbers: Sequence[int]) -> list[Region | None]:
-    regions: list[Region | None] = []
+def _regions(numbers: Sequence[int]) -> list[Region]:
+    regions: list[Region] = []
     at = 0
     while at < len(numbers):
         dims = numbers[at]

@@ -26,7 +26,7 @@ SUMS = ("dot", "dot_visible", "norm2", "nonzero", "lost")
 def step(batch: Batch) -> None:
     """Carry out the batch, parameter after parameter."""
     constants: dict[tuple[int, torch.device], Any] = {}
-    for share in batch.shares:
+    for share in batch.shares():
         at = share.step, share.grad.device
         if at not in constants:
             constants[at] = batch.constants(share.step).on(batch.strategy.register, share.grad.device)
@@ -41,9 +41,9 @@ def step(batch: Batch) -> None:
                     plane.copy_(value)
 
 
-def broken(strategy: Strategy, slots: Sequence[Planes]) -> int:
-    """How many elements of theta have planes that no step could have left."""
-    return int(strategy.formats[0].broken(slots[0]).sum())
+def broken(strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int:
+    """How many elements of theta, in all parameters' slots, have planes that no step could have left."""
+    return sum(int(strategy.formats[0].broken(slots[0]).sum()) for slots in params)
 
 
 def advance(

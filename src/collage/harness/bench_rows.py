@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import collage
-from collage.backends import Share, cpu
+from collage.backends import cpu
 from collage.formats import Master, bytes_per_value
 from collage.strategies import Strategy
 
@@ -84,11 +84,11 @@ def limit(name: str) -> Row:
         params = parameters(shapes, strategy.dtype)
         opt = collage.AdamW(params, lr=lr, strategy=strategy)
         grads = [torch.zeros_like(param) for param in params]
-        shares = [Share(opt.planes(e), grad, 1, 0) for e, grad in zip(opt.entries(), grads, strict=True)]
-        return Contestant(params, lambda: cpu.stream(opt.rule, strategy, shares), list)
+        planes = [plane for entry in opt.entries() for slot in opt.planes(entry) for plane in slot]
+        return Contestant(params, lambda: cpu.stream(opt.rule, strategy, planes, grads), list)
 
-    planes = sum(map(bytes_per_value, strategy.formats))
-    return Row(f"limit of {name}", build, 2 * planes + strategy.dtype.itemsize, strategy.bytes_per_param())
+    held = sum(map(bytes_per_value, strategy.formats))
+    return Row(f"limit of {name}", build, 2 * held + strategy.dtype.itemsize, strategy.bytes_per_param())
 
 
 def torch_adamw(label: str, dtype: torch.dtype, moved: float, kept: float, **kind: Any) -> Row:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import collage
 from collage.harness import recipes, weights
 from collage.harness.config import RunConfig
-from collage.harness.data import CausalBlocks, Corpus, MaskedBlocks
+from collage.harness.data import CausalBlocks, Corpus, MaskedBlocks, Tokens
 from collage.strategies import Strategy
 
 
@@ -23,10 +23,7 @@ def model_of(config: RunConfig, corpus: Corpus, init: Mapping[str, Tensor] | Non
 
     Every strategy starts from the same rounded weights, those in float32 too. `init` replaces the random weights.
     """
-    tokens = corpus.tokens
-    model = recipes.build(
-        config.model, tokens.vocab_size, seed=config.seed, pad_id=tokens.pad_id if config.tokenizer else None
-    )
+    model = _fresh(config, corpus.tokens)
     if init is not None:
         _take(model, init)
     dtype = Strategy.parse(config.strategy).dtype
@@ -35,22 +32,39 @@ def model_of(config: RunConfig, corpus: Corpus, init: Mapping[str, Tensor] | Non
     return model
 
 
+def require_fit(config: RunConfig, init: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if the weights are not those of the run's model. Allocates no model, reads no text."""
+    _matched(_fresh(config, config.tokens(), device="meta"), init)
+
+
+def _fresh(config: RunConfig, tokens: Tokens, device: str | None = None) -> PreTrainedModel:
+    pad_id = tokens.pad_id if config.tokenizer else None
+    return recipes.build(config.model, tokens.vocab_size, seed=config.seed, device=device, pad_id=pad_id)
+
+
 @torch.no_grad()
 def _take(model: nn.Module, init: Mapping[str, Tensor]) -> None:
-    """Copy weights by name; a tied parameter may be there under any of its names."""
+    for p, value in _matched(model, init):
+        p.copy_(value)
+
+
+def _matched(model: nn.Module, init: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each parameter and its weights, by name; a tied parameter may be there under any of its names."""
+    matched: list[tuple[nn.Parameter, Tensor]] = []
     names: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)
     for p, known in names.items():
         value = next((init[name] for name in known if name in init), None)
         if value is None:
-            raise ValueError(f"init: has no weight '{known[0]}'; give the weights of a model of the same recipe")
+            raise ValueError(f"--init: has no weight '{known[0]}'; give the weights of a model of the same recipe")
         if value.shape != p.shape:
             raise ValueError(
-                f"init: weight '{known[0]}' has shape {tuple(value.shape)}, the model's is {tuple(p.shape)}; "
+                f"--init: weight '{known[0]}' has shape {tuple(value.shape)}, the model's is {tuple(p.shape)}; "
                 "give the same --model and --tokenizer as it was trained with"
             )
-        p.copy_(value)
+        matched.append((p, value))
+    return matched
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

@@ -16,12 +16,12 @@ from rich.progress import Progress
 from torch import Tensor
 
 import collage
-from collage.harness import building, checkpoints, console, options, train, verdict
+from collage.harness import building, checkpoints, console, options, train, train_command, verdict
 from collage.harness.config import FINETUNE_LR, RunConfig
 from collage.harness.data import Corpus, read_corpus
 from collage.harness.machine import machine
 from collage.harness.recording import to_json
-from collage.harness.results import REFERENCE
+from collage.harness.results import METRICS, REFERENCE, SUMMARY
 from collage.strategies import STRATEGIES
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", REFERENCE)
@@ -56,28 +56,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds, from --seed on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: runs/MODEL-REGIME)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison in --out")
     options.add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train everything, write the results and the report, print the table. Returns the exit code."""
     plan = plan_of(args)
+    replaced = _replaced(plan.run.out, args.overwrite)
     corpora = _corpora(plan, args.finetune_data)
     out = options.open_folder(plan.run.out)
+    for path in replaced:  # no old plot or table stands beside new numbers, even after an interrupt
+        path.unlink(missing_ok=True)
     screen = Console()
     try:
-        with (out / "metrics.jsonl").open("w", encoding="utf-8") as metrics, console.progress(screen) as bars:
+        with (out / METRICS).open("w", encoding="utf-8") as metrics, console.progress(screen) as bars:
             results = _train_all(plan, corpora, metrics, bars)
         summary = summarise(plan, results)
-        checkpoints.write_whole(out / "summary.json", to_json(summary, indent=1))
+        checkpoints.write_whole(out / SUMMARY, to_json(summary, indent=1))
         console.print_comparison(screen, summary)
         from collage.harness.report import write_report  # matplotlib takes a second
 
         screen.print(f"report: {write_report(out)}", highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
-        screen.print(f"interrupted; what was measured so far is in {out / 'metrics.jsonl'}", soft_wrap=True)
+        screen.print(f"interrupted; what was measured so far is in {out / METRICS}", soft_wrap=True)
         return 130
     return 0
+
+
+def _replaced(out: Path, overwrite: bool) -> list[Path]:
+    """The files of an earlier comparison in the folder. Raises ValueError if they, or a run there, are to stay."""
+    if (out / train_command.SETTINGS).exists():
+        raise ValueError(f"--out '{out}': holds a run of collage train; choose another folder")
+    found = [path for path in (out / SUMMARY, out / METRICS) if path.exists() and path.stat().st_size]
+    if found and not overwrite:
+        raise ValueError(
+            f"--out '{out}': holds {found[0].name} of an earlier comparison; choose another folder, delete this one, "
+            "or add --overwrite"
+        )
+    return [*found, out / "report.html", *(out / "plots").glob("*.png")] if found else []
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -87,6 +104,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
         raise ValueError(f"--strategies: each once, got {', '.join(strategies)}")
     if args.seeds < 1:
         raise ValueError(f"--seeds: needs a number above 0, got {args.seeds}")
+    if args.pretrain_steps is not None and args.pretrain_steps < 1:
+        raise ValueError(
+            f"--pretrain-steps: needs a number above 0, got {args.pretrain_steps}; to start from random weights leave "
+            "out --finetune"
+        )
     if not args.finetune and (args.pretrain_steps is not None or args.finetune_data):
         raise ValueError("--pretrain-steps, --finetune-data: only with --finetune")
     regime = "finetune" if args.finetune else "scratch"

@@ -10,7 +10,15 @@ from typing import Any, get_args
 
 import torch
 
-from collage.harness.data import Corpus, byte_tokens, default_corpus, finetune_corpus, read_corpus, tokenizer_tokens
+from collage.harness.data import (
+    Corpus,
+    Tokens,
+    byte_tokens,
+    default_corpus,
+    finetune_corpus,
+    read_corpus,
+    tokenizer_tokens,
+)
 from collage.harness.recipes import Recipe, get_recipe
 from collage.harness.recipes import Schedule as RecipeSchedule
 from collage.strategies import Strategy
@@ -137,9 +145,13 @@ class RunConfig:
             return 0.1 + 0.45 * (1.0 + math.cos(math.pi * min(1.0, done)))
         return 1.0
 
+    def tokens(self) -> Tokens:
+        """The vocabulary of the text."""
+        return tokenizer_tokens(self.tokenizer) if self.tokenizer else byte_tokens()
+
     def corpus(self) -> Corpus:
         """The text: the given one, or the embedded one of the regime."""
-        tokens = tokenizer_tokens(self.tokenizer) if self.tokenizer else byte_tokens()
+        tokens = self.tokens()
         if self.data:
             return read_corpus(self.data, self.validation or None, tokens)
         if self.validation:

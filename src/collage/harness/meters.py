@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from collage.monitor import Item, Monitor
+from collage.monitor import Monitor
 from collage.optim import PrecisionOptimizer
+from collage.shadow import Item
 from collage.state import Entry
 
 

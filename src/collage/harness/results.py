@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 Points: TypeAlias = "list[tuple[float, float]]"  # (step, value), by step
 
+SUMMARY, METRICS = "summary.json", "metrics.jsonl"
 REFERENCE = "fp32-master"
 ULP_AT_ONE = 2.0**-7  # of bf16
 
@@ -38,8 +39,8 @@ class Comparison:
 
     @classmethod
     def read(cls, out: Path) -> Comparison:
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        lines = (out / METRICS).read_text(encoding="utf-8").splitlines()
         return cls(summary, [json.loads(line) for line in lines if line.strip()])
 
     @property

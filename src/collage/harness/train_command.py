@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 import collage
 from collage.harness import building, checkpoints, console, options, train
@@ -46,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     screen = Console()
     if config.resume and (config.out / RESULT).exists():
         return _already_finished(config, screen)
+    init = _weights(config.init, config) if config.init else None
     corpus = config.corpus()
     building.datasets(config, corpus)  # too little text is an error before anything is written
-    init = building.read_weights(config.init) if config.init else None
     options.open_folder(config.out)
     start = _start(config, screen)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.out / "tensorboard"))
@@ -75,6 +76,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     screen.print(f"diverged: the loss of step {result.last_step} is not finite; lower --lr", style="bold red")
     return 1
+
+
+def _weights(path: str, config: RunConfig) -> dict[str, Tensor]:
+    init = building.read_weights(path)
+    building.require_fit(config, init)
+    return init
 
 
 def _already_finished(config: RunConfig, screen: Console) -> int:
