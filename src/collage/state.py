@@ -20,6 +20,8 @@ from collage.strategies import Strategy
 
 _layout, _dtype, _shape, _nbytes = map(attrgetter, ("layout", "dtype", "shape", "nbytes"))
 
+PIECE = 1 << 21  # elements
+
 State = dict[str, Any]
 Group = dict[str, Any]
 
@@ -68,8 +70,15 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> N
 
 def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> None:
     """Derive theta's other planes from the parameter as it is now."""
-    planes = slots(rule, strategy, param, state)[0]
-    write(planes[1:], split(strategy.formats[0], planes[0].float())[1:])
+    whole = slots(rule, strategy, param, state)[0]
+    for planes in zip(*map(_pieces, whole), strict=True):
+        write(planes[1:], split(strategy.formats[0], planes[0].float())[1:])
+
+
+def _pieces(plane: Tensor) -> tuple[Tensor, ...]:
+    """Views of some million elements each, so that no temporary is as large as a parameter."""
+    rows = plane.view(-1) if plane.is_contiguous() else torch.atleast_1d(plane)
+    return rows.split(max(1, PIECE * len(rows) // max(1, rows.numel())))
 
 
 def write(planes: Planes, values: Planes) -> None:

@@ -1,0 +1,182 @@
+"""The one walk: every rule, format and size goes through it. One program takes one block of 1,024 elements.
+
+A launch covers all tensors of a batch. `blocks` gives each program its tensor; `table` has a row of numbers per tensor:
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from collage.backends.triton.formats import BF16, FP32, MASTER, SINGLE, encode, kind_of, load, read, value_of, write
+from collage.backends.triton.arithmetic import rn
+from collage.backends.triton.numbers import scaled_kind
+from collage.backends.triton.random import bits, words
+
+BLOCK = tl.constexpr(1024)
+WIDTH = 7  # tensors that an element lies in: two planes per slot, and the gradient
+COLUMNS = ("plane",) * 6 + ("grad", "numel", "first_block", "row", "base", "whole", "layout", "dims", "region", "region_dims")
+GRAD, NUMEL, FIRST, ROW, BASE, WHOLE, LAYOUT, DIMS, REGION, REGION_DIMS = (tl.constexpr(k) for k in range(6, 16))
+COUNT = tl.constexpr(16)
+
+
+@triton.jit
+def step(
+    table, blocks, shapes, constants, sums,
+    UPDATE: tl.constexpr, CONSTANTS: tl.constexpr, THETA: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    GRADIENT: tl.constexpr, NARROW: tl.constexpr, MAXIMIZE: tl.constexpr, RANDOM: tl.constexpr, MEASURED: tl.constexpr,
+):  # fmt: skip
+    """One step of all elements of all tensors. sums: [programs, 5] float64, if measured."""
+    program = tl.program_id(0)
+    row = table + tl.load(blocks + program).to(tl.int64) * COUNT
+    begin = (program - tl.load(row + FIRST)) * BLOCK
+    c = constants + tl.load(row + ROW) * CONSTANTS
+    out = sums + program.to(tl.int64) * 5
+    if (tl.load(row + WHOLE) != 0) & (begin + BLOCK <= tl.load(row + NUMEL)):
+        block(row, begin, shapes, c, out, UPDATE, THETA, M, V, GRADIENT, NARROW, MAXIMIZE, RANDOM, MEASURED, True)
+    else:
+        block(row, begin, shapes, c, out, UPDATE, THETA, M, V, GRADIENT, NARROW, MAXIMIZE, RANDOM, MEASURED, False)
+
+
+@triton.jit
+def block(
+    row, begin, shapes, c, out,
+    UPDATE: tl.constexpr, THETA: tl.constexpr, M: tl.constexpr, V: tl.constexpr, GRADIENT: tl.constexpr,
+    NARROW: tl.constexpr, MAXIMIZE: tl.constexpr, RANDOM: tl.constexpr, MEASURED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """One block. FULL: every element is there, in order, and every plane begins at a multiple of 16 bytes."""
+    at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
+    mask = at < tl.load(row + NUMEL)
+    t_hi, t_lo = load_slot(row, 0, at, mask, shapes, THETA, FULL)
+    m_hi, m_lo = load_slot(row, 1, at, mask, shapes, M, FULL)
+    v_hi, v_lo = load_slot(row, 2, at, mask, shapes, V, FULL)
+    raw = read(tl.load(row + GRAD), place(row, 6, at, shapes, FULL), mask, GRADIENT, FULL)
+    g = rn(-raw if MAXIMIZE else raw, NARROW)
+    t_a, t_b = number(t_hi, t_lo, THETA)
+    m_a, m_b = number(m_hi, m_lo, M)
+    v_a, v_b = number(v_hi, v_lo, V)
+    delta, t_a, t_b, m_a, m_b, v_a, v_b = UPDATE(
+        g, c, t_a, t_b, m_a, m_b, v_a, v_b, kind_of(THETA, NARROW), kind_of(M, NARROW), kind_of(V, NARROW), NARROW
+    )
+    word = at
+    if RANDOM:
+        word = words(tl.load(row + BASE).to(tl.uint64, bitcast=True), index(row, at, shapes, FULL))
+    new_hi, new_lo = store_slot(row, 0, at, mask, shapes, t_a, t_b, word, kind_of(THETA, NARROW), THETA, RANDOM, FULL)
+    store_slot(row, 1, at, mask, shapes, m_a, m_b, word, scaled_kind(kind_of(M, NARROW)), M, RANDOM, FULL)
+    store_slot(row, 2, at, mask, shapes, v_a, v_b, word, scaled_kind(kind_of(V, NARROW)), V, RANDOM, FULL)
+    if MEASURED:
+        measure(out, mask, delta, t_hi, t_lo, new_hi, new_lo, THETA)
+
+
+@triton.jit
+def number(hi, lo, FORMAT: tl.constexpr):
+    """Planes as a number: for a master weight that is the second plane alone."""
+    if FORMAT % 4 == MASTER:
+        return lo, lo
+    else:
+        return hi, lo
+
+
+@triton.jit
+def load_slot(row, SLOT: tl.constexpr, at, mask, shapes, FORMAT: tl.constexpr, FULL: tl.constexpr):
+    first = place(row, 2 * SLOT, at, shapes, FULL)
+    return load(row + 2 * SLOT, first, place(row, 2 * SLOT + 1, at, shapes, FULL), mask, FORMAT, FULL)
+
+
+@triton.jit
+def store_slot(
+    row, SLOT: tl.constexpr, at, mask, shapes, a, b, word,
+    KIND: tl.constexpr, FORMAT: tl.constexpr, RANDOM: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Round a number into its planes. Returns what they now hold, as float32."""
+    random = bits(word, SLOT) if RANDOM else at
+    hi, lo = encode(a, b, random, KIND, FORMAT)
+    write(tl.load(row + 2 * SLOT), place(row, 2 * SLOT, at, shapes, FULL), mask, hi, FORMAT % 16 // 4 * 4, FULL)
+    new_hi = value_of(hi, FORMAT % 16 // 4 * 4)
+    if FORMAT % 4 == SINGLE:
+        return new_hi, new_hi
+    else:
+        other = place(row, 2 * SLOT + 1, at, shapes, FULL)
+        if FORMAT % 4 == MASTER:
+            write(tl.load(row + 2 * SLOT + 1), other, mask, lo, FP32, FULL)
+            return new_hi, lo
+        else:
+            write(tl.load(row + 2 * SLOT + 1), other, mask, lo, BF16, FULL)
+            return new_hi, value_of(lo, BF16)
+
+
+@triton.jit
+def place(row, TENSOR: tl.constexpr, at, shapes, FULL: tl.constexpr):
+    """Offset of each element in a tensor: in order, or by its sizes and strides."""
+    if FULL:
+        return at
+    else:
+        sizes = shapes + tl.load(row + LAYOUT)
+        dims = tl.load(row + DIMS)
+        offset = tl.where(dims == 0, at, 0)
+        rest = at
+        for k in range(dims):
+            d = dims - 1 - k
+            size = tl.load(sizes + d)
+            offset += rest % size * tl.load(sizes + dims * (TENSOR + 1) + d)
+            rest = rest // size
+        return offset
+
+
+@triton.jit
+def index(row, at, shapes, FULL: tl.constexpr):
+    """Row-major index in the unsharded tensor."""
+    if FULL:
+        return at
+    else:
+        sizes = shapes + tl.load(row + REGION)
+        dims = tl.load(row + REGION_DIMS)
+        total = tl.where(dims == 0, at, 0)
+        rest = at
+        for k in range(dims):
+            d = dims - 1 - k
+            size = tl.load(sizes + d)
+            total += (rest % size + tl.load(sizes + dims + d)) * tl.load(sizes + 2 * dims + d)
+            rest = rest // size
+        return total
+
+
+@triton.jit
+def measure(out, mask, delta, old_hi, old_lo, new_hi, new_lo, THETA: tl.constexpr):
+    """The monitor's sums over one block (reference.measure): intended, arrived and visible update, in float64."""
+    intended = tl.where(mask, delta, 0.0).to(tl.float64)
+    visible = tl.where(mask, new_hi.to(tl.float64) - old_hi.to(tl.float64), 0.0)
+    arrived = visible
+    moved = new_hi != old_hi
+    if THETA % 4 != SINGLE:
+        arrived = tl.where(mask, new_lo.to(tl.float64) - old_lo.to(tl.float64), 0.0)
+        moved = moved | (new_lo != old_lo)
+        if THETA % 4 != MASTER:
+            arrived += visible
+    tl.store(out, halved(intended * arrived))
+    tl.store(out + 1, halved(intended * visible))
+    tl.store(out + 2, halved(intended * intended))
+    nonzero = (delta != 0.0) & mask
+    tl.store(out + 3, tl.sum(nonzero.to(tl.int32)).to(tl.float64))
+    tl.store(out + 4, tl.sum((nonzero & (moved == 0)).to(tl.int32)).to(tl.float64))
+
+
+@triton.jit
+def halved(x):
+    """The sum of a block by pairwise halving, x[:half] + x[half:]. Two numbers have one sum, whatever reduces them."""
+    for level in tl.static_range(10):
+        x = tl.sum(tl.reshape(x, [2, 512 >> level]), axis=0)
+    return tl.sum(x)
+
+
+@triton.jit
+def add_up(sums, first, totals):
+    """totals[tensor] += the sums of its blocks, one after another. first: [tensors + 1], number of its first block."""
+    tensor = tl.program_id(0)
+    lane = tl.arange(0, 8)
+    total = tl.load(totals + tensor * 5 + lane, mask=lane < 5, other=0.0)
+    at = sums + tl.load(first + tensor) * 5 + lane
+    for _ in range(tl.load(first + tensor + 1) - tl.load(first + tensor)):
+        total += tl.load(at, mask=lane < 5, other=0.0)
+        at += 5
+    tl.store(totals + tensor * 5 + lane, total, mask=lane < 5)
