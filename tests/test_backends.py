@@ -1,8 +1,14 @@
-"""Every backend computes the reference's bits: strategy x gradient x size x regime x instruction set x threads."""
+"""Every backend computes the reference's bits: strategy x gradient x size x regime x instruction set x threads.
+
+Triton's kernels run in its interpreter, which takes minutes for all of it: `make test-all`. A part is in test_triton.py.
+"""
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +23,7 @@ from collage.strategies import ARITHMETICS, STRATEGIES, Strategy
 HYPER = {"usual": (0.9, 0.999, 1e-8, 0.1), "no eps, no decay": (0.0, 0.95, 0.0, 0.0)}
 SIZES = (1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 1023, 1024, 1025, 2049, 40_001)
 REGIMES = ("normal", "subnormal", "huge", "tiny", "zeros", "infinite", "nan", "bits")
+UNDER_TEST: list[Any] = [cpu]  # the backend
 INSTRUCTIONS = cpu.native.instruction_sets()  # fails here if the kernels were not built: a fallback must hide nothing
 
 
@@ -73,10 +80,10 @@ def batch_of(
 
 
 def assert_same(strategy: Strategy, shares: list[Share], hyper: str = "usual", maximize: bool = False) -> None:
-    """One step of the reference and of the CPU backend leave the same planes and sums."""
+    """One step of the reference and of the kernels under test leave the same planes and sums."""
     ours, theirs = [copy_of(s) for s in shares], [copy_of(s) for s in shares]
     reference.step(batch_of(strategy, theirs, hyper, maximize))
-    cpu.step(batch_of(strategy, ours, hyper, maximize))
+    UNDER_TEST[0].step(batch_of(strategy, ours, hyper, maximize))
     for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         for slot, (mine, wanted) in enumerate(zip(a.slots, b.slots, strict=True)):
             for plane, (x, y) in enumerate(zip(mine, wanted, strict=True)):
@@ -102,15 +109,32 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return request.param
 
 
+@pytest.fixture(params=[*INSTRUCTIONS, pytest.param("triton", marks=pytest.mark.slow)])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "triton":
+        yield from interpreted()
+    else:
+        monkeypatch.setattr(cpu, "instruction_set", lambda: request.param)
+        yield request.param
+
+
+def interpreted() -> Iterator[str]:
+    """Triton's kernels under test. NumPy, which carries them out, warns of NaN and overflow."""
+    UNDER_TEST[0] = import_module("collage.backends.triton")
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        yield "triton"
+    UNDER_TEST[0] = cpu
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize(("strategy", "dtype"), GRID)
-def test_every_strategy_in_every_regime(strategy, dtype, regime, instructions):
+def test_every_strategy_in_every_regime(strategy, dtype, regime, kernels):
     for hyper, maximize in itertools.product(HYPER, (False, True)):
         assert_same(strategy, [share(strategy, dtype, regime, 2100)], hyper, maximize)
 
 
 @pytest.mark.parametrize(("strategy", "dtype"), GRID)
-def test_every_size(strategy, dtype, instructions):
+def test_every_size(strategy, dtype, kernels):
     """All tensors in one call, the empty one too, each at a step of its own."""
     assert_same(strategy, [share(strategy, dtype, "normal", n, step=1 + k % 3) for k, n in enumerate((0, *SIZES))])
 
@@ -122,7 +146,7 @@ def specs() -> Iterator[Strategy]:
             yield Strategy(*combination)
 
 
-def test_every_combination_of_formats(instructions):
+def test_every_combination_of_formats(kernels):
     """Those without a row in csrc/strategies.hpp run on formats chosen at run time."""
     tried = 0
     for strategy in specs():
@@ -133,7 +157,7 @@ def test_every_combination_of_formats(instructions):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_threads_change_no_bit(threads, instructions, monkeypatch):
+def test_threads_change_no_bit(threads, kernels, monkeypatch):
     """359 blocks give work to five threads, whose borders fall inside tensors; sums too are in one order."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     strategy = STRATEGIES["collage-plus-sr"]
@@ -152,7 +176,7 @@ def strided(x: torch.Tensor, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["transposed", "spread"])
 @pytest.mark.parametrize("which", ["all", "gradient"])
 @pytest.mark.parametrize("name", ["collage-plus-sr", "fp32-master"])
-def test_strides(name, which, kind, instructions):
+def test_strides(name, which, kind, kernels):
     strategy = STRATEGIES[name]
     s = share(strategy, torch.bfloat16, "normal", 37 * 53)
     slots = tuple(tuple(p.view(37, 53) for p in planes) for planes in s.slots)
@@ -175,14 +199,14 @@ def test_strides(name, which, kind, instructions):
         Region((7, 10, 30), (1, 2, 3), (5000, 100, 1)),
     ],
 )
-def test_shards_draw_the_bits_of_the_whole(region, instructions):
+def test_shards_draw_the_bits_of_the_whole(region, kernels):
     strategy = STRATEGIES["stochastic"]
     s = share(strategy, torch.bfloat16, "normal", 2100)
     slots = tuple(tuple(p.view(region.sizes) for p in planes) for planes in s.slots)
     assert_same(strategy, [s._replace(slots=slots, grad=s.grad.view(region.sizes), region=region)])
 
 
-def test_nothing_beside_a_tensor_is_touched(instructions):
+def test_nothing_beside_a_tensor_is_touched(kernels):
     """Every size up to two vectors and one, at odd addresses, between sentinels."""
     strategy = STRATEGIES["collage-plus"]
     for n, shift in itertools.product(range(66), (0, 1, 3)):
@@ -192,7 +216,7 @@ def test_nothing_beside_a_tensor_is_touched(instructions):
         for planes, own in zip(views, s.slots, strict=True):
             for view, plane in zip(planes, own, strict=True):
                 view.copy_(plane)
-        cpu.step(batch_of(strategy, [s._replace(slots=views, sums=None)]))
+        UNDER_TEST[0].step(batch_of(strategy, [s._replace(slots=views, sums=None)]))
         for m in itertools.chain.from_iterable(memory):
             assert (m[:shift] == 77).all()
             assert (m[shift + n :] == 77).all()

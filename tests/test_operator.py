@@ -19,7 +19,7 @@ def arguments(measured: bool) -> tuple:
     sums = torch.zeros(2 if measured else 0, 5, dtype=torch.float64)
     return (
         planes, grads, steps, sums, torch.tensor(1e-3), "adamw", "collage-plus-sr", "auto", [1, -2], [],
-        [0.9, 0.999, 1e-8, 0.1], 7, False,
+        [0.9, 0.999, 1e-8, 0.1], 7, False, False,
     )  # fmt: skip
 
 

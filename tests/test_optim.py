@@ -215,7 +215,7 @@ def test_tied_parameters_step_once():
         ({"seed": -1}, ValueError, "seed: needs an integer"),
         ({"strategy": "collage"}, ValueError, "strategy: unknown 'collage'; known: bf16, "),
         ({"strategy": 3}, TypeError, "strategy: needs a name or a Strategy, got int"),
-        ({"backend": "cuda"}, ValueError, "backend: unknown 'cuda'; known: auto, cpu, reference"),
+        ({"backend": "cuda"}, ValueError, "backend: unknown 'cuda'; known: auto, cpu, triton, reference"),
         ({"fused": True}, TypeError, "cannot take fused; drop it"),
         ({"foreach": True, "differentiable": False}, TypeError, "cannot take differentiable, foreach; drop it"),
         ({"amsgrad": True}, TypeError, "cannot take amsgrad"),

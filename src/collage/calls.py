@@ -13,6 +13,7 @@ from torch import Tensor
 
 from collage import state
 from collage.backends import Share
+from collage.rng import signed
 from collage.rules import Rule
 from collage.shadow import Item
 from collage.sharding import any_dtensor, local, locals_of, region
@@ -51,14 +52,16 @@ def chosen(group: Group, in_float32: bool) -> list[Tensor]:
     return [param for param in params if (param.dtype == torch.float32) == in_float32]
 
 
-def gather(rule: Rule, strategy: Strategy, params: Sequence[Tensor], states: Mapping[Tensor, State]) -> list[Any]:
+def gather(
+    rule: Rule, strategy: Strategy, params: Sequence[Tensor], states: Mapping[Tensor, State], capturable: bool
+) -> list[Any]:
     """Every parameter's planes and counter, as its state holds them; made at first use, not checked."""
     keys = [*_layout(rule, strategy)[0], "step"]
     found: list[Any] = []
     for param in params:
         values = states[param]
         if not values:
-            state.initialise(rule, strategy, param, values)
+            state.initialise(rule, strategy, param, values, capturable)
         found += (param, *map(values.get, keys))
     return found
 
@@ -152,8 +155,3 @@ def items(call: Call, roster: Roster, hyper: Sequence[float], sums: Sequence[Ten
         slots = tuple(tuple(islice(rest, len(fmt.dtypes))) for fmt in strategy.formats)
         share = Share(slots, call.grads[k], int(call.steps[k]) + 1, entry.key, sums=sums[k] if sums else None)
         yield Item(entry.name, entry.group_index, strategy, share, maximize, seed, lr, hyper)
-
-
-def signed(number: int) -> int:
-    """A number below 2**64 with the bits of a signed one, as operators take them."""
-    return number - 2**64 if number >= 2**63 else number

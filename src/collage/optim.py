@@ -17,7 +17,7 @@ from collage import backends, calls, loading, state
 from collage.backends import operator  # noqa: F401  (defines torch.ops.collage.step_)
 from collage.calls import Call, Roster
 from collage.monitor import Monitor
-from collage.rng import key_of
+from collage.rng import key_of, signed
 from collage.rules import Rule
 from collage.rules.adamw import ADAMW
 from collage.shadow import Item
@@ -37,9 +37,10 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         self.backend = backend
         self.monitors: list[Monitor] = []
         self._rosters: dict[tuple[int, bool], Roster] = {}
-        _require(backend)
+        backends.require(backend)
         super().__init__(params, defaults)
         self._require_low_precision()
+        self._warn_of_fallback()
 
     def _require_low_precision(self) -> None:
         entries = list(self.entries())
@@ -53,6 +54,12 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                 "Cast them, p.data = p.data.bfloat16(), or use strategy='fp32'"
             )
         log.info("%d of %d parameters are float32 and are updated in float32", len(full), len(entries))
+
+    def _warn_of_fallback(self) -> None:
+        for device in {entry.param.device for entry in self.entries()} if self.backend == "auto" else ():
+            reason = backends.missing(backends.fastest(device))
+            if reason:
+                _warn(f"no kernels for {device.type}, so steps take the slow reference backend: {reason}")
 
     def entries(self) -> Iterator[Entry]:
         """Every parameter, in order, with its name (or position) and group."""
@@ -141,7 +148,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             call.planes, call.grads, call.steps, sums,
             lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
             self.rule.name, call.strategy, self.backend, call.keys, call.regions, self._hyper(call.group),
-            calls.signed(call.group["seed"]), call.group["maximize"],
+            signed(call.group["seed"]), call.group["maximize"], call.group["capturable"],
         )  # fmt: skip
 
     def _step_measured(self, todo: list[Call]) -> None:
@@ -179,7 +186,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         if strategy is None or not params:
             return ""
         own_grads = [param.grad for param in params if param.grad is not None]
-        gathered = calls.gather(self.rule, strategy, params, self.state)
+        gathered = calls.gather(self.rule, strategy, params, self.state, group["capturable"])
         roster = self._rosters.get((id(group), in_float32))
         if not (roster and roster.holds(params, gathered) and state.accept(params, own_grads, strategy.dtype)):
             roster = self._rosters[id(group), in_float32] = self._check(group, strategy, params, gathered)
@@ -216,7 +223,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """The local planes of every slot of one parameter, theta first; created at first use."""
         strategy = strategy or self.strategy_of(entry)
         if not self.state[entry.param]:
-            state.initialise(self.rule, strategy, entry.param, self.state[entry.param])
+            state.initialise(self.rule, strategy, entry.param, self.state[entry.param], entry.group["capturable"])
         return state.slots(self.rule, strategy, entry.param, self.state[entry.param])
 
     @torch.no_grad()
@@ -251,9 +258,9 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             hook.remove()
         for entry, saved_id in loading.paired(self.entries(), adopted):
             if saved_id in adopted["state"]:  # torch has cast the planes to the parameter's dtype: take the originals
-                device = entry.param.device
+                device, own = entry.param.device, entry.group["capturable"]
                 self.state[entry.param] = {
-                    key: value.detach().to(device if key != "step" else "cpu", copy=True)
+                    key: value.detach().to(device if own or key != "step" else "cpu", copy=True)
                     for key, value in adopted["state"][saved_id].items()
                 }
 
@@ -263,7 +270,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.monitors, self._rosters = [], {}
-        _require(self.backend)
+        backends.require(self.backend)
+        self._warn_of_fallback()
 
 
 class AdamW(PrecisionOptimizer):
@@ -286,7 +294,9 @@ class AdamW(PrecisionOptimizer):
         strategy: a name in ``collage.STRATEGIES``, or a ``collage.Strategy``.
         maximize: ascend instead of descend.
         seed: of stochastic rounding.
-        backend: "auto" (the fastest for the parameters' device), "cpu" (compiled kernels) or "reference" (plain torch).
+        capturable: for CUDA graphs: counts steps on the parameters' device, and reads them and a tensor lr there.
+        backend: "auto" (the fastest for the parameters' device), "cpu" (compiled kernels), "triton" (GPU kernels) or
+            "reference" (plain torch).
 
     Raises:
         ValueError, TypeError: an argument out of range, a parameter of a wrong dtype; named, with the fix.
@@ -312,16 +322,17 @@ class AdamW(PrecisionOptimizer):
         *,
         maximize: bool = False,
         seed: int = 0,
+        capturable: bool = False,
         backend: str = "auto",
         **dropped: Any,
     ) -> None:
         if dropped:
-            known = ("amsgrad", "foreach", "fused", "differentiable", "capturable")
+            known = ("amsgrad", "foreach", "fused", "differentiable")
             hint = "drop it: the step is one pass of its own" if set(dropped) <= set(known) else "it is unknown"
             raise TypeError(f"AdamW: cannot take {', '.join(sorted(dropped))}; {hint}")
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "strategy": strategy,
-            "maximize": maximize, "seed": seed,
+            "maximize": maximize, "seed": seed, "capturable": capturable,
         }  # fmt: skip
         super().__init__(params, defaults, backend)
 
@@ -339,12 +350,6 @@ class AdamW(PrecisionOptimizer):
     def _hyper(self, group: Group) -> list[float]:
         beta1, beta2 = group["betas"]
         return [float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])]
-
-
-def _require(backend: str) -> None:
-    reason = backends.require(backend)
-    if reason:
-        _warn(f"no kernels for the CPU, so steps take the slow reference backend: {reason}")
 
 
 @cache  # once for each text

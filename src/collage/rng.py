@@ -85,6 +85,11 @@ def bases(seed: int, steps: Sequence[int], keys: Sequence[int]) -> list[int]:
     return [Stream(seed, step, key).base for step, key in zip(steps, keys, strict=True)]
 
 
+def signed(number: int) -> int:
+    """A number below 2**64 with the bits of a signed one, as tensors and operators take them."""
+    return number - 2**64 if number >= 2**63 else number
+
+
 def _mix32(x: Tensor, key0: int, key1: int) -> Tensor:
     """Three keyed rounds of multiply and xor-shift (multipliers: Wellons' triple32). int64 tensors holding 32 bits."""
     x = ((x ^ key0) * 0xED5AD4BB) & _M32

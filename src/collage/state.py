@@ -60,9 +60,9 @@ def slots(rule: Rule, strategy: Strategy, param: Tensor, state: Mapping[str, Ten
     )
 
 
-def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> None:
-    """Fill an empty state: step 0, theta as it is, every other number 0."""
-    state["step"] = torch.zeros((), dtype=torch.int64)
+def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capturable: bool) -> None:
+    """Fill an empty state: step 0 (on the parameter's device, if capturable), theta as it is, every other number 0."""
+    state["step"] = torch.zeros((), dtype=torch.int64, device=param.device if capturable else "cpu")
     for key, dtype in dtypes(rule, strategy).items():
         state[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
     resync(rule, strategy, param, state)
@@ -75,10 +75,10 @@ def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> None:
         write(planes[1:], split(strategy.formats[0], planes[0].float())[1:])
 
 
-def _pieces(plane: Tensor) -> tuple[Tensor, ...]:
+def _pieces(plane: Tensor) -> list[Tensor]:
     """Views of some million elements each, so that no temporary is as large as a parameter."""
-    rows = plane.view(-1) if plane.is_contiguous() else torch.atleast_1d(plane)
-    return rows.split(max(1, PIECE * len(rows) // max(1, rows.numel())))
+    rows = plane.view(-1) if plane.is_contiguous() or plane.dim() == 0 else plane
+    return list(torch.split(rows, max(1, PIECE * len(rows) // max(1, rows.numel()))))
 
 
 def write(planes: Planes, values: Planes) -> None:
@@ -139,7 +139,7 @@ def from_torch(
         saved["step"] = torch.tensor(saved["step"])
     require_tensors(saved, name)
     state: State = {}
-    initialise(rule, strategy, param, state)
+    initialise(rule, strategy, param, state, capturable=False)
     state["step"] = count(saved["step"], name)
     for planes, (prefix, fmt) in zip(slots(rule, strategy, param, state), formats(rule, strategy), strict=True):
         if prefix != "param":

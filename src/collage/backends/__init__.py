@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -48,20 +50,21 @@ class Batch:
 
     rule: Rule
     strategy: Strategy
-    lr: float
+    lr: float | Tensor
     hyper: Sequence[float]  # the rule's other hyper-parameters
     maximize: bool
     seed: int  # of stochastic rounding, below 2**64
     planes: Sequence[Tensor]  # of every parameter in turn: those of theta, then of the rule's other slots
     grads: Sequence[Tensor]
-    steps: Sequence[int]
+    steps: Sequence[int]  # t, from 1
     keys: Sequence[int]  # none: nothing is random
     regions: Sequence[Region]  # none: nothing is sharded
     sums: Sequence[Tensor]  # none: not measured
+    counters: Sequence[Tensor] = ()  # 0-d int64: t, where the backend is to read it and lr on the device; then no steps
 
     def constants(self, step: int) -> Any:
         """The folded constants of a step, as floats."""
-        return self.rule.fold(self.lr, self.hyper, step, self.strategy.register)
+        return self.rule.fold(float(self.lr), self.hyper, step, self.strategy.register)
 
     def shares(self) -> Iterator[Share]:
         """Parameter after parameter."""
@@ -89,40 +92,68 @@ class Batch:
         return replace(
             self, planes=[self.planes[k * width + i] for k in positions for i in range(width)],
             grads=taken(self.grads), steps=taken(self.steps), keys=taken(self.keys), regions=taken(self.regions),
-            sums=taken(self.sums),
+            sums=taken(self.sums), counters=taken(self.counters),
         )  # fmt: skip
 
 
 class Backend(Protocol):
     """Carries out a batch, in place; `broken` counts elements of theta whose planes no step could have left."""
 
+    FOLDS_ON_DEVICE: bool  # whether it can take t and lr as tensors, and so be captured in a graph
+
     def step(self, batch: Batch) -> None: ...
 
     def broken(self, strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int: ...
 
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "triton", "reference")
 
 
-def require(name: str) -> str | None:
-    """Why "auto" has no kernels for the CPU; None if it has, or if others are asked for.
-
-    Raises ValueError for an unknown backend, RuntimeError, saying why, for one that is not there.
-    """
+def missing(name: str) -> str | None:
+    """Why a backend is not available on this machine; None if it is."""
     from collage.backends import cpu
 
+    if name == "cpu" and cpu.native is None:
+        return cpu.MISSING
+    if name == "triton" and find_spec("triton") is None:
+        return "Triton is not installed; torch's builds for GPUs bring it (or pip install triton)"
+    if name == "triton" and not torch.cuda.is_available() and not interpreted():
+        return "torch sees no GPU: torch.cuda.is_available() is False"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def require(name: str) -> None:
+    """Raise ValueError for an unknown backend, RuntimeError, saying why, for one that is not there."""
     if name not in BACKENDS:
         raise ValueError(f"backend: unknown {name!r}; known: {', '.join(BACKENDS)}")
-    if name == "cpu" and cpu.native is None:
-        raise RuntimeError(f"backend: 'cpu' is not available: {cpu.MISSING}")
-    return cpu.MISSING if name == "auto" and cpu.native is None else None
+    reason = missing(name)
+    if reason:
+        raise RuntimeError(f"backend: {name!r} is not available: {reason}")
+
+
+def fastest(device: torch.device) -> str:
+    """The backend with kernels for a device, whether or not it is available."""
+    return {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
 
 
 def choose(name: str, device: torch.device) -> Backend:
     """The backend of that name for tensors on a device. "auto" takes the fastest there is."""
     from collage.backends import cpu, reference
 
-    if name == "cpu" and device.type != "cpu":
+    wanted = fastest(device) if name == "auto" else name
+    if name == "auto" and missing(wanted):
+        wanted = "reference"
+    if wanted == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' cannot update parameters on {device}; use 'auto' or 'reference'")
-    native = name != "reference" and device.type == "cpu" and cpu.native is not None
-    return cpu if native else reference
+    if wanted == "triton":
+        if device.type == "cpu" and not interpreted():
+            raise ValueError("backend: 'triton' cannot update parameters on cpu; move them to a GPU or use 'auto'")
+        from collage.backends import triton  # takes its time
+
+        return triton
+    return cpu if wanted == "cpu" else reference

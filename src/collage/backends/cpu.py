@@ -32,6 +32,7 @@ def _load() -> Any:
 
 
 native = _load()
+FOLDS_ON_DEVICE = False
 GRADIENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 

@@ -25,7 +25,8 @@ _device, _dtype, _is_cpu = map(attrgetter, ("device", "dtype", "is_cpu"))
 NAME = "collage::step_"
 SCHEMA = (
     "(Tensor(a!)[] planes, Tensor[] grads, Tensor(b!)[] steps, Tensor(c!) sums, Tensor lr, str rule, "
-    "str strategy, str backend, int[] keys, int[] regions, float[] hyper, int seed, bool maximize) -> ()"
+    "str strategy, str backend, int[] keys, int[] regions, float[] hyper, int seed, bool maximize, "
+    "bool capturable) -> ()"
 )
 
 
@@ -43,29 +44,35 @@ def step_(
     hyper: Sequence[float],
     seed: int,  # signed 64-bit
     maximize: bool,
+    capturable: bool,  # read t and lr where they are, if the backend can: nothing waits for the device
 ) -> None:
     """One step of all parameters of one group and strategy."""
-    whole = Batch(
-        RULES[rule], Strategy.parse(strategy), float(lr), tuple(hyper), maximize, seed % 2**64, planes, grads,
-        _count_up(steps), [key % 2**64 for key in keys], _regions(regions), list(sums),
-    )  # fmt: skip
     kinds = list(zip(map(_device, grads), map(_dtype, grads), strict=True))
-    for kind in dict.fromkeys(kinds):
-        positions = [k for k, other in enumerate(kinds) if other == kind]
-        choose(backend, kind[0]).step(whole.take(positions))
+    backends = {kind: choose(backend, kind[0]) for kind in dict.fromkeys(kinds)}
+    on_device = capturable and all(chosen.FOLDS_ON_DEVICE for chosen in backends.values())
+    _count_up(steps)
+    whole = Batch(
+        RULES[rule], Strategy.parse(strategy), lr if on_device else float(lr), tuple(hyper), maximize, seed % 2**64,
+        planes, grads, [] if on_device else _numbers(steps), [key % 2**64 for key in keys], _regions(regions),
+        list(sums), steps if on_device else (),
+    )  # fmt: skip
+    for kind, chosen in backends.items():
+        chosen.step(whole.take([k for k, other in enumerate(kinds) if other == kind]))
 
 
-def _count_up(steps: Sequence[Tensor]) -> list[int]:
-    """Every counter plus one. Before anything else is written, so that what cannot be counted is not updated either."""
-    counters = list(steps)
-    if set(map(_dtype, counters)) - {torch.int64} or any(map(Tensor.dim, counters)):
+def _count_up(steps: Sequence[Tensor]) -> None:
+    """Before anything else is written, so that what cannot be counted is not updated either."""
+    if set(map(_dtype, steps)) - {torch.int64} or any(map(Tensor.dim, steps)):
         raise ValueError("step: needs a 0-d int64 tensor in each parameter's state; it was replaced by hand")
-    if native is not None and all(map(_is_cpu, counters)):
-        increment_version(counters)
-        numbers: list[int] = native.count_up(list(map(Tensor.data_ptr, counters)))
-        return numbers
-    torch._foreach_add_(counters, 1)
-    return [int(counter) for counter in counters]
+    if native is not None and all(map(_is_cpu, steps)):
+        increment_version(list(steps))
+        native.count_up(list(map(Tensor.data_ptr, steps)))
+    else:
+        torch._foreach_add_(list(steps), 1)
+
+
+def _numbers(steps: Sequence[Tensor]) -> list[int]:
+    return [int(step) for step in steps]
 
 
 def _regions(numbers: Sequence[int]) -> list[Region]:

@@ -18,6 +18,7 @@ from collage.formats import Planes
 from collage.rules import Rule
 from collage.strategies import Strategy
 
+FOLDS_ON_DEVICE = False
 CHUNK = 1 << 15  # elements, a multiple of BLOCK: stays in cache, and below what torch splits over threads
 BLOCK = 1024  # elements summed by pairwise halving
 SUMS = ("dot", "dot_visible", "norm2", "nonzero", "lost")

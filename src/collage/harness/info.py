@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import collage
+from collage import backends
 from collage.backends import cpu
 from collage.strategies import ALIASES, STRATEGIES
 
@@ -43,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
         if cpu.native is not None
         else f"cpu is missing: {cpu.MISSING}"
     )
-    screen.print(f"backends: {native}; reference (plain PyTorch, any device)", highlight=False, soft_wrap=True)
+    reason = backends.missing("triton")
+    gpu = f"triton is missing: {reason}" if reason else "triton (GPU kernels)"
+    screen.print(f"backends: {native}; {gpu}; reference (plain PyTorch, any device)", highlight=False, soft_wrap=True)
     screen.print(_strategies())
     screen.print("Use it when you want", highlight=False)
     for name, when in USE_WHEN.items():

@@ -24,9 +24,11 @@ class Rule(NamedTuple):
     slots: (state prefix, slot of the strategy) pairs, theta first.
     update: (slots' numbers, gradient, constants) -> Advance.
     fold: (lr, hyper-parameters, step from 1, dtype of the arithmetic) -> constants, as floats.
+    constants: how many they are in a kernel's row.
     """
 
     name: str
     slots: tuple[tuple[str, str], ...]
     update: Callable[[tuple[Accumulator, ...], Tensor, Any], Advance]
     fold: Callable[[float, Sequence[float], int, torch.dtype], Any]
+    constants: int

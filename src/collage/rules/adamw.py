@@ -31,4 +31,4 @@ def fold(lr: float, hyper: Sequence[float], step: int, dtype: torch.dtype) -> Co
     return constants.fold(lr, (beta1, beta2), eps, weight_decay, step, dtype)
 
 
-ADAMW = Rule("adamw", (("param", "param"), ("exp_avg", "momentum"), ("exp_avg_sq", "variance")), update, fold)
+ADAMW = Rule("adamw", (("param", "param"), ("exp_avg", "momentum"), ("exp_avg_sq", "variance")), update, fold, 9)

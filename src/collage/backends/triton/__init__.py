@@ -13,38 +13,39 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from collage.backends import Batch, reference
-from collage.backends.triton import walk
-from collage.backends.triton.formats import CODES
+from collage.backends import Batch, Region, reference
+from collage.backends.triton import fold, walk
+from collage.backends.triton.formats import CODES, MASKED, STRIDED
 from collage.backends.triton.rules import RULES
 from collage.formats import Planes
-from collage.rng import bases
+from collage.rng import bases, mix64, signed
 from collage.strategies import Strategy
 
 BLOCK: int = walk.BLOCK.value
+FOLDS_ON_DEVICE = True
 GRADIENTS = {torch.float32: CODES["fp32"], torch.bfloat16: CODES["bf16"], torch.float16: CODES["fp16"]}
+WARP = 64 if torch.version.hip else 32
+OPTIONS = {"num_warps": BLOCK // WARP // 8, "enable_fp_fusion": False}  # 8 elements a thread: 16 bytes of bfloat16
 
 
 def step(batch: Batch) -> None:
     """Carry out the batch in one launch. Does not wait for the device, unless it is measured."""
-    numel = [grad.numel() for grad in batch.grads]
-    blocks = [-(-n // BLOCK) for n in numel]
-    device = batch.grads[0].device
-    if sum(blocks) == 0:
+    first = list(accumulate((-(-grad.numel() // BLOCK) for grad in batch.grads), initial=0))
+    if first[-1] == 0:
         return
     increment_version(batch.planes)  # as any in-place operation would
-    first = list(accumulate(blocks, initial=0))
-    table, shapes, constants = _tables(batch, numel, first)
-    owner = torch.repeat_interleave(torch.tensor(blocks)).to(torch.int32)
-    measured = len(batch.sums) > 0
-    sums = torch.empty(sum(blocks) if measured else 0, 5, dtype=torch.float64, device=device)
-    walk.step[(sum(blocks),)](
-        _to(device, table), owner.to(device), _to(device, shapes), _to(device, constants), sums,
-        **_constant_arguments(batch), MEASURED=measured, num_warps=4, enable_fp_fusion=False,
+    device, measured = batch.grads[0].device, len(batch.sums) > 0
+    rows, shapes = _table(batch, first)
+    owner = torch.repeat_interleave(torch.tensor(first).diff()).to(torch.int32)
+    sums = torch.empty(first[-1] if measured else 0, 5, dtype=torch.float64, device=device)
+    constants, streams = _fold(batch, device) if batch.counters else _folded(batch, device)
+    walk.step[(first[-1],)](
+        _to(device, rows), _to(device, owner), _to(device, shapes), constants, streams, sums,
+        **_compiled_for(batch), REST=_rest(shapes), MEASURED=measured, **OPTIONS,
     )  # fmt: skip
     if measured:
-        totals = torch.stack(list(batch.sums)).to(device)
-        walk.add_up[(len(numel),)](sums, torch.tensor(first, device=device), totals, num_warps=1)
+        totals = _to(device, torch.stack(list(batch.sums)))
+        walk.add_up[(len(batch.grads),)](sums, _to(device, torch.tensor(first)), totals, **OPTIONS)
         for own, total in zip(batch.sums, totals.cpu(), strict=True):
             own.copy_(total)
 
@@ -54,41 +55,90 @@ def broken(strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int:
     return reference.broken(strategy, params)
 
 
-def _constant_arguments(batch: Batch) -> dict[str, Any]:
-    """What a kernel is compiled for."""
+def _compiled_for(batch: Batch) -> dict[str, Any]:
+    """What makes one kernel differ from another."""
     theta, m, v = (CODES[name] for name in (batch.strategy.param, batch.strategy.momentum, batch.strategy.variance))
     return {
-        "UPDATE": RULES[batch.rule.name], "CONSTANTS": len(batch.constants(1).row()), "THETA": theta, "M": m, "V": v,
+        "UPDATE": RULES[batch.rule.name], "CONSTANTS": batch.rule.constants, "THETA": theta, "M": m, "V": v,
         "GRADIENT": GRADIENTS[batch.grads[0].dtype], "NARROW": batch.strategy.arithmetic == "bfloat16",
         "MAXIMIZE": batch.maximize, "RANDOM": batch.strategy.stochastic,
     }  # fmt: skip
 
 
-def _tables(batch: Batch, numel: list[int], first: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(a row of `walk.COLUMNS` per tensor, sizes and strides that rows point into, rows of constants)."""
-    steps = {step: k for k, step in enumerate(dict.fromkeys(batch.steps))}
-    streams = bases(batch.seed, batch.steps, batch.keys) if batch.keys else [0] * len(numel)
+def _folded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(constants, stream of random bits) of every tensor, folded on the host."""
+    rows = {step: batch.constants(step).row() for step in set(batch.steps)}
+    streams = bases(batch.seed, batch.steps, batch.keys) if batch.keys else []
+    return (
+        _to(device, torch.tensor([rows[step] for step in batch.steps], dtype=torch.float32)),
+        _to(device, torch.tensor(list(map(signed, streams)), dtype=torch.int64)),
+    )
+
+
+def _fold(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same, folded on the device from its own step and lr."""
+    n = len(batch.counters)
+    constants = torch.empty(n, batch.rule.constants, dtype=torch.float32, device=device)
+    streams = torch.empty(n if batch.keys else 0, dtype=torch.int64, device=device)
+    fold.fold[(n,)](
+        _to(device, torch.tensor([counter.data_ptr() for counter in batch.counters])),
+        _to(device, torch.tensor(list(map(signed, batch.keys)), dtype=torch.int64)),
+        _to(device, torch.tensor([signed(mix64(batch.seed))])),
+        _to(device, torch.as_tensor(batch.lr, dtype=torch.float64)),
+        _to(device, torch.tensor(list(batch.hyper), dtype=torch.float64)), constants, streams,
+        FOLD=fold.FOLDS[batch.rule.name], CONSTANTS=batch.rule.constants,
+        NARROW=batch.strategy.arithmetic == "bfloat16", RANDOM=batch.strategy.stochastic, **OPTIONS,
+    )  # fmt: skip
+    return constants, streams
+
+
+def _table(batch: Batch, first: list[int]) -> tuple[Tensor, Tensor]:
+    """(a row per tensor, as walk.py describes it; sizes and strides that rows point into)."""
     shapes: list[int] = [0]
     rows = []
     for k, grad in enumerate(batch.grads):
-        own = _own(batch, k)
-        tensors = [*(t for t in own if t is not None), grad]
-        addresses = [0 if t is None else t.data_ptr() for t in (*own, grad)]
-        layout, dims = len(shapes), 0
-        if not all(map(Tensor.is_contiguous, tensors)):
-            dims = grad.dim()
-            shapes += [*grad.shape, *chain.from_iterable((t if t is not None else grad).stride() for t in (*own, grad))]
-        region, region_dims = len(shapes), 0
-        if batch.regions:
-            region_dims = len(batch.regions[k].sizes)
-            shapes += chain.from_iterable(batch.regions[k])
-        whole = not dims and not region_dims and not any(address % 16 for address in addresses)
-        base = streams[k] - 2**64 if streams[k] >= 2**63 else streams[k]
-        rows.append(
-            [*addresses, numel[k], first[k], steps[batch.steps[k]], base, int(whole), layout, dims, region, region_dims]
+        tensors = [*_own(batch, k), grad]
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        layout = _layout(tensors, grad)
+        offset, region = _place(batch.regions[k]) if batch.regions else (0, [])
+        aligned = not layout and not region and not any(address % 16 for address in addresses)
+        places = [len(shapes), len(layout) // (walk.TENSORS + 1), len(shapes) + len(layout), len(region) // 2]
+        rows.append([*addresses, grad.numel(), first[k], k, offset, int(aligned), *places])
+        shapes += [*layout, *region]
+    return torch.tensor(rows), torch.tensor(shapes)
+
+
+def _rest(shapes: Tensor) -> int:
+    way: int = (STRIDED if len(shapes) > 1 else MASKED).value
+    return way
+
+
+def _layout(tensors: list[Tensor | None], grad: Tensor) -> list[int]:
+    """Sizes, then the strides of every tensor; nothing if all are contiguous."""
+    present = [grad if t is None else t for t in tensors]
+    if all(map(Tensor.is_contiguous, present)):
+        return []
+    _require_small(grad)
+    return [*grad.shape, *chain.from_iterable(map(Tensor.stride, present))]
+
+
+def _place(region: Region) -> tuple[int, list[int]]:
+    """(index of the first element in the unsharded tensor, sizes and strides there; none if it is one run)."""
+    offset = sum(start * stride for start, stride in zip(region.starts, region.strides, strict=True))
+    run = 1
+    for size, stride in reversed(list(zip(region.sizes, region.strides, strict=True))):
+        if size != 1 and stride != run:
+            return offset, [*region.sizes, *region.strides]
+        run *= size
+    return offset, []
+
+
+def _require_small(tensor: Tensor) -> None:
+    if tensor.numel() >= 2**31:
+        raise ValueError(
+            f"params: a tensor of {tensor.numel()} elements that is not contiguous; from 2**31 on the Triton backend "
+            "needs contiguous ones (p.data = p.data.contiguous()), or use backend='reference'"
         )
-    constants = [batch.constants(step).row() for step in steps]
-    return torch.tensor(rows), torch.tensor(shapes), torch.tensor(constants, dtype=torch.float32)
 
 
 def _own(batch: Batch, k: int) -> list[Tensor | None]:
@@ -101,6 +151,14 @@ def _own(batch: Batch, k: int) -> list[Tensor | None]:
     return own
 
 
+_kept: list[Tensor] = []  # what captured graphs read again at every replay
+
+
 def _to(device: torch.device, table: Tensor) -> Tensor:
     """On the device, without waiting for it."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    if device.type != "cuda" or table.device.type != "cpu":
+        return table.to(device)
+    pinned = table.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _kept.append(pinned)
+    return pinned.to(device, non_blocking=True)

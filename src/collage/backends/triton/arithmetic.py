@@ -65,8 +65,7 @@ def rn(x, NARROW: tl.constexpr):
     """A float32 in a register of the arithmetic."""
     if NARROW:
         return bf16_value(bf16_code(x))
-    else:
-        return x
+    return x
 
 
 @triton.jit

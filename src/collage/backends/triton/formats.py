@@ -10,13 +10,21 @@ import triton
 import triton.language as tl
 
 from collage.backends.triton.arithmetic import (
-    bf16_code, bf16_stochastic_code, bf16_value, fp16_code, is_finite,
+    bf16_code,
+    bf16_stochastic_code,
+    bf16_value,
+    fp16_code,
+    is_finite,
 )  # fmt: skip
 from collage.backends.triton.numbers import EXPANDED, KAHAN, PAPER, REGISTER, parts
 
 SINGLE, PAIR, MASTER, COMPENSATED = (tl.constexpr(kind) for kind in range(4))
 FP32, BF16, FP16 = (tl.constexpr(4 * component) for component in range(3))
 STOCHASTIC = tl.constexpr(16)
+
+# Ways to the elements of a block: all there, in order, aligned to 16 bytes (so a thread moves 16 bytes at once); in
+# order under a mask; by sizes and strides.
+WHOLE, MASKED, STRIDED = (tl.constexpr(way) for way in range(3))
 
 CODES = {
     "fp32": SINGLE.value + FP32.value,
@@ -31,48 +39,46 @@ CODES = {
 
 
 @triton.jit
-def read(plane, offsets, mask, COMPONENT: tl.constexpr, FULL: tl.constexpr):
-    """A plane's elements as float32. FULL: whole aligned blocks, 16 bytes per thread and access."""
+def read(plane, offsets, mask, COMPONENT: tl.constexpr, WAY: tl.constexpr):
+    """A plane's elements as float32."""
     if COMPONENT == FP32:
         pointer = plane.to(tl.pointer_type(tl.float32))
     elif COMPONENT == FP16:
         pointer = plane.to(tl.pointer_type(tl.float16))
     else:
         pointer = plane.to(tl.pointer_type(tl.int16))
-    if FULL:
+    if WAY == WHOLE:
         x = tl.load(tl.multiple_of(pointer, 16) + offsets)
     else:
         x = tl.load(pointer + offsets, mask=mask, other=0)
     if COMPONENT == BF16:
         return bf16_value(x.to(tl.int32))
-    else:
-        return x.to(tl.float32)
+    return x.to(tl.float32)
 
 
 @triton.jit
-def write(plane, offsets, mask, code, COMPONENT: tl.constexpr, FULL: tl.constexpr):
+def write(plane, offsets, mask, code, COMPONENT: tl.constexpr, WAY: tl.constexpr):
     if COMPONENT == FP32:
         pointer = plane.to(tl.pointer_type(tl.float32))
         x = code
     else:
         pointer = plane.to(tl.pointer_type(tl.int16))
         x = code.to(tl.int16)
-    if FULL:
+    if WAY == WHOLE:
         tl.store(tl.multiple_of(pointer, 16) + offsets, x)
     else:
         tl.store(pointer + offsets, x, mask=mask)
 
 
 @triton.jit
-def load(planes, first, other, mask, FORMAT: tl.constexpr, FULL: tl.constexpr):
+def load(planes, first, other, mask, FORMAT: tl.constexpr, WAY: tl.constexpr):
     """Both planes; a format with one has it twice. planes: their addresses; first, other: offsets into them."""
-    hi = read(tl.load(planes), first, mask, FORMAT % 16 // 4 * 4, FULL)
+    hi = read(tl.load(planes), first, mask, FORMAT % 16 // 4 * 4, WAY)
     if FORMAT % 4 == SINGLE:
         return hi, hi
-    elif FORMAT % 4 == MASTER:
-        return hi, read(tl.load(planes + 1), other, mask, FP32, FULL)
-    else:
-        return hi, read(tl.load(planes + 1), other, mask, BF16, FULL)
+    if FORMAT % 4 == MASTER:
+        return hi, read(tl.load(planes + 1), other, mask, FP32, WAY)
+    return hi, read(tl.load(planes + 1), other, mask, BF16, WAY)
 
 
 @triton.jit
@@ -80,24 +86,22 @@ def kind_of(FORMAT: tl.constexpr, NARROW: tl.constexpr):
     """The kind of number that a format is in the registers of an arithmetic."""
     if FORMAT % 4 == COMPENSATED:
         return KAHAN
-    elif FORMAT % 4 != PAIR:
+    if FORMAT % 4 != PAIR:
         return REGISTER
-    elif NARROW:
+    if NARROW:
         return PAPER
-    else:
-        return EXPANDED
+    return EXPANDED
 
 
 @triton.jit
 def rounded(x, random, COMPONENT: tl.constexpr, FORMAT: tl.constexpr):
     if COMPONENT == FP32:
         return x
-    elif COMPONENT == FP16:
+    if COMPONENT == FP16:
         return fp16_code(x)
-    elif FORMAT >= STOCHASTIC:
+    if FORMAT >= STOCHASTIC:
         return bf16_stochastic_code(x, random)
-    else:
-        return bf16_code(x)
+    return bf16_code(x)
 
 
 @triton.jit
@@ -106,12 +110,11 @@ def encode(a, b, random, KIND: tl.constexpr, FORMAT: tl.constexpr):
     if FORMAT % 4 == SINGLE:
         code = rounded(a, random, FORMAT % 16 // 4 * 4, FORMAT)
         return code, code
-    elif FORMAT % 4 == MASTER:
+    if FORMAT % 4 == MASTER:
         return bf16_code(a), a
-    else:
-        hi, rest = parts(a, b, KIND)
-        rest = tl.where(is_finite(hi + rest), rest, 0.0)
-        return bf16_code(hi), rounded(rest, random, BF16, FORMAT)
+    hi, rest = parts(a, b, KIND)
+    rest = tl.where(is_finite(hi + rest), rest, 0.0)
+    return bf16_code(hi), rounded(rest, random, BF16, FORMAT)
 
 
 @triton.jit
@@ -119,7 +122,6 @@ def value_of(code, COMPONENT: tl.constexpr):
     """The float32 of a code that `encode` made."""
     if COMPONENT == BF16:
         return bf16_value(code)
-    elif COMPONENT == FP16:
+    if COMPONENT == FP16:
         return code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        return code
+    return code

@@ -17,8 +17,7 @@ REGISTER, EXPANDED, PAPER, KAHAN = (tl.constexpr(kind) for kind in range(4))
 def value(a, b, KIND: tl.constexpr):
     if KIND == EXPANDED:
         return b + a
-    else:
-        return a
+    return a
 
 
 @triton.jit
@@ -26,19 +25,17 @@ def scaled(a, b, hi, lo, KIND: tl.constexpr, NARROW: tl.constexpr):
     """Times a constant, the expansion (hi, lo). Its kind is `scaled_kind`."""
     if KIND == PAPER:
         return scale(a, b, hi, lo)
-    elif KIND == KAHAN:
+    if KIND == KAHAN:
         return mul(a, hi, NARROW), b
-    else:
-        x = mul(value(a, b, KIND), hi, NARROW)
-        return x, x
+    x = mul(value(a, b, KIND), hi, NARROW)
+    return x, x
 
 
 @triton.jit
 def scaled_kind(KIND: tl.constexpr):
     if KIND == EXPANDED:
         return REGISTER
-    else:
-        return KIND
+    return KIND
 
 
 @triton.jit
@@ -47,15 +44,14 @@ def grown(a, b, delta, KIND: tl.constexpr, NARROW: tl.constexpr):
         r = b + delta  # lo first: in one float32 sum the last component would see nothing
         h = rn(a + r, True)
         return h, (a - h) + r
-    elif KIND == PAPER:
+    if KIND == PAPER:
         return grow(a, b, delta)
-    elif KIND == KAHAN:
+    if KIND == KAHAN:
         y = add(delta, b, NARROW)
         s = add(a, y, NARROW)
         return s, add(sub(a, s, NARROW), y, NARROW)
-    else:
-        x = add(a, delta, NARROW)
-        return x, x
+    x = add(a, delta, NARROW)
+    return x, x
 
 
 @triton.jit
@@ -64,5 +60,4 @@ def parts(a, b, KIND: tl.constexpr):
     if KIND == REGISTER:
         hi = rn(a, True)
         return hi, a - hi
-    else:
-        return a, b
+    return a, b

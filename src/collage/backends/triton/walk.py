@@ -8,49 +8,75 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from collage.backends.triton.formats import BF16, FP32, MASTER, SINGLE, encode, kind_of, load, read, value_of, write
 from collage.backends.triton.arithmetic import rn
+from collage.backends.triton.formats import (
+    BF16,
+    FP32,
+    MASTER,
+    SINGLE,
+    STRIDED,
+    WHOLE,
+    encode,
+    kind_of,
+    load,
+    read,
+    value_of,
+    write,
+)  # fmt: skip
 from collage.backends.triton.numbers import scaled_kind
-from collage.backends.triton.random import bits, words
+from collage.backends.triton.random import bits, words, words_of_run
 
 BLOCK = tl.constexpr(1024)
-WIDTH = 7  # tensors that an element lies in: two planes per slot, and the gradient
-COLUMNS = ("plane",) * 6 + ("grad", "numel", "first_block", "row", "base", "whole", "layout", "dims", "region", "region_dims")
-GRAD, NUMEL, FIRST, ROW, BASE, WHOLE, LAYOUT, DIMS, REGION, REGION_DIMS = (tl.constexpr(k) for k in range(6, 16))
-COUNT = tl.constexpr(16)
+
+# A row of the table, all int64: addresses of two planes per slot and of the gradient; elements; number of the first
+# block; which row of constants and stream of random bits; index of the first element in the unsharded tensor; whether
+# the tensors are contiguous and begin at multiples of 16 bytes; where in `shapes` sizes and strides stand, and how many
+# dimensions (none: contiguous); the same of the place in the unsharded tensor (none: one run of it).
+TENSORS = 7
+GRAD, NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS = (tl.constexpr(k) for k in range(6, 16))
+COLUMNS = tl.constexpr(16)
 
 
 @triton.jit
 def step(
-    table, blocks, shapes, constants, sums,
+    table, blocks, shapes, constants, streams, sums,
     UPDATE: tl.constexpr, CONSTANTS: tl.constexpr, THETA: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-    GRADIENT: tl.constexpr, NARROW: tl.constexpr, MAXIMIZE: tl.constexpr, RANDOM: tl.constexpr, MEASURED: tl.constexpr,
+    GRADIENT: tl.constexpr, NARROW: tl.constexpr, MAXIMIZE: tl.constexpr, RANDOM: tl.constexpr, REST: tl.constexpr,
+    MEASURED: tl.constexpr,
 ):  # fmt: skip
-    """One step of all elements of all tensors. sums: [programs, 5] float64, if measured."""
+    """One step of all elements of all tensors.
+
+    sums: [programs, 5] float64, if measured. REST: the way to what is not a whole block, MASKED or STRIDED.
+    """
     program = tl.program_id(0)
-    row = table + tl.load(blocks + program).to(tl.int64) * COUNT
+    row = table + tl.load(blocks + program).to(tl.int64) * COLUMNS
     begin = (program - tl.load(row + FIRST)) * BLOCK
     c = constants + tl.load(row + ROW) * CONSTANTS
+    stream = streams + tl.load(row + ROW)
     out = sums + program.to(tl.int64) * 5
-    if (tl.load(row + WHOLE) != 0) & (begin + BLOCK <= tl.load(row + NUMEL)):
-        block(row, begin, shapes, c, out, UPDATE, THETA, M, V, GRADIENT, NARROW, MAXIMIZE, RANDOM, MEASURED, True)
+    if (tl.load(row + ALIGNED) != 0) & (begin + BLOCK <= tl.load(row + NUMEL)):
+        block(
+            row, begin, shapes, c, stream, out, UPDATE, THETA, M, V, GRADIENT, NARROW, MAXIMIZE, RANDOM, MEASURED, WHOLE
+        )
     else:
-        block(row, begin, shapes, c, out, UPDATE, THETA, M, V, GRADIENT, NARROW, MAXIMIZE, RANDOM, MEASURED, False)
+        block(
+            row, begin, shapes, c, stream, out, UPDATE, THETA, M, V, GRADIENT, NARROW, MAXIMIZE, RANDOM, MEASURED, REST
+        )
 
 
 @triton.jit
 def block(
-    row, begin, shapes, c, out,
+    row, begin, shapes, c, stream, out,
     UPDATE: tl.constexpr, THETA: tl.constexpr, M: tl.constexpr, V: tl.constexpr, GRADIENT: tl.constexpr,
-    NARROW: tl.constexpr, MAXIMIZE: tl.constexpr, RANDOM: tl.constexpr, MEASURED: tl.constexpr, FULL: tl.constexpr,
+    NARROW: tl.constexpr, MAXIMIZE: tl.constexpr, RANDOM: tl.constexpr, MEASURED: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
-    """One block. FULL: every element is there, in order, and every plane begins at a multiple of 16 bytes."""
+    """One block."""
     at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
     mask = at < tl.load(row + NUMEL)
-    t_hi, t_lo = load_slot(row, 0, at, mask, shapes, THETA, FULL)
-    m_hi, m_lo = load_slot(row, 1, at, mask, shapes, M, FULL)
-    v_hi, v_lo = load_slot(row, 2, at, mask, shapes, V, FULL)
-    raw = read(tl.load(row + GRAD), place(row, 6, at, shapes, FULL), mask, GRADIENT, FULL)
+    t_hi, t_lo = load_slot(row, 0, at, mask, shapes, THETA, WAY)
+    m_hi, m_lo = load_slot(row, 1, at, mask, shapes, M, WAY)
+    v_hi, v_lo = load_slot(row, 2, at, mask, shapes, V, WAY)
+    raw = read(tl.load(row + GRAD), place(row, 6, at, shapes, WAY), mask, GRADIENT, WAY)
     g = rn(-raw if MAXIMIZE else raw, NARROW)
     t_a, t_b = number(t_hi, t_lo, THETA)
     m_a, m_b = number(m_hi, m_lo, M)
@@ -60,10 +86,10 @@ def block(
     )
     word = at
     if RANDOM:
-        word = words(tl.load(row + BASE).to(tl.uint64, bitcast=True), index(row, at, shapes, FULL))
-    new_hi, new_lo = store_slot(row, 0, at, mask, shapes, t_a, t_b, word, kind_of(THETA, NARROW), THETA, RANDOM, FULL)
-    store_slot(row, 1, at, mask, shapes, m_a, m_b, word, scaled_kind(kind_of(M, NARROW)), M, RANDOM, FULL)
-    store_slot(row, 2, at, mask, shapes, v_a, v_b, word, scaled_kind(kind_of(V, NARROW)), V, RANDOM, FULL)
+        word = random_words(row, stream, begin, at, shapes, WAY)
+    new_hi, new_lo = store_slot(row, 0, at, mask, shapes, t_a, t_b, word, kind_of(THETA, NARROW), THETA, RANDOM, WAY)
+    store_slot(row, 1, at, mask, shapes, m_a, m_b, word, scaled_kind(kind_of(M, NARROW)), M, RANDOM, WAY)
+    store_slot(row, 2, at, mask, shapes, v_a, v_b, word, scaled_kind(kind_of(V, NARROW)), V, RANDOM, WAY)
     if MEASURED:
         measure(out, mask, delta, t_hi, t_lo, new_hi, new_lo, THETA)
 
@@ -73,72 +99,68 @@ def number(hi, lo, FORMAT: tl.constexpr):
     """Planes as a number: for a master weight that is the second plane alone."""
     if FORMAT % 4 == MASTER:
         return lo, lo
-    else:
-        return hi, lo
+    return hi, lo
 
 
 @triton.jit
-def load_slot(row, SLOT: tl.constexpr, at, mask, shapes, FORMAT: tl.constexpr, FULL: tl.constexpr):
-    first = place(row, 2 * SLOT, at, shapes, FULL)
-    return load(row + 2 * SLOT, first, place(row, 2 * SLOT + 1, at, shapes, FULL), mask, FORMAT, FULL)
+def load_slot(row, SLOT: tl.constexpr, at, mask, shapes, FORMAT: tl.constexpr, WAY: tl.constexpr):
+    first = place(row, 2 * SLOT, at, shapes, WAY)
+    return load(row + 2 * SLOT, first, place(row, 2 * SLOT + 1, at, shapes, WAY), mask, FORMAT, WAY)
 
 
 @triton.jit
 def store_slot(
     row, SLOT: tl.constexpr, at, mask, shapes, a, b, word,
-    KIND: tl.constexpr, FORMAT: tl.constexpr, RANDOM: tl.constexpr, FULL: tl.constexpr,
+    KIND: tl.constexpr, FORMAT: tl.constexpr, RANDOM: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     """Round a number into its planes. Returns what they now hold, as float32."""
     random = bits(word, SLOT) if RANDOM else at
     hi, lo = encode(a, b, random, KIND, FORMAT)
-    write(tl.load(row + 2 * SLOT), place(row, 2 * SLOT, at, shapes, FULL), mask, hi, FORMAT % 16 // 4 * 4, FULL)
+    write(tl.load(row + 2 * SLOT), place(row, 2 * SLOT, at, shapes, WAY), mask, hi, FORMAT % 16 // 4 * 4, WAY)
     new_hi = value_of(hi, FORMAT % 16 // 4 * 4)
     if FORMAT % 4 == SINGLE:
         return new_hi, new_hi
-    else:
-        other = place(row, 2 * SLOT + 1, at, shapes, FULL)
-        if FORMAT % 4 == MASTER:
-            write(tl.load(row + 2 * SLOT + 1), other, mask, lo, FP32, FULL)
-            return new_hi, lo
-        else:
-            write(tl.load(row + 2 * SLOT + 1), other, mask, lo, BF16, FULL)
-            return new_hi, value_of(lo, BF16)
+    other = place(row, 2 * SLOT + 1, at, shapes, WAY)
+    if FORMAT % 4 == MASTER:
+        write(tl.load(row + 2 * SLOT + 1), other, mask, lo, FP32, WAY)
+        return new_hi, lo
+    write(tl.load(row + 2 * SLOT + 1), other, mask, lo, BF16, WAY)
+    return new_hi, value_of(lo, BF16)
 
 
 @triton.jit
-def place(row, TENSOR: tl.constexpr, at, shapes, FULL: tl.constexpr):
+def place(row, TENSOR: tl.constexpr, at, shapes, WAY: tl.constexpr):
     """Offset of each element in a tensor: in order, or by its sizes and strides."""
-    if FULL:
+    if WAY != STRIDED:
         return at
-    else:
-        sizes = shapes + tl.load(row + LAYOUT)
-        dims = tl.load(row + DIMS)
-        offset = tl.where(dims == 0, at, 0)
-        rest = at
-        for k in range(dims):
-            d = dims - 1 - k
-            size = tl.load(sizes + d)
-            offset += rest % size * tl.load(sizes + dims * (TENSOR + 1) + d)
-            rest = rest // size
-        return offset
+    dims = tl.load(row + DIMS)
+    sizes = shapes + tl.load(row + LAYOUT)
+    return dot(at, dims, sizes, sizes + dims * (TENSOR + 1))
 
 
 @triton.jit
-def index(row, at, shapes, FULL: tl.constexpr):
-    """Row-major index in the unsharded tensor."""
-    if FULL:
-        return at
-    else:
-        sizes = shapes + tl.load(row + REGION)
-        dims = tl.load(row + REGION_DIMS)
-        total = tl.where(dims == 0, at, 0)
-        rest = at
-        for k in range(dims):
-            d = dims - 1 - k
-            size = tl.load(sizes + d)
-            total += (rest % size + tl.load(sizes + dims + d)) * tl.load(sizes + 2 * dims + d)
-            rest = rest // size
-        return total
+def dot(at, dims, sizes, strides):
+    """The coordinates of each element times strides. Without dimensions, as it is."""
+    total = tl.where(dims == 0, at, 0)
+    rest = at.to(tl.uint32)  # a 64-bit division would be a call, and cost every path its registers
+    for k in range(dims):
+        d = dims - 1 - k
+        size = tl.load(sizes + d).to(tl.uint32)
+        total += (rest % size).to(tl.int64) * tl.load(strides + d)
+        rest = rest // size
+    return total
+
+
+@triton.jit
+def random_words(row, stream, begin, at, shapes, WAY: tl.constexpr):
+    """32 random bits for each element, by its row-major index in the unsharded tensor."""
+    base = tl.load(stream).to(tl.uint64, bitcast=True)
+    offset = tl.load(row + OFFSET)
+    if WAY != STRIDED:
+        return words_of_run(base, offset + begin, tl.arange(0, BLOCK))
+    dims = tl.load(row + REGION_DIMS)
+    sizes = shapes + tl.load(row + REGION)
+    return words(base, offset + dot(at, dims, sizes, sizes + dims))
 
 
 @triton.jit
