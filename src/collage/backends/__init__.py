@@ -97,13 +97,19 @@ class Batch:
 
 
 class Backend(Protocol):
-    """Carries out a batch, in place; `broken` counts elements of theta whose planes no step could have left."""
+    """Carries out a batch, in place.
+
+    `broken` counts elements of theta whose planes no step could have left. `stream` reads and writes all planes of
+    contiguous tensors without arithmetic: the time below which no step can be.
+    """
 
     FOLDS_ON_DEVICE: bool  # whether it can take t and lr as tensors, and so be captured in a graph
 
     def step(self, batch: Batch) -> None: ...
 
     def broken(self, strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int: ...
+
+    def stream(self, rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None: ...
 
 
 BACKENDS = ("auto", "cpu", "triton", "reference")

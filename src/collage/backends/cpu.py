@@ -105,7 +105,7 @@ def _layouts(batch: Batch) -> list[list[int]]:
 
 
 def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Read and write all planes, contiguous ones, without arithmetic: the time below which no step can be."""
+    """Read and write all planes without arithmetic."""
     stepper(instruction_set(), rule.name, strategy, grads[0].dtype).stream(
         numel=_each(Tensor.numel, grads),
         planes=_each(Tensor.data_ptr, planes),

@@ -47,6 +47,12 @@ def broken(strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int:
     return sum(int(strategy.formats[0].broken(slots[0]).sum()) for slots in params)
 
 
+def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Read all planes and gradients, and write the planes, without arithmetic."""
+    for tensor in (*planes, *grads):
+        tensor.copy_(tensor.clone())
+
+
 def advance(
     rule: Rule,
     strategy: Strategy,

@@ -18,7 +18,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from collage.backends import cpu
+from collage.backends import cpu, fastest, missing
 from collage.harness import bench_plot
 from collage.harness.bench_rows import DEFAULT, A, Contestant, D, Row, Shapes, arrived, rows
 from collage.harness.console import bar, progress
@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="even",
         help="four equal tensors, tensors of 1,000 elements, or a real model's (--params is then the model's own)",
     )
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also AMD's GPUs (default: %(default)s)")
+    add("--plan", action="store_true", help="print what would be measured, the bytes and the floors; measure nothing")
+    add("--bandwidth", type=float, default=2000.0, metavar="GB/S", help="of --plan (default: %(default)g, an A100's)")
     add("--threads", type=int, metavar="N", help=f"of torch and of the kernels (default: {torch.get_num_threads()})")
     add("--strategies", default=",".join(DEFAULT), metavar="NAMES", help="comma-separated (default: %(default)s)")
     add("--rounds", type=int, default=9, metavar="N", help="timings of every row, interleaved (default: %(default)s)")
@@ -79,26 +82,31 @@ def run(args: argparse.Namespace) -> int:
     most = os.cpu_count() or 1
     if args.threads is not None and not 1 <= args.threads <= most:
         raise ValueError(f"--threads: needs 1 to {most}, the cores of this machine, got {args.threads}")
-    if cpu.native is None:
-        raise ValueError(f"bench: the kernels for the CPU are not there: {cpu.MISSING}")
     names = [name.strip() for name in args.strategies.split(",")]
     for name in names:
         Strategy.parse(name)
     shapes = shapes_of(args.shapes, args.params)
     lines = rows(names, not args.no_monitor, not args.no_others, args.extra)
     numel = sum(math.prod(shape) for shape in shapes)
-    require_memory(lines, numel)
+    if args.plan:
+        return show_plan(lines, numel, args)
+    device = torch.device(args.device)
+    reason = missing(fastest(device))
+    if reason or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device: no kernels for {device}: {reason or 'torch sees no GPU'}; --plan needs none")
+    require_memory(lines, numel, device)
     open_folder(args.out)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     screen = Console(width=max(100, Console().width))
     try:
-        result = measure(lines, shapes, args.rounds, screen)
+        with device:
+            result = measure(lines, shapes, args.rounds, screen)
     finally:
         torch.set_num_threads(before)
     result["command"] = (
-        f"collage bench --params {args.params} --shapes {args.shapes} --threads {result['machine']['threads']} "
-        f"--strategies {args.strategies} --rounds {args.rounds}"
+        f"collage bench --device {args.device} --params {args.params} --shapes {args.shapes} "
+        f"--threads {result['machine']['threads']} --strategies {args.strategies} --rounds {args.rounds}"
     )
     (args.out / "bench.json").write_text(json.dumps(jsonable(result), indent=1) + "\n", encoding="utf-8")
     bench_plot.draw(result, args.out / "bench.png")
@@ -117,10 +125,13 @@ def shapes_of(spread: str, params: int) -> Shapes:
     return [tuple(p.shape) for p in model.parameters()]
 
 
-def require_memory(lines: Sequence[Row], numel: int) -> None:
+def require_memory(lines: Sequence[Row], numel: int, device: torch.device) -> None:
     """Raise ValueError if the rows, all alive at once because they are interleaved, do not fit."""
     needed = sum(row.kept for row in lines) * numel
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if device.type == "cuda":
+        free: float = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if needed > 0.9 * free:
         raise ValueError(
             f"--params: all rows together need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; take fewer "
@@ -161,7 +172,7 @@ def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, screen: Console) 
         line["edq_ratio"] = None if row.name.startswith("limit") else arrived(row)
     compare(table)
     return {
-        "machine": machine(torch.float32) | {"instructions": cpu.instruction_set()},
+        "machine": about_machine(),
         "parameters": numel,
         "tensors": len(shapes),
         "rounds": rounds,
@@ -171,12 +182,46 @@ def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, screen: Console) 
     }
 
 
+def about_machine() -> dict[str, str]:
+    """What the rows ran on."""
+    on_gpu = torch.get_default_device().type == "cuda"
+    return machine(torch.float32, on_gpu) | {"kernels": "triton" if on_gpu else cpu.instruction_set()}
+
+
+def show_plan(lines: Sequence[Row], numel: int, args: argparse.Namespace) -> int:
+    """What would be measured, and below which time no step can be."""
+    screen = Console(width=max(100, Console().width))
+    table = Table(
+        header_style="bold", box=SIMPLE, title=f"One step of AdamW, {numel:,} parameters, {args.device}: a plan"
+    )
+    table.add_column("")
+    for header in ("bytes moved\nper parameter", "GB\nper step", f"floor in ms\nat {args.bandwidth:g} GB/s"):
+        table.add_column(header, justify="right")
+    for row in lines:
+        total = row.moved * numel / 1e9
+        table.add_row(row.name, f"{row.moved:g}", f"{total:.2f}", f"{total / args.bandwidth * 1e3:.3f}")
+    screen.print(table)
+    screen.print(
+        f"Nothing was measured. Without --plan: {args.rounds} interleaved rounds of these rows, their medians, and how "
+        f"much of the intended update arrived (EDQ), into {args.out}.", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return 0
+
+
 def seconds(call: Callable[[], Any], calls: int) -> float:
     """Of one call, on average."""
+    wait()
     start = time.perf_counter()
     for _ in range(calls):
         call()
+    wait()
     return (time.perf_counter() - start) / calls
+
+
+def wait() -> None:
+    """Until the device has done all that it was given."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def repeats(contestant: Contestant) -> int:
@@ -218,7 +263,7 @@ def show(result: dict[str, Any], screen: Console) -> None:
     about = result["machine"]
     table = Table(
         title=f"One step of AdamW, {result['parameters']:,} parameters in {tensors}, threads: {about['threads']}, "
-        f"{about['instructions']}",
+        f"{about['kernels']}",
         header_style="bold",
         box=SIMPLE,
         pad_edge=False,

@@ -18,9 +18,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     lines = [line for line in result["rows"] if not line["name"].startswith("limit")]
     own = [line["ns_per_param"] for line in lines if line["name"].partition(",")[0] in plotting.LOOKS]
     about = result["machine"]
-    subtitle = (
-        f"{result['parameters']:,} parameters, {about['cpu']}, {about['threads']} threads, {about['instructions']}"
-    )
+    subtitle = f"{result['parameters']:,} parameters, {about['cpu']}, {about['threads']} threads, {about['kernels']}"
     with plotting.style(LIGHT):
         fig = plotting.figure("A step of the optimizer, ns per parameter", subtitle, LIGHT, 0.5 + 0.32 * len(lines))
         ax = fig.subplots()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import collage
-from collage.backends import cpu
+from collage.backends import choose
 from collage.formats import Master, bytes_per_value
 from collage.strategies import Strategy
 
@@ -39,8 +39,12 @@ class Row(NamedTuple):
 
 
 def parameters(shapes: Shapes, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """Weights N(0, 0.05) rounded to bfloat16, and gradients N(0, 1e-3); the same numbers for every row."""
-    normal = torch.empty(1 << 16).normal_(generator=torch.Generator().manual_seed(0))
+    """Weights N(0, 0.05) rounded to bfloat16, and gradients N(0, 1e-3), on torch's default device.
+
+    The same numbers for every row.
+    """
+    normal = torch.empty(1 << 16, device="cpu").normal_(generator=torch.Generator("cpu").manual_seed(0))
+    normal = normal.to(torch.get_default_device())
 
     def tensor(shape: tuple[int, ...], std: float) -> Tensor:
         n = math.prod(shape)
@@ -85,7 +89,8 @@ def limit(name: str) -> Row:
         opt = collage.AdamW(params, lr=lr, strategy=strategy)
         grads = [torch.zeros_like(param) for param in params]
         planes = [plane for entry in opt.entries() for slot in opt.planes(entry) for plane in slot]
-        return Contestant(params, lambda: cpu.stream(opt.rule, strategy, planes, grads), list)
+        backend = choose("auto", grads[0].device)
+        return Contestant(params, lambda: backend.stream(opt.rule, strategy, planes, grads), list)
 
     held = sum(map(bytes_per_value, strategy.formats))
     return Row(f"limit of {name}", build, 2 * held + strategy.dtype.itemsize, strategy.bytes_per_param())
@@ -197,9 +202,9 @@ def arrived(row: Row, steps: int = 50, lr: float = 1e-5, n: int = 65_536) -> flo
     exact = torch.nn.Parameter(contestant.params[0].detach().double())
     start = exact.detach().clone()
     opt = torch.optim.AdamW([exact], lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0)
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator("cpu").manual_seed(1)
     for _ in range(0, steps, contestant.steps):
-        grad = torch.empty(n).normal_(std=1e-3, generator=g).bfloat16()
+        grad = torch.empty(n, device="cpu").normal_(std=1e-3, generator=g).bfloat16().to(exact.device)
         contestant.params[0].grad.copy_(grad)  # type: ignore[union-attr]
         exact.grad = grad.double()
         contestant.step()

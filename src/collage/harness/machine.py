@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 
-def machine(compute: torch.dtype) -> dict[str, str]:
+def machine(compute: torch.dtype, on_gpu: bool | None = None) -> dict[str, str]:
     """Processor, cores, versions, and the arithmetic of forward and backward."""
+    gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     return {
-        "cpu": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "cpu": torch.cuda.get_device_name() if gpu else _processor(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),

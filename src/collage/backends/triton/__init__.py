@@ -6,6 +6,7 @@ Under TRITON_INTERPRET=1 the same kernels run on tensors of the CPU, which is ho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate, chain
 from typing import Any
 
@@ -19,6 +20,7 @@ from collage.backends.triton.formats import CODES, MASKED, STRIDED
 from collage.backends.triton.rules import RULES
 from collage.formats import Planes
 from collage.rng import bases, mix64, signed
+from collage.rules import Rule
 from collage.strategies import Strategy
 
 BLOCK: int = walk.BLOCK.value
@@ -30,17 +32,16 @@ OPTIONS = {"num_warps": BLOCK // WARP // 8, "enable_fp_fusion": False}  # 8 elem
 
 def step(batch: Batch) -> None:
     """Carry out the batch in one launch. Does not wait for the device, unless it is measured."""
-    first = list(accumulate((-(-grad.numel() // BLOCK) for grad in batch.grads), initial=0))
+    first = _first_blocks(batch.grads)
     if first[-1] == 0:
         return
     increment_version(batch.planes)  # as any in-place operation would
     device, measured = batch.grads[0].device, len(batch.sums) > 0
     rows, shapes = _table(batch, first)
-    owner = torch.repeat_interleave(torch.tensor(first).diff()).to(torch.int32)
     sums = torch.empty(first[-1] if measured else 0, 5, dtype=torch.float64, device=device)
     constants, streams = _fold(batch, device) if batch.counters else _folded(batch, device)
     walk.step[(first[-1],)](
-        _to(device, rows), _to(device, owner), _to(device, shapes), constants, streams, sums,
+        _to(device, rows), _owners(device, first), _to(device, shapes), constants, streams, sums,
         **_compiled_for(batch), REST=_rest(shapes), MEASURED=measured, **OPTIONS,
     )  # fmt: skip
     if measured:
@@ -53,6 +54,27 @@ def step(batch: Batch) -> None:
 def broken(strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int:
     """How many elements of theta, in all parameters' slots, have planes that no step could have left."""
     return reference.broken(strategy, params)
+
+
+def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Read and write all planes without arithmetic."""
+    batch = Batch(rule, strategy, 0.0, (), False, 0, planes, grads, (), (), (), ())
+    device, first = grads[0].device, _first_blocks(grads)
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    formats = {key: value for key, value in _compiled_for(batch).items() if key in ("THETA", "M", "V", "GRADIENT")}
+    rows = _to(device, _table(batch, first)[0])
+    walk.stream[(first[-1],)](rows, _owners(device, first), zero, **formats, **OPTIONS)
+
+
+def _first_blocks(grads: Sequence[Tensor]) -> tuple[int, ...]:
+    """Number of the first block of each tensor, and of all blocks."""
+    return tuple(accumulate((-(-grad.numel() // BLOCK) for grad in grads), initial=0))
+
+
+@cache  # 4 bytes per block, for every set of sizes that steps together
+def _owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
+    """Which tensor each block is of."""
+    return _to(device, torch.repeat_interleave(torch.tensor(first).diff()).to(torch.int32))
 
 
 def _compiled_for(batch: Batch) -> dict[str, Any]:
@@ -92,7 +114,7 @@ def _fold(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     return constants, streams
 
 
-def _table(batch: Batch, first: list[int]) -> tuple[Tensor, Tensor]:
+def _table(batch: Batch, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(a row per tensor, as walk.py describes it; sizes and strides that rows point into)."""
     shapes: list[int] = [0]
     rows = []

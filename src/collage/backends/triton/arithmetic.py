@@ -65,7 +65,8 @@ def rn(x, NARROW: tl.constexpr):
     """A float32 in a register of the arithmetic."""
     if NARROW:
         return bf16_value(bf16_code(x))
-    return x
+    else:
+        return x
 
 
 @triton.jit

@@ -53,7 +53,8 @@ def read(plane, offsets, mask, COMPONENT: tl.constexpr, WAY: tl.constexpr):
         x = tl.load(pointer + offsets, mask=mask, other=0)
     if COMPONENT == BF16:
         return bf16_value(x.to(tl.int32))
-    return x.to(tl.float32)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -76,9 +77,10 @@ def load(planes, first, other, mask, FORMAT: tl.constexpr, WAY: tl.constexpr):
     hi = read(tl.load(planes), first, mask, FORMAT % 16 // 4 * 4, WAY)
     if FORMAT % 4 == SINGLE:
         return hi, hi
-    if FORMAT % 4 == MASTER:
+    elif FORMAT % 4 == MASTER:
         return hi, read(tl.load(planes + 1), other, mask, FP32, WAY)
-    return hi, read(tl.load(planes + 1), other, mask, BF16, WAY)
+    else:
+        return hi, read(tl.load(planes + 1), other, mask, BF16, WAY)
 
 
 @triton.jit
@@ -86,22 +88,24 @@ def kind_of(FORMAT: tl.constexpr, NARROW: tl.constexpr):
     """The kind of number that a format is in the registers of an arithmetic."""
     if FORMAT % 4 == COMPENSATED:
         return KAHAN
-    if FORMAT % 4 != PAIR:
+    elif FORMAT % 4 != PAIR:
         return REGISTER
-    if NARROW:
+    elif NARROW:
         return PAPER
-    return EXPANDED
+    else:
+        return EXPANDED
 
 
 @triton.jit
 def rounded(x, random, COMPONENT: tl.constexpr, FORMAT: tl.constexpr):
     if COMPONENT == FP32:
         return x
-    if COMPONENT == FP16:
+    elif COMPONENT == FP16:
         return fp16_code(x)
-    if FORMAT >= STOCHASTIC:
+    elif FORMAT >= STOCHASTIC:
         return bf16_stochastic_code(x, random)
-    return bf16_code(x)
+    else:
+        return bf16_code(x)
 
 
 @triton.jit
@@ -110,11 +114,12 @@ def encode(a, b, random, KIND: tl.constexpr, FORMAT: tl.constexpr):
     if FORMAT % 4 == SINGLE:
         code = rounded(a, random, FORMAT % 16 // 4 * 4, FORMAT)
         return code, code
-    if FORMAT % 4 == MASTER:
+    elif FORMAT % 4 == MASTER:
         return bf16_code(a), a
-    hi, rest = parts(a, b, KIND)
-    rest = tl.where(is_finite(hi + rest), rest, 0.0)
-    return bf16_code(hi), rounded(rest, random, BF16, FORMAT)
+    else:
+        hi, rest = parts(a, b, KIND)
+        rest = tl.where(is_finite(hi + rest), rest, 0.0)
+        return bf16_code(hi), rounded(rest, random, BF16, FORMAT)
 
 
 @triton.jit
@@ -122,6 +127,7 @@ def value_of(code, COMPONENT: tl.constexpr):
     """The float32 of a code that `encode` made."""
     if COMPONENT == BF16:
         return bf16_value(code)
-    if COMPONENT == FP16:
+    elif COMPONENT == FP16:
         return code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return code
+    else:
+        return code

@@ -17,7 +17,8 @@ REGISTER, EXPANDED, PAPER, KAHAN = (tl.constexpr(kind) for kind in range(4))
 def value(a, b, KIND: tl.constexpr):
     if KIND == EXPANDED:
         return b + a
-    return a
+    else:
+        return a
 
 
 @triton.jit
@@ -25,17 +26,19 @@ def scaled(a, b, hi, lo, KIND: tl.constexpr, NARROW: tl.constexpr):
     """Times a constant, the expansion (hi, lo). Its kind is `scaled_kind`."""
     if KIND == PAPER:
         return scale(a, b, hi, lo)
-    if KIND == KAHAN:
+    elif KIND == KAHAN:
         return mul(a, hi, NARROW), b
-    x = mul(value(a, b, KIND), hi, NARROW)
-    return x, x
+    else:
+        x = mul(value(a, b, KIND), hi, NARROW)
+        return x, x
 
 
 @triton.jit
 def scaled_kind(KIND: tl.constexpr):
     if KIND == EXPANDED:
         return REGISTER
-    return KIND
+    else:
+        return KIND
 
 
 @triton.jit
@@ -44,14 +47,15 @@ def grown(a, b, delta, KIND: tl.constexpr, NARROW: tl.constexpr):
         r = b + delta  # lo first: in one float32 sum the last component would see nothing
         h = rn(a + r, True)
         return h, (a - h) + r
-    if KIND == PAPER:
+    elif KIND == PAPER:
         return grow(a, b, delta)
-    if KIND == KAHAN:
+    elif KIND == KAHAN:
         y = add(delta, b, NARROW)
         s = add(a, y, NARROW)
         return s, add(sub(a, s, NARROW), y, NARROW)
-    x = add(a, delta, NARROW)
-    return x, x
+    else:
+        x = add(a, delta, NARROW)
+        return x, x
 
 
 @triton.jit
@@ -60,4 +64,5 @@ def parts(a, b, KIND: tl.constexpr):
     if KIND == REGISTER:
         hi = rn(a, True)
         return hi, a - hi
-    return a, b
+    else:
+        return a, b

@@ -49,6 +49,7 @@ def bits(word, SLOT: tl.constexpr):
     """16 bits for one of the slots out of an element's word."""
     if SLOT == 0:
         return (word & 0xFFFF).to(tl.int32)
-    if SLOT == 1:
+    elif SLOT == 1:
         return (word >> 16).to(tl.int32)
-    return ((word * 0x9E3779B1) >> 16).to(tl.int32)
+    else:
+        return ((word * 0x9E3779B1) >> 16).to(tl.int32)

@@ -99,7 +99,8 @@ def number(hi, lo, FORMAT: tl.constexpr):
     """Planes as a number: for a master weight that is the second plane alone."""
     if FORMAT % 4 == MASTER:
         return lo, lo
-    return hi, lo
+    else:
+        return hi, lo
 
 
 @triton.jit
@@ -120,12 +121,14 @@ def store_slot(
     new_hi = value_of(hi, FORMAT % 16 // 4 * 4)
     if FORMAT % 4 == SINGLE:
         return new_hi, new_hi
-    other = place(row, 2 * SLOT + 1, at, shapes, WAY)
-    if FORMAT % 4 == MASTER:
-        write(tl.load(row + 2 * SLOT + 1), other, mask, lo, FP32, WAY)
-        return new_hi, lo
-    write(tl.load(row + 2 * SLOT + 1), other, mask, lo, BF16, WAY)
-    return new_hi, value_of(lo, BF16)
+    else:
+        other = place(row, 2 * SLOT + 1, at, shapes, WAY)
+        if FORMAT % 4 == MASTER:
+            write(tl.load(row + 2 * SLOT + 1), other, mask, lo, FP32, WAY)
+            return new_hi, lo
+        else:
+            write(tl.load(row + 2 * SLOT + 1), other, mask, lo, BF16, WAY)
+            return new_hi, value_of(lo, BF16)
 
 
 @triton.jit
@@ -133,9 +136,10 @@ def place(row, TENSOR: tl.constexpr, at, shapes, WAY: tl.constexpr):
     """Offset of each element in a tensor: in order, or by its sizes and strides."""
     if WAY != STRIDED:
         return at
-    dims = tl.load(row + DIMS)
-    sizes = shapes + tl.load(row + LAYOUT)
-    return dot(at, dims, sizes, sizes + dims * (TENSOR + 1))
+    else:
+        dims = tl.load(row + DIMS)
+        sizes = shapes + tl.load(row + LAYOUT)
+        return dot(at, dims, sizes, sizes + dims * (TENSOR + 1))
 
 
 @triton.jit
@@ -158,9 +162,10 @@ def random_words(row, stream, begin, at, shapes, WAY: tl.constexpr):
     offset = tl.load(row + OFFSET)
     if WAY != STRIDED:
         return words_of_run(base, offset + begin, tl.arange(0, BLOCK))
-    dims = tl.load(row + REGION_DIMS)
-    sizes = shapes + tl.load(row + REGION)
-    return words(base, offset + dot(at, dims, sizes, sizes + dims))
+    else:
+        dims = tl.load(row + REGION_DIMS)
+        sizes = shapes + tl.load(row + REGION)
+        return words(base, offset + dot(at, dims, sizes, sizes + dims))
 
 
 @triton.jit
@@ -202,3 +207,39 @@ def add_up(sums, first, totals):
         total += tl.load(at, mask=lane < 5, other=0.0)
         at += 5
     tl.store(totals + tensor * 5 + lane, total, mask=lane < 5)
+
+
+@triton.jit
+def stream(
+    table, blocks, zero, THETA: tl.constexpr, M: tl.constexpr, V: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """The limit of a step: reads and writes the planes of whole blocks, without arithmetic. zero holds a 0."""
+    program = tl.program_id(0)
+    row = table + tl.load(blocks + program).to(tl.int64) * COLUMNS
+    begin = (program - tl.load(row + FIRST)) * BLOCK
+    at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
+    if begin + BLOCK <= tl.load(row + NUMEL):
+        g = read(tl.load(row + GRAD), at, at, GRADIENT, WHOLE).to(tl.int32, bitcast=True) & tl.load(zero)
+        stream_slot(row, at, g, THETA)
+        stream_slot(row + 2, at, g, M)
+        stream_slot(row + 4, at, g, V)
+
+
+@triton.jit
+def stream_slot(planes, at, g, FORMAT: tl.constexpr):
+    """What is written depends on what was read, the gradient included: no compiler can leave it out."""
+    hi, lo = load(planes, at, at, at, FORMAT, WHOLE)
+    write_back(tl.load(planes), at, hi, g, FORMAT % 16 // 4 * 4)
+    if FORMAT % 4 == MASTER:
+        write_back(tl.load(planes + 1), at, lo, g, FP32)
+    elif FORMAT % 4 != SINGLE:
+        write_back(tl.load(planes + 1), at, lo, g, BF16)
+
+
+@triton.jit
+def write_back(plane, at, x, g, COMPONENT: tl.constexpr):
+    bits = x.to(tl.int32, bitcast=True) | g
+    if COMPONENT == FP32:
+        write(plane, at, at, bits.to(tl.float32, bitcast=True), FP32, WHOLE)
+    else:
+        write(plane, at, at, bits >> 16, BF16, WHOLE)
