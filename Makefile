@@ -15,7 +15,7 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses $(JOBS)
 
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize bench lint check fix clean
+.PHONY: help setup demo test test-all sanitize bench gpu lint check fix clean
 
 help: ## list these targets
 	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -46,6 +46,13 @@ sanitize: $(READY) ## run the kernels' tests under AddressSanitizer and UBSan
 
 bench: $(READY) ## time a step of the optimizer against others and against the memory's limit
 	$(BIN)/collage bench
+
+gpu: $(READY) ## on a GPU: the kernels' tests, then the benchmark; PLAN=1 only says what it would measure
+	$(BIN)/collage bench --device cuda --plan
+	$(if $(PLAN),,$(BIN)/python -c "from collage import backends; backends.require('triton')")
+	$(if $(PLAN),,TRITON_INTERPRET=0 $(BIN)/python -m pytest --numprocesses $$(nproc) -m "" tests/test_backends.py \
+		-k "triton and not combination")
+	$(if $(PLAN),,$(BIN)/collage bench --device cuda --out runs/gpu)
 
 check: lint test ## lint, then test; edits nothing
 

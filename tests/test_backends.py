@@ -1,6 +1,6 @@
 """Every backend computes the reference's bits: strategy x gradient x size x regime x instruction set x threads.
 
-Triton's kernels run in its interpreter, which takes minutes for all of it: `make test-all`. A part is in test_triton.py.
+Triton's kernels run in its interpreter, which takes minutes for all of it: `make test-all`. A part: test_triton.py.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import pytest
 import torch
 from oracle import assert_same_bits
 
+from collage import backends
 from collage.backends import Batch, Region, Share, cpu, reference
 from collage.formats import FORMATS, split
 from collage.rng import key_of
@@ -60,10 +61,15 @@ def share(strategy: Strategy, dtype: torch.dtype, regime: str, n: int, step: int
     return Share(slots, grad, step, key_of("w"), sums=torch.zeros(5, dtype=torch.float64))
 
 
-def copy_of(s: Share) -> Share:
+def copy_of(s: Share, device: str = "cpu") -> Share:
     """The same share in memory of its own, strides kept."""
-    slots = tuple(tuple(p.clone() for p in planes) for planes in s.slots)
-    return s._replace(slots=slots, sums=None if s.sums is None else s.sums.clone())
+    slots = tuple(tuple(p.to(device, copy=True) for p in planes) for planes in s.slots)
+    return s._replace(slots=slots, grad=s.grad.to(device), sums=None if s.sums is None else s.sums.clone())
+
+
+def device() -> str:
+    """Where the kernels under test run."""
+    return "cuda" if UNDER_TEST[0] is not cpu and not backends.interpreted() else "cpu"
 
 
 def batch_of(
@@ -81,7 +87,7 @@ def batch_of(
 
 def assert_same(strategy: Strategy, shares: list[Share], hyper: str = "usual", maximize: bool = False) -> None:
     """One step of the reference and of the kernels under test leave the same planes and sums."""
-    ours, theirs = [copy_of(s) for s in shares], [copy_of(s) for s in shares]
+    ours, theirs = [copy_of(s, device()) for s in shares], [copy_of(s) for s in shares]
     reference.step(batch_of(strategy, theirs, hyper, maximize))
     UNDER_TEST[0].step(batch_of(strategy, ours, hyper, maximize))
     for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -211,12 +217,12 @@ def test_nothing_beside_a_tensor_is_touched(kernels):
     strategy = STRATEGIES["collage-plus"]
     for n, shift in itertools.product(range(66), (0, 1, 3)):
         s = share(strategy, torch.bfloat16, "normal", n)
-        memory = [[torch.full((n + 80,), 77.0, dtype=p.dtype) for p in planes] for planes in s.slots]
+        memory = [[torch.full((n + 80,), 77.0, dtype=p.dtype, device=device()) for p in planes] for planes in s.slots]
         views = tuple(tuple(m[shift : shift + n] for m in planes) for planes in memory)
         for planes, own in zip(views, s.slots, strict=True):
             for view, plane in zip(planes, own, strict=True):
                 view.copy_(plane)
-        UNDER_TEST[0].step(batch_of(strategy, [s._replace(slots=views, sums=None)]))
+        UNDER_TEST[0].step(batch_of(strategy, [s._replace(slots=views, grad=s.grad.to(device()), sums=None)]))
         for m in itertools.chain.from_iterable(memory):
             assert (m[:shift] == 77).all()
             assert (m[shift + n :] == 77).all()

@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: bits in the interpreter, code by compilation. The whole grid is in test_backends.py."""
+"""Triton's kernels without a GPU: bits in the interpreter, code by compilation. The whole grid: test_backends.py."""
 
 import json
 import os
@@ -127,6 +127,7 @@ def test_folding_over_betas_and_steps(narrow, triton):
             assert_same_bits(f"lr {lr}, {hyper}, step {t}", constants, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
 def test_a_compiled_step_has_the_same_bits(triton):
     """The operator's fake is enough to trace it; Triton runs inside the opaque call."""
     params = [torch.nn.Parameter(torch.ones(40).bfloat16()) for _ in range(2)]

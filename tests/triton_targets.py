@@ -1,4 +1,4 @@
-"""Compile Triton's kernels for GPUs that are not here, and print what came out as JSON. Not a test: test_triton.py runs it.
+"""Compile Triton's kernels for GPUs that are not here, and print what came out as JSON. test_triton.py runs it.
 
 python tests/triton_targets.py TARGETS STRATEGIES [measured] [strided]
 """

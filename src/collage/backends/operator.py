@@ -47,32 +47,43 @@ def step_(
     capturable: bool,  # read t and lr where they are, if the backend can: nothing waits for the device
 ) -> None:
     """One step of all parameters of one group and strategy."""
-    kinds = list(zip(map(_device, grads), map(_dtype, grads), strict=True))
-    backends = {kind: choose(backend, kind[0]) for kind in dict.fromkeys(kinds)}
+    positions = _by_kind(grads)
+    backends = {kind: choose(backend, kind[0]) for kind in positions}
     on_device = capturable and all(chosen.FOLDS_ON_DEVICE for chosen in backends.values())
-    _count_up(steps)
+    numbers = _count_up(steps, on_device)
     whole = Batch(
         RULES[rule], Strategy.parse(strategy), lr if on_device else float(lr), tuple(hyper), maximize, seed % 2**64,
-        planes, grads, [] if on_device else _numbers(steps), [key % 2**64 for key in keys], _regions(regions),
+        planes, grads, numbers, [key % 2**64 for key in keys], _regions(regions),
         list(sums), steps if on_device else (),
     )  # fmt: skip
     for kind, chosen in backends.items():
-        chosen.step(whole.take([k for k, other in enumerate(kinds) if other == kind]))
+        chosen.step(whole.take(positions[kind]))
 
 
-def _count_up(steps: Sequence[Tensor]) -> None:
-    """Before anything else is written, so that what cannot be counted is not updated either."""
+def _by_kind(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], Sequence[int]]:
+    """Positions of the parameters of one device and gradient dtype."""
+    devices, dtypes = list(map(_device, grads)), list(map(_dtype, grads))
+    if len(set(devices)) == len(set(dtypes)) == 1:
+        return {(devices[0], dtypes[0]): range(len(grads))}
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for k, kind in enumerate(zip(devices, dtypes, strict=True)):
+        kinds.setdefault(kind, []).append(k)
+    return dict(kinds)
+
+
+def _count_up(steps: Sequence[Tensor], on_device: bool) -> list[int]:
+    """Every counter plus one; the counts, unless they are to stay on the device.
+
+    Before anything else is written, so that what cannot be counted is not updated either.
+    """
     if set(map(_dtype, steps)) - {torch.int64} or any(map(Tensor.dim, steps)):
         raise ValueError("step: needs a 0-d int64 tensor in each parameter's state; it was replaced by hand")
     if native is not None and all(map(_is_cpu, steps)):
         increment_version(list(steps))
-        native.count_up(list(map(Tensor.data_ptr, steps)))
-    else:
-        torch._foreach_add_(list(steps), 1)
-
-
-def _numbers(steps: Sequence[Tensor]) -> list[int]:
-    return [int(step) for step in steps]
+        numbers: list[int] = native.count_up(list(map(Tensor.data_ptr, steps)))
+        return [] if on_device else numbers
+    torch._foreach_add_(list(steps), 1)
+    return [] if on_device else [int(step) for step in steps]
 
 
 def _regions(numbers: Sequence[int]) -> list[Region]:

@@ -100,8 +100,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads or before)
     screen = Console(width=max(100, Console().width))
     try:
-        with device:
-            result = measure(lines, shapes, args.rounds, screen)
+        result = measure(lines, shapes, args.rounds, device, screen)
     finally:
         torch.set_num_threads(before)
     result["command"] = (
@@ -139,7 +138,7 @@ def require_memory(lines: Sequence[Row], numel: int, device: torch.device) -> No
         )
 
 
-def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, screen: Console) -> dict[str, Any]:
+def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, device: torch.device, screen: Console) -> dict[str, Any]:
     """Time all rows round after round, so that what disturbs the machine disturbs all of them."""
     numel = sum(math.prod(shape) for shape in shapes)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -149,7 +148,7 @@ def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, screen: Console) 
         tick = bar(bars, "building", len(lines))
         for k, row in enumerate(lines):
             try:
-                contestant = row.build(shapes, LR)
+                contestant = row.build(shapes, LR, device)
                 contestant.step()
                 contestants[row.name] = row, contestant, repeats(contestant)
             except Exception as error:  # another package's: say so in its row, go on with the others
@@ -169,10 +168,10 @@ def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, screen: Console) 
     table = [entry(row, times[name], numel) for name, (row, _, _) in contestants.items()]
     contestants.clear()
     for line, row in zip(table, (row for row in lines if row.name in times), strict=True):
-        line["edq_ratio"] = None if row.name.startswith("limit") else arrived(row)
+        line["edq_ratio"] = None if row.name.startswith("limit") else arrived(row, device)
     compare(table)
     return {
-        "machine": about_machine(),
+        "machine": about_machine(device),
         "parameters": numel,
         "tensors": len(shapes),
         "rounds": rounds,
@@ -182,9 +181,9 @@ def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, screen: Console) 
     }
 
 
-def about_machine() -> dict[str, str]:
+def about_machine(device: torch.device) -> dict[str, str]:
     """What the rows ran on."""
-    on_gpu = torch.get_default_device().type == "cuda"
+    on_gpu = device.type == "cuda"
     return machine(torch.float32, on_gpu) | {"kernels": "triton" if on_gpu else cpu.instruction_set()}
 
 
@@ -219,8 +218,8 @@ def seconds(call: Callable[[], Any], calls: int) -> float:
 
 
 def wait() -> None:
-    """Until the device has done all that it was given."""
-    if torch.get_default_device().type == "cuda":
+    """Until a GPU has done all that it was given."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 

@@ -33,18 +33,14 @@ class Row(NamedTuple):
     """One line of the table."""
 
     name: str
-    build: Callable[[Shapes, float], Contestant]  # (shapes, lr)
+    build: Callable[[Shapes, float, torch.device], Contestant]  # (shapes, lr, device)
     moved: float  # bytes per parameter that a step has to read and write
     kept: float  # bytes per parameter of weights, state and gradient
 
 
-def parameters(shapes: Shapes, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """Weights N(0, 0.05) rounded to bfloat16, and gradients N(0, 1e-3), on torch's default device.
-
-    The same numbers for every row.
-    """
-    normal = torch.empty(1 << 16, device="cpu").normal_(generator=torch.Generator("cpu").manual_seed(0))
-    normal = normal.to(torch.get_default_device())
+def parameters(shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Weights N(0, 0.05) rounded to bfloat16, and gradients N(0, 1e-3); the same numbers for every row."""
+    normal = torch.empty(1 << 16).normal_(generator=torch.Generator().manual_seed(0)).to(device)
 
     def tensor(shape: tuple[int, ...], std: float) -> Tensor:
         n = math.prod(shape)
@@ -61,8 +57,8 @@ def ours(name: str, monitored: int | None = None) -> Row:
     """A strategy of this package; `monitored`: measured once in so many steps, and timed over ten."""
     strategy = Strategy.parse(name)
 
-    def build(shapes: Shapes, lr: float) -> Contestant:
-        params = parameters(shapes, strategy.dtype)
+    def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
+        params = parameters(shapes, device, strategy.dtype)
         opt = collage.AdamW(params, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, strategy=strategy)
 
         def values() -> list[Tensor]:
@@ -84,8 +80,8 @@ def limit(name: str) -> Row:
     """Reads and writes the planes of a strategy, without arithmetic."""
     strategy = Strategy.parse(name)
 
-    def build(shapes: Shapes, lr: float) -> Contestant:
-        params = parameters(shapes, strategy.dtype)
+    def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
+        params = parameters(shapes, device, strategy.dtype)
         opt = collage.AdamW(params, lr=lr, strategy=strategy)
         grads = [torch.zeros_like(param) for param in params]
         planes = [plane for entry in opt.entries() for slot in opt.planes(entry) for plane in slot]
@@ -99,8 +95,8 @@ def limit(name: str) -> Row:
 def torch_adamw(label: str, dtype: torch.dtype, moved: float, kept: float, **kind: Any) -> Row:
     """torch's own AdamW on weights of one dtype."""
 
-    def build(shapes: Shapes, lr: float) -> Contestant:
-        params = parameters(shapes, dtype)
+    def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
+        params = parameters(shapes, device, dtype)
         opt = torch.optim.AdamW(params, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, **kind)
         return Contestant(params, opt.step, lambda: params)
 
@@ -110,8 +106,8 @@ def torch_adamw(label: str, dtype: torch.dtype, moved: float, kept: float, **kin
 def option_d(label: str, preallocated: bool, **kind: Any) -> Row:
     """bfloat16 weights and gradients, a float32 master copy under torch's AdamW, and the two casts."""
 
-    def build(shapes: Shapes, lr: float) -> Contestant:
-        params = parameters(shapes)
+    def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
+        params = parameters(shapes, device)
         masters: list[Tensor] = [nn.Parameter(p.detach().float()) for p in params]
         opt = torch.optim.AdamW(masters, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, **kind)
         grads = [torch.zeros_like(master) for master in masters] if preallocated else []
@@ -137,10 +133,10 @@ def option_d(label: str, preallocated: bool, **kind: Any) -> Row:
 def optimi() -> Row:
     """optimi's AdamW: bfloat16 with Kahan summation, which it turns on by itself."""
 
-    def build(shapes: Shapes, lr: float) -> Contestant:
+    def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
         from optimi import AdamW
 
-        params = parameters(shapes)
+        params = parameters(shapes, device)
         opt = AdamW(params, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0)
 
         def values() -> list[Tensor]:
@@ -154,10 +150,10 @@ def optimi() -> Row:
 def torchao(kind: str, moved: float, kept: float, **arguments: Any) -> Row:
     """torchao's optimizers; the package compiles their step itself."""
 
-    def build(shapes: Shapes, lr: float) -> Contestant:
+    def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
         import torchao.optim
 
-        params = parameters(shapes)
+        params = parameters(shapes, device)
         opt = getattr(torchao.optim, kind)(params, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, **arguments)
         return Contestant(params, opt.step, lambda: params)
 
@@ -192,19 +188,19 @@ def rows(strategies: Sequence[str], monitor: bool, others: bool, extra: bool) ->
     ]  # fmt: skip
 
 
-def arrived(row: Row, steps: int = 50, lr: float = 1e-5, n: int = 65_536) -> float:
+def arrived(row: Row, device: torch.device, steps: int = 50, lr: float = 1e-5, n: int = 65_536) -> float:
     """<D, D'> / |D|**2, with D the movement of the weights under float64 AdamW and D' this row's, over some steps.
 
     1.0: all of the intended movement arrived. Gradients N(0, 1e-3), new at every step.
     """
     shapes = [(n,)]
-    contestant = row.build(shapes, lr)
+    contestant = row.build(shapes, lr, device)
     exact = torch.nn.Parameter(contestant.params[0].detach().double())
     start = exact.detach().clone()
     opt = torch.optim.AdamW([exact], lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0)
-    g = torch.Generator("cpu").manual_seed(1)
+    g = torch.Generator().manual_seed(1)
     for _ in range(0, steps, contestant.steps):
-        grad = torch.empty(n, device="cpu").normal_(std=1e-3, generator=g).bfloat16().to(exact.device)
+        grad = torch.empty(n).normal_(std=1e-3, generator=g).bfloat16().to(exact.device)
         contestant.params[0].grad.copy_(grad)  # type: ignore[union-attr]
         exact.grad = grad.double()
         contestant.step()
