@@ -6,6 +6,7 @@ Under TRITON_INTERPRET=1 the same kernels run on tensors of the CPU, which is ho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from itertools import accumulate, chain
 from typing import Any
@@ -24,6 +25,9 @@ from collage.rules import Rule
 from collage.strategies import Strategy
 
 BLOCK: int = walk.BLOCK.value
+GRAD, NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS = range(
+    walk.TENSORS - 1, walk.COLUMNS.value
+)
 FOLDS_ON_DEVICE = True
 GRADIENTS = {torch.float32: CODES["fp32"], torch.bfloat16: CODES["bf16"], torch.float16: CODES["fp16"]}
 WARP = 64 if torch.version.hip else 32
@@ -40,13 +44,15 @@ def step(batch: Batch) -> None:
     rows, shapes = _table(batch, first)
     sums = torch.empty(first[-1] if measured else 0, 5, dtype=torch.float64, device=device)
     constants, streams = _fold(batch, device) if batch.counters else _folded(batch, device)
-    walk.step[(first[-1],)](
-        _to(device, rows), _owners(device, first), _to(device, shapes), constants, streams, sums,
-        **_compiled_for(batch), REST=_rest(shapes), MEASURED=measured, **OPTIONS,
-    )  # fmt: skip
+    with _current(device):
+        walk.step[(first[-1],)](
+            _to(device, rows), _owners(device, first), _to(device, shapes), constants, streams, sums,
+            **_compiled_for(batch), REST=_rest(shapes), MEASURED=measured, **OPTIONS,
+        )  # fmt: skip
     if measured:
         totals = _to(device, torch.stack(list(batch.sums)))
-        walk.add_up[(len(batch.grads),)](sums, _to(device, torch.tensor(first)), totals, **OPTIONS)
+        with _current(device):
+            walk.add_up[(len(batch.grads),)](sums, _to(device, torch.tensor(first)), totals, **OPTIONS)
         for own, total in zip(batch.sums, totals.cpu(), strict=True):
             own.copy_(total)
 
@@ -63,7 +69,8 @@ def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequ
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     formats = {key: value for key, value in _compiled_for(batch).items() if key in ("THETA", "M", "V", "GRADIENT")}
     rows = _to(device, _table(batch, first)[0])
-    walk.stream[(first[-1],)](rows, _owners(device, first), zero, **formats, **OPTIONS)
+    with _current(device):
+        walk.stream[(first[-1],)](rows, _owners(device, first), zero, **formats, **OPTIONS)
 
 
 def _first_blocks(grads: Sequence[Tensor]) -> tuple[int, ...]:
@@ -102,46 +109,68 @@ def _fold(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     n = len(batch.counters)
     constants = torch.empty(n, batch.rule.constants, dtype=torch.float32, device=device)
     streams = torch.empty(n if batch.keys else 0, dtype=torch.int64, device=device)
-    fold.fold[(n,)](
-        _to(device, torch.tensor([counter.data_ptr() for counter in batch.counters])),
-        _to(device, torch.tensor(list(map(signed, batch.keys)), dtype=torch.int64)),
-        _to(device, torch.tensor([signed(mix64(batch.seed))])),
-        _to(device, torch.as_tensor(batch.lr, dtype=torch.float64)),
-        _to(device, torch.tensor(list(batch.hyper), dtype=torch.float64)), constants, streams,
-        FOLD=fold.FOLDS[batch.rule.name], CONSTANTS=batch.rule.constants,
-        NARROW=batch.strategy.arithmetic == "bfloat16", RANDOM=batch.strategy.stochastic, **OPTIONS,
-    )  # fmt: skip
+    tables = (
+        torch.tensor([counter.data_ptr() for counter in batch.counters]),
+        torch.tensor(list(map(signed, batch.keys)), dtype=torch.int64),
+        torch.tensor([signed(mix64(batch.seed))]),
+        torch.as_tensor(batch.lr, dtype=torch.float64),
+        torch.tensor(list(batch.hyper), dtype=torch.float64),
+    )
+    with _current(device):
+        fold.fold[(n,)](
+            *(_to(device, table) for table in tables), constants, streams,
+            FOLD=fold.FOLDS[batch.rule.name], CONSTANTS=batch.rule.constants,
+            NARROW=batch.strategy.arithmetic == "bfloat16", RANDOM=batch.strategy.stochastic, **OPTIONS,
+        )  # fmt: skip
     return constants, streams
 
 
 def _table(batch: Batch, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(a row per tensor, as walk.py describes it; sizes and strides that rows point into)."""
+    n, formats = len(batch.grads), batch.strategy.formats
+    columns = [2 * slot + plane for slot, fmt in enumerate(formats) for plane in range(len(fmt.dtypes))]
+    rows = torch.zeros(n, walk.COLUMNS.value, dtype=torch.int64)
+    rows[:, columns] = torch.tensor(list(map(Tensor.data_ptr, batch.planes))).view(n, len(columns))
+    rows[:, GRAD] = torch.tensor(list(map(Tensor.data_ptr, batch.grads)))
+    rows[:, NUMEL] = torch.tensor(list(map(Tensor.numel, batch.grads)))
+    rows[:, FIRST] = torch.tensor(first[:-1])
+    rows[:, ROW] = torch.arange(n)
+    rows[:, ALIGNED] = (rows[:, : GRAD + 1] % 16 == 0).all(1).long()
     shapes: list[int] = [0]
-    rows = []
-    for k, grad in enumerate(batch.grads):
-        tensors = [*_own(batch, k), grad]
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        layout = _layout(tensors, grad)
-        offset, region = _place(batch.regions[k]) if batch.regions else (0, [])
-        aligned = not layout and not region and not any(address % 16 for address in addresses)
-        places = [len(shapes), len(layout) // (walk.TENSORS + 1), len(shapes) + len(layout), len(region) // 2]
-        rows.append([*addresses, grad.numel(), first[k], k, offset, int(aligned), *places])
-        shapes += [*layout, *region]
-    return torch.tensor(rows), torch.tensor(shapes)
+    if batch.regions or not all(map(Tensor.is_contiguous, (*batch.planes, *batch.grads))):
+        for k, row in enumerate(rows):
+            _describe(row, _layout(batch, k, columns), batch.regions[k] if batch.regions else None, shapes)
+    return rows, torch.tensor(shapes)
+
+
+def _describe(row: Tensor, layout: list[int], region: Region | None, shapes: list[int]) -> None:
+    """Where a tensor's elements lie in memory, and in the unsharded tensor, if not in order."""
+    offset, place = _place(region) if region else (0, [])
+    row[OFFSET] = offset
+    row[LAYOUT], row[DIMS] = len(shapes), len(layout) // (walk.TENSORS + 1)
+    shapes += layout
+    row[REGION], row[REGION_DIMS] = len(shapes), len(place) // 2
+    shapes += place
+    if layout or place:
+        row[ALIGNED] = 0
+
+
+def _layout(batch: Batch, k: int, columns: list[int]) -> list[int]:
+    """Sizes, then the strides of two planes per slot and of the gradient; nothing if all are contiguous."""
+    grad, width = batch.grads[k], len(columns)
+    own = batch.planes[k * width : (k + 1) * width]
+    if all(map(Tensor.is_contiguous, (*own, grad))):
+        return []
+    _require_small(grad)
+    strides = [grad.stride()] * walk.TENSORS
+    for column, plane in zip(columns, own, strict=True):
+        strides[column] = plane.stride()
+    return [*grad.shape, *chain.from_iterable(strides)]
 
 
 def _rest(shapes: Tensor) -> int:
     way: int = (STRIDED if len(shapes) > 1 else MASKED).value
     return way
-
-
-def _layout(tensors: list[Tensor | None], grad: Tensor) -> list[int]:
-    """Sizes, then the strides of every tensor; nothing if all are contiguous."""
-    present = [grad if t is None else t for t in tensors]
-    if all(map(Tensor.is_contiguous, present)):
-        return []
-    _require_small(grad)
-    return [*grad.shape, *chain.from_iterable(map(Tensor.stride, present))]
 
 
 def _place(region: Region) -> tuple[int, list[int]]:
@@ -163,14 +192,9 @@ def _require_small(tensor: Tensor) -> None:
         )
 
 
-def _own(batch: Batch, k: int) -> list[Tensor | None]:
-    """Two planes per slot; None where a slot has one."""
-    width = len(batch.planes) // len(batch.grads)
-    rest = iter(batch.planes[k * width : (k + 1) * width])
-    own: list[Tensor | None] = []
-    for fmt in batch.strategy.formats:
-        own += [next(rest), next(rest) if len(fmt.dtypes) == 2 else None]
-    return own
+def _current(device: torch.device) -> Any:
+    """Triton launches on torch's current GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 _kept: list[Tensor] = []  # what captured graphs read again at every replay

@@ -15,7 +15,7 @@ from collage.backends.triton.arithmetic import (
     bf16_value,
     fp16_code,
     is_finite,
-)  # fmt: skip
+)
 from collage.backends.triton.numbers import EXPANDED, KAHAN, PAPER, REGISTER, parts
 
 SINGLE, PAIR, MASTER, COMPENSATED = (tl.constexpr(kind) for kind in range(4))

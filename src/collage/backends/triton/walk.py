@@ -1,6 +1,6 @@
 """The one walk: every rule, format and size goes through it. One program takes one block of 1,024 elements.
 
-A launch covers all tensors of a batch. `blocks` gives each program its tensor; `table` has a row of numbers per tensor:
+A launch covers all tensors of a batch: `blocks` says which tensor a program's block is of; `table` has a row for each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collage.backends.triton.formats import (
     read,
     value_of,
     write,
-)  # fmt: skip
+)
 from collage.backends.triton.numbers import scaled_kind
 from collage.backends.triton.random import bits, words, words_of_run
 
