@@ -300,3 +300,14 @@ def test_extreme_gradients_stay_extreme_and_never_break_the_planes(strategy):
     assert p.detach().isnan()[grad.isnan()].all()
     tame = theta.isfinite() & (grad.abs() < 1e19) & (theta.abs() < 1e38)  # g * g overflows above 1.8e19
     assert p.detach()[tame].isfinite().all()
+
+
+def test_a_backend_set_later_is_checked_before_the_step():
+    w = nn.Parameter(torch.ones(3).bfloat16())
+    opt = collage.AdamW([w], lr=1e-3)
+    w.grad = torch.ones_like(w)
+    opt.backend = "cuda"
+    with pytest.raises(ValueError, match="backend: unknown 'cuda'; known: auto, cpu, triton, reference"):
+        opt.step()
+    assert int(opt.state[w]["step"]) == 0
+    assert (w == 1).all()

@@ -5,16 +5,17 @@ import os
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import assert_same_bits
-from test_backends import GRID, HYPER, REGIMES, assert_same, interpreted, share, strided
+from test_backends import GRID, HYPER, REGIMES, assert_same, batch_of, copy_of, interpreted, share, strided
 
 import collage
 from collage import backends
-from collage.backends import Region
+from collage.backends import Region, reference
 from collage.backends.triton.formats import CODES
 from collage.formats import FORMATS, Master
 from collage.strategies import STRATEGIES, Strategy
@@ -93,6 +94,28 @@ def trained(strategy: str, steps: int = 6, **settings) -> list[torch.Tensor]:
             p.grad = None if (t, name) == (2, "b") else torch.randn(p.shape, generator=g).to(p.dtype)
         opt.step()
     return [p.detach() for p in params.values()] + [x for p in params.values() for x in opt.state[p].values()]
+
+
+def test_elements_beyond_32_bits(triton, monkeypatch):
+    """Tables that put 2**32 elements before those that there are: they are reached, and draw the bits of their place."""
+    module = sys.modules["collage.backends.triton"]
+    strategy, before = STRATEGIES["collage-plus-sr"], 2**32
+    s = share(strategy, torch.bfloat16, "normal", 2100)._replace(sums=None)
+    ours, theirs = copy_of(s), copy_of(s)._replace(region=Region((2100,), (before,), (1,)))
+    table = module._table
+
+    def shifted(batch, first):
+        rows, shapes = table(batch, first)
+        rows[:, : module.NUMEL] -= torch.where(rows[:, : module.NUMEL] != 0, 2 * before, 0)
+        rows[:, module.NUMEL] += before
+        rows[:, module.FIRST] -= before // module.BLOCK
+        return rows, shapes
+
+    monkeypatch.setattr(module, "_table", shifted)
+    module.step(batch_of(strategy, [ours]))
+    reference.step(batch_of(strategy, [theirs]))
+    for got, want in zip(chain(*ours.slots), chain(*theirs.slots), strict=True):
+        assert_same_bits("plane", got, want)
 
 
 @pytest.mark.parametrize("name", ["collage-plus-sr", "paper-plus", "fp32-master"])
@@ -193,6 +216,11 @@ def test_compiled_code_and_the_table_in_the_docs():
         assert [int(cell) for cell in row[1].split(" | ")] == [bytes_moved, *registers]
     assert 2 * sum(least_accesses(STRATEGIES["collage-light"])) == 18
     assert 2 * sum(least_accesses(STRATEGIES["collage-plus"])) == 22
+
+
+def test_the_check_for_contraction_can_fail():
+    """What Triton does unless it is told not to."""
+    assert compiled(("sm_90",), ("collage-light",), "contract")["collage-light sm_90"]["contracted"] > 0
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Compile Triton's kernels for GPUs that are not here, and print what came out as JSON. test_triton.py runs it.
 
-python tests/triton_targets.py TARGETS STRATEGIES [measured] [strided]
+python tests/triton_targets.py TARGETS STRATEGIES [measured] [strided] [fold] [contract]
 """
 
 import json
@@ -39,7 +39,7 @@ def compiled(function, pointers: dict[str, str], constants: dict, target: GPUTar
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(k,): [["tt.divisibility", 16]] for k in range(len(pointers))},
     )
-    options = {"num_warps": BLOCK // target.warp_size // 8, "enable_fp_fusion": False}
+    options = {"num_warps": BLOCK // target.warp_size // 8, "enable_fp_fusion": "contract" in sys.argv}
     return triton.compile(source, target=target, options=options)
 
 

@@ -146,6 +146,13 @@ def require_compilable(planes: Sequence[Tensor], monitored: bool) -> None:
         )
 
 
+def require_capturable(groups: Sequence[Group]) -> None:
+    """Raise RuntimeError where a graph is being captured that would repeat one step number for ever."""
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if capturing and not all(group["capturable"] for group in groups):
+        raise RuntimeError("capturable: a step in a CUDA graph needs AdamW(..., capturable=True)")
+
+
 def items(call: Call, roster: Roster, hyper: Sequence[float], sums: Sequence[Tensor]) -> Iterator[Item]:
     """Every parameter of a call, as a monitor sees it. sums: [5] each; none where the step is not measured."""
     strategy, group = Strategy.parse(call.strategy), call.group

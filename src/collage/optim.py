@@ -118,6 +118,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: a gradient or a parameter that cannot be updated, before any is.
         """
+        if not torch.compiler.is_compiling():
+            calls.require_capturable(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():

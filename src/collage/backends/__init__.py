@@ -151,6 +151,8 @@ def choose(name: str, device: torch.device) -> Backend:
     """The backend of that name for tensors on a device. "auto" takes the fastest there is."""
     from collage.backends import cpu, reference
 
+    if name not in BACKENDS or (name == "cpu" and cpu.native is None):
+        require(name)  # raises; here only if it was set after the optimizer was made
     wanted = fastest(device) if name == "auto" else name
     if name == "auto" and missing(wanted):
         wanted = "reference"
