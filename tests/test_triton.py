@@ -97,7 +97,7 @@ def trained(strategy: str, steps: int = 6, **settings) -> list[torch.Tensor]:
 
 
 def test_elements_beyond_32_bits(triton, monkeypatch):
-    """Tables that put 2**32 elements before those that there are: they are reached, and draw the bits of their place."""
+    """Tables that put 2**32 elements before those there are: they are reached, and draw the bits of their place."""
     module = sys.modules["collage.backends.triton"]
     strategy, before = STRATEGIES["collage-plus-sr"], 2**32
     s = share(strategy, torch.bfloat16, "normal", 2100)._replace(sums=None)
