@@ -311,3 +311,32 @@ def test_a_backend_set_later_is_checked_before_the_step():
         opt.step()
     assert int(opt.state[w]["step"]) == 0
     assert (w == 1).all()
+
+
+def test_a_refused_parameter_gets_no_state():
+    w = nn.Parameter(torch.ones(4).bfloat16())
+    opt = collage.AdamW([("w", w)], lr=1e-3)
+    w.grad = torch.ones_like(w)
+    memory = w.untyped_storage()
+    memory.resize_(0)
+    with pytest.raises(ValueError, match="param 'w': it and its optimizer state need memory"):
+        opt.step()
+    memory.resize_(8)
+    w.data.fill_(1.0)
+    opt.step()
+    assert int(opt.state[w]["step"]) == 1
+
+
+def test_a_strategy_changed_between_steps_draws_its_bits():
+    """collage-plus-sr has the planes of collage-plus, and needs the parameter's own random bits besides."""
+    results = []
+    for before in ("collage-plus", "collage-plus-sr"):
+        w = nn.Parameter(torch.ones(64).bfloat16())
+        opt = collage.AdamW([("w", w)], lr=1e-3, strategy=before)
+        w.grad = torch.zeros_like(w)
+        opt.step()
+        opt.param_groups[0]["strategy"] = "collage-plus-sr"
+        w.grad = torch.full_like(w, 1e-3)
+        opt.step()
+        results.append([w.detach(), opt.state[w]["param_lo"], opt.state[w]["exp_avg"]])
+    assert all(map(torch.equal, *results))

@@ -55,12 +55,12 @@ def chosen(group: Group, in_float32: bool) -> list[Tensor]:
 def gather(
     rule: Rule, strategy: Strategy, params: Sequence[Tensor], states: Mapping[Tensor, State], capturable: bool
 ) -> list[Any]:
-    """Every parameter's planes and counter, as its state holds them; made at first use, not checked."""
+    """Every parameter's planes and counter, as its state holds them; made at first use, if they can be; not checked."""
     keys = [*_layout(rule, strategy)[0], "step"]
     found: list[Any] = []
     for param in params:
         values = states[param]
-        if not values:
+        if not values and param.dtype == strategy.dtype and _has_memory(local(param)):
             state.initialise(rule, strategy, param, values, capturable)
         found += (param, *map(values.get, keys))
     return found
@@ -73,6 +73,7 @@ class Roster:
         params = [entry.param for entry in entries]
         regions = _regions(params)  # refuses partial DTensors
         width = len(gathered) // max(len(params), 1)
+        self.strategy = strategy
         self.entries = entries
         self.planes = locals_of([tensor for k, tensor in enumerate(gathered, 1) if k % width])
         self.steps = gathered[width - 1 :: width]
@@ -80,10 +81,10 @@ class Roster:
         self.regions = regions if strategy.stochastic else []
         self._gathered, self._facts = gathered, self._now(params)
 
-    def holds(self, params: Sequence[Tensor], gathered: list[Any]) -> bool:
+    def holds(self, strategy: Strategy, params: Sequence[Tensor], gathered: list[Any]) -> bool:
         """Whether these are the tensors that were checked, where they were."""
-        same = len(gathered) == len(self._gathered) and all(map(is_, gathered, self._gathered))
-        return same and self._now(params) == self._facts
+        same = strategy == self.strategy and len(gathered) == len(self._gathered)
+        return same and all(map(is_, gathered, self._gathered)) and self._now(params) == self._facts
 
     def _now(self, params: Sequence[Tensor]) -> tuple[list[Any], ...]:
         return list(map(Tensor.data_ptr, self.planes)), list(map(_shape, params)), list(map(_dtype, params))

@@ -190,7 +190,9 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         own_grads = [param.grad for param in params if param.grad is not None]
         gathered = calls.gather(self.rule, strategy, params, self.state, group["capturable"])
         roster = self._rosters.get((id(group), in_float32))
-        if not (roster and roster.holds(params, gathered) and state.accept(params, own_grads, strategy.dtype)):
+        if not (
+            roster and roster.holds(strategy, params, gathered) and state.accept(params, own_grads, strategy.dtype)
+        ):
             roster = self._rosters[id(group), in_float32] = self._check(group, strategy, params, gathered)
         if compiling:
             calls.require_compilable(gathered, len(self.monitors) > 0)
@@ -208,8 +210,10 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         for entry in entries:
             self.strategy_of(entry)
             state.check_gradient(entry)
-            if not calls.suits(self.rule, strategy, entry.param, self.state[entry.param]):
-                state.check(self.rule, strategy, entry.param, self.state[entry.param], entry.name)
+            values = self.state[entry.param]
+            if not calls.suits(self.rule, strategy, entry.param, values):
+                if values:
+                    state.check(self.rule, strategy, entry.param, values, entry.name)
                 raise ValueError(
                     f"param '{entry.name}': it and its optimizer state need memory on one device "
                     f"({entry.param.device}), every element its own; some of it is elsewhere, freed, or expanded. "
