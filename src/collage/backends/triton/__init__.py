@@ -47,12 +47,12 @@ def step(batch: Batch) -> None:
     with _current(device):
         walk.step[(first[-1],)](
             _to(device, rows), _owners(device, first), _to(device, shapes), constants, streams, sums,
-            **_compiled_for(batch), REST=_rest(shapes), MEASURED=measured, **OPTIONS,
+            **_compiled_for(batch), REST=_rest(shapes), MEASURED=measured,
         )  # fmt: skip
     if measured:
         totals = _to(device, torch.stack(list(batch.sums)))
         with _current(device):
-            walk.add_up[(len(batch.grads),)](sums, _to(device, torch.tensor(first)), totals, **OPTIONS)
+            walk.add_up[(len(batch.grads),)](sums, _to(device, torch.tensor(first)), totals)
         for own, total in zip(batch.sums, totals.cpu(), strict=True):
             own.copy_(total)
 
@@ -67,10 +67,10 @@ def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequ
     batch = Batch(rule, strategy, 0.0, (), False, 0, planes, grads, (), (), (), ())
     device, first = grads[0].device, _first_blocks(grads)
     zero = torch.zeros(1, dtype=torch.int32, device=device)
-    formats = {key: value for key, value in _compiled_for(batch).items() if key in ("THETA", "M", "V", "GRADIENT")}
+    formats = _compiled_for(batch, "THETA", "M", "V", "GRADIENT", *OPTIONS)
     rows = _to(device, _table(batch, first)[0])
     with _current(device):
-        walk.stream[(first[-1],)](rows, _owners(device, first), zero, **formats, **OPTIONS)
+        walk.stream[(first[-1],)](rows, _owners(device, first), zero, **formats)
 
 
 def _first_blocks(grads: Sequence[Tensor]) -> tuple[int, ...]:
@@ -78,20 +78,29 @@ def _first_blocks(grads: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(accumulate((-(-grad.numel() // BLOCK) for grad in grads), initial=0))
 
 
-@cache  # 4 bytes per block, for every set of sizes that steps together
 def _owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
-    """Which tensor each block is of."""
+    """Which tensor each block is of. What a capture makes belongs to its graph."""
+    return _make_owners(device, first) if _capturing(device) else _kept_owners(device, first)
+
+
+@cache  # 4 bytes per block, for every set of sizes that steps together
+def _kept_owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
+    return _make_owners(device, first)
+
+
+def _make_owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
     return _to(device, torch.repeat_interleave(torch.tensor(first).diff()).to(torch.int32))
 
 
-def _compiled_for(batch: Batch) -> dict[str, Any]:
-    """What makes one kernel differ from another."""
+def _compiled_for(batch: Batch, *wanted: str) -> dict[str, Any]:
+    """What makes one kernel differ from another: all of it, or what is wanted."""
     theta, m, v = (CODES[name] for name in (batch.strategy.param, batch.strategy.momentum, batch.strategy.variance))
-    return {
+    everything = {
         "UPDATE": RULES[batch.rule.name], "CONSTANTS": batch.rule.constants, "THETA": theta, "M": m, "V": v,
         "GRADIENT": GRADIENTS[batch.grads[0].dtype], "NARROW": batch.strategy.arithmetic == "bfloat16",
-        "MAXIMIZE": batch.maximize, "RANDOM": batch.strategy.stochastic,
+        "MAXIMIZE": batch.maximize, "RANDOM": batch.strategy.stochastic, **OPTIONS,
     }  # fmt: skip
+    return {key: everything[key] for key in wanted} if wanted else everything
 
 
 def _folded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -119,8 +128,7 @@ def _fold(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     with _current(device):
         fold.fold[(n,)](
             *(_to(device, table) for table in tables), constants, streams,
-            FOLD=fold.FOLDS[batch.rule.name], CONSTANTS=batch.rule.constants,
-            NARROW=batch.strategy.arithmetic == "bfloat16", RANDOM=batch.strategy.stochastic, **OPTIONS,
+            FOLD=fold.FOLDS[batch.rule.name], **_compiled_for(batch, "CONSTANTS", "NARROW", "RANDOM", *OPTIONS),
         )  # fmt: skip
     return constants, streams
 
@@ -197,6 +205,10 @@ def _current(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 _kept: list[Tensor] = []  # what captured graphs read again at every replay
 
 
@@ -205,6 +217,6 @@ def _to(device: torch.device, table: Tensor) -> Tensor:
     if device.type != "cuda" or table.device.type != "cpu":
         return table.to(device)
     pinned = table.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         _kept.append(pinned)
     return pinned.to(device, non_blocking=True)
