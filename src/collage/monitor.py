@@ -256,7 +256,8 @@ def monitor(
     Args:
         optimizer: of this package.
         every: measure one step in this many, the first included.
-        shadow: follow one element in this many with the same rule in float32 (costs 12 bytes for each); None for none.
+        shadow: follow one element in this many, in runs of 16 neighbours, with the same rule in float32 (costs 12
+            bytes for each); None for none.
         strategies: others (or one) to run beside it on those elements, to see what they would lose on this very run.
 
     Returns:
