@@ -1,0 +1,86 @@
+"""FSDP2 on two processes: shards step with the bits of the whole, stochastic ones too."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import collage
+
+STEPS = 5
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(24, 33), nn.ReLU(), nn.Linear(33, 7))
+    for p in made.parameters():
+        p.data = p.data.bfloat16()
+    return made
+
+
+def train(made: nn.Module, backend: str, strategy: str) -> tuple[collage.AdamW, float | None]:
+    """Every rank sees the same batches, so that gradients averaged over ranks are those of one."""
+    opt = collage.AdamW(made.named_parameters(), lr=1e-2, weight_decay=0.1, strategy=strategy, backend=backend)
+    monitor = collage.monitor(opt, every=1)
+    for step in range(STEPS):
+        x = torch.randn(8, 24, generator=torch.Generator().manual_seed(step)).bfloat16()
+        made(x).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    return opt, monitor.report().total.edq_ratio
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def numbers(made: nn.Module, opt: collage.AdamW) -> dict[str, torch.Tensor]:
+    """Weights and states, unsharded."""
+    found = {}
+    for name, p in made.named_parameters():
+        found[name] = whole(p.detach())
+        found |= {f"{name} {key}": whole(value) for key, value in opt.state[p].items()}
+    return found
+
+
+def rank(number: int, world: int, strategy: str) -> None:
+    """One process: train sharded; compare with the same run unsharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", rank=number, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    for backend in ("auto", "reference"):
+        sharded, alone = model(), model()
+        for module in (sharded[0], sharded[2], sharded):
+            fully_shard(module, mesh=mesh)
+        opt, edq = train(sharded, backend, strategy)
+        got, want = numbers(sharded, opt), numbers(alone, train(alone, backend, strategy)[0])
+        assert got.keys() == want.keys()
+        assert edq is not None
+        for name, tensor in want.items():
+            assert torch.equal(got[name], tensor), f"{backend}: {name}"
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("strategy", ["collage-plus", "collage-plus-sr"])
+def test_fsdp2_has_the_bits_of_one_process(strategy):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(k), "2", strategy], env=env, stderr=subprocess.PIPE, text=True)
+        for k in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(error[-1500:] for error in errors)
+
+
+if __name__ == "__main__":
+    rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
