@@ -127,6 +127,25 @@ def test_constants_folded_on_the_device_are_the_hosts(name, triton):
             assert_same_bits(f"{settings}, tensor {k}", got, want)
 
 
+def test_states_move_between_capturable_and_not():
+    """The loading optimizer's own setting holds; a checkpoint of before there was one loads."""
+    w = torch.nn.Parameter(torch.ones(8).bfloat16())
+    w.grad = torch.ones_like(w)
+    saved = collage.AdamW([w], lr=1e-3)
+    saved.step()
+    state = saved.state_dict()
+    del state["param_groups"][0]["capturable"]
+    for capturable in (False, True):
+        opt = collage.AdamW([w], lr=1e-3, capturable=capturable)
+        opt.load_state_dict(state)
+        assert opt.param_groups[0]["capturable"] is capturable
+        opt.step()
+        assert int(opt.state[w]["step"]) == 2
+        state = opt.state_dict()
+        saved.load_state_dict(state)
+        state["state"][0]["step"] = torch.tensor(1)
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 def test_folding_over_betas_and_steps(narrow, triton):
     """Bits of the host's constants, for lr, betas and eps of every size, at steps up to a billion."""

@@ -46,8 +46,11 @@ def strategy_of(group: Group, in_float32: bool) -> Strategy | None:
 
 def chosen(group: Group, in_float32: bool) -> list[Tensor]:
     """The group's parameters that have a gradient and that strategy."""
+    full = torch.float32 in set(map(_dtype, group["params"]))
+    if in_float32 and not full:
+        return []
     params = [param for param in group["params"] if param.grad is not None]
-    if Strategy.parse(group["strategy"]).dtype == torch.float32:
+    if not full or Strategy.parse(group["strategy"]).dtype == torch.float32:
         return params
     return [param for param in params if (param.dtype == torch.float32) == in_float32]
 

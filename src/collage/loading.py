@@ -99,7 +99,7 @@ def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
         return {**settings, **{key: value for key, value in theirs.items() if key not in _TORCH_ONLY}}
     saved, current = Strategy.parse(theirs["strategy"]), Strategy.parse(ours["strategy"])
     if saved == current:
-        return {"capturable": False, **theirs}
+        return {**theirs, "capturable": ours["capturable"]}  # it says how to run, not what was trained
     names = ("param", "momentum", "variance", "arithmetic")
     pairs = [(name, getattr(saved, name), getattr(current, name)) for name in names]
     difference = "; ".join(f"{name}: saved {a}, here {b}" for name, a, b in pairs if a != b)
