@@ -1,6 +1,7 @@
 // Work split over threads by elements.
 #pragma once
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,12 +14,19 @@ namespace collage {
 
 constexpr int64_t BLOCKS_PER_THREAD = 64;  // at least: less does not pay for a thread
 
+// Threads do not live on in a forked process; OpenMP's would be waited for in vain.
+inline bool forked() {
+  static std::atomic<bool> child{false};
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { child = true; });
+  return registered == 0 && child;
+}
+
 // GOMP_parallel of the OpenMP runtime that torch has loaded: its threads are there already. New ones would have to
 // share the cores with them, because they spin for milliseconds after each of torch's operations. Null: none is found.
 using Team = void (*)(void (*run)(void*), void* argument, unsigned threads, unsigned flags);
 inline Team team() {
   static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found;
+  return forked() ? nullptr : found;
 }
 
 // fn(first, end) on disjoint ranges that cover [0, blocks), by as many threads as can be had.

@@ -1,5 +1,6 @@
 """The monitor: its sums against a float64 recomputation from the planes, and that it changes nothing."""
 
+import copy
 import json
 import math
 
@@ -256,3 +257,33 @@ def test_another_optimizer_is_refused():
 def test_wrong_arguments_are_named(kwargs):
     with pytest.raises(ValueError, match=f"{next(iter(kwargs)).replace('strategies', 'strategy')}: "):
         collage.monitor(setup("bf16")[1], **kwargs)
+
+
+def test_a_monitor_stays_when_a_state_is_loaded_and_its_shadow_starts_anew():
+    params, opt = setup("fp32")
+    mon = collage.monitor(opt, every=1, shadow=1)
+    give(params, 0)
+    opt.step()
+    early = copy.deepcopy(opt.state_dict())
+    for step in range(1, 20):
+        give(params, step, 100.0)
+        opt.step()
+    opt.load_state_dict(early)
+    give(params, 1)
+    opt.step()
+    assert mon.report().total.steps == 21
+    assert (mon.report().total.v_ratio, mon.report().total.m_error) == (1.0, 0.0)
+
+
+def test_a_resized_parameter_is_met_anew():
+    w = nn.Parameter(torch.ones(100).bfloat16())
+    opt = collage.AdamW([("w", w)], lr=1e-3)
+    mon = collage.monitor(opt, every=1, shadow=1, strategies=["bf16", "bf16"])
+    for n in (100, 200):
+        w.grad = None
+        w.data = torch.ones(n).bfloat16()
+        opt.state.pop(w, None)
+        w.grad = torch.ones_like(w)
+        opt.step()
+    assert mon.report().total.nonzero == 300
+    assert mon.report().beside["bf16"].nonzero == 300

@@ -186,7 +186,7 @@ def test_what_cannot_be_counted_is_not_updated():
     opt.step()
     before = p.detach().clone()
     opt.state[p]["step"] = torch.tensor(1.0)
-    with pytest.raises(ValueError, match="step: needs a 0-d int64 tensor"):
+    with pytest.raises(ValueError, match="param '0': step needs to be a 0-d int64 tensor"):
         opt.step()
     assert_same_bits("p", p.detach(), before)
 

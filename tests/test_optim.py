@@ -2,7 +2,10 @@
 
 import copy
 import logging
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -340,3 +343,101 @@ def test_a_strategy_changed_between_steps_draws_its_bits():
         opt.step()
         results.append([w.detach(), opt.state[w]["param_lo"], opt.state[w]["exp_avg"]])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("view", [lambda x: x[:, 3:29], lambda x: x[::2], lambda x: x.view(30, 8, 5)[:, :, 1:3]])
+@pytest.mark.parametrize("strategy", ["collage-plus", "fp32-master"])
+def test_parameters_that_are_views_with_gaps(strategy, view):
+    """Their states are contiguous; they start as copies of the same numbers do."""
+    x = torch.randn(30, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    results = []
+    for p in (nn.Parameter(view(x)), nn.Parameter(view(x).clone())):
+        p.grad = torch.full_like(p, 1e-3)
+        opt = collage.AdamW([("w", p)], lr=1e-3, strategy=strategy)
+        opt.step()
+        opt.resync()
+        opt.step()
+        results.append([p.detach(), *opt.state[p].values()])
+    assert all(map(torch.equal, *results))
+
+
+def stepped(shape=(20, 30)):
+    w = nn.Parameter(torch.ones(shape).bfloat16())
+    w.grad = torch.full_like(w, 1e-3)
+    opt = collage.AdamW([("w", w)], lr=1e-3)
+    opt.step()
+    return w, opt, opt.state[w]
+
+
+def shrink_gradient(w, _):
+    memory = torch.zeros(100_000).bfloat16()
+    w.grad = memory[-600:].view(20, 30)
+    memory.untyped_storage().resize_(4000)
+
+
+def shrink_strided_gradient(w, _):
+    memory = torch.zeros(30, 20).bfloat16()
+    w.grad = memory.t()
+    memory.untyped_storage().resize_(16)
+
+
+MISCHIEF = {
+    "a state transposed in place": lambda _, state: state["exp_avg"].t_(),
+    "a state cut": lambda _, state: setattr(state["exp_avg"], "data", state["exp_avg"].data[:10]),
+    "a state resized": lambda _, state: state["exp_avg"].resize_(10),
+    "a state expanded": lambda _, state: setattr(state["exp_avg"], "data", state["exp_avg"].data[:1].expand(20, 30)),
+    "a state seen as another dtype": lambda _, state: setattr(state["exp_avg"], "data", state["exp_avg"].data.float()),
+    "weights expanded": lambda w, _: setattr(w, "data", w.data[:1].expand(20, 30)),
+    "weights that overlap": lambda w, _: setattr(w, "data", w.data.as_strided((20, 30), (15, 1))),
+    "a counter freed": lambda _, state: state["step"].untyped_storage().resize_(0),
+    "a counter of another type": lambda _, state: state.update(step=3),
+    "a gradient behind its memory": shrink_gradient,
+    "a strided gradient behind its memory": shrink_strided_gradient,
+}
+
+
+@pytest.mark.parametrize("what", MISCHIEF)
+def test_memory_is_checked_again_when_a_tensor_was_changed_in_place(what):
+    w, opt, state = stepped()
+    MISCHIEF[what](w, state)
+    with pytest.raises((ValueError, TypeError), match="param 'w'"):
+        opt.step()
+
+
+def test_settings_changed_between_steps_are_checked_before_anything_is_counted():
+    _, opt, state = stepped()
+    for key, value in {"betas": (1.0, 0.999), "lr": float("nan"), "seed": -1}.items():
+        before = opt.param_groups[0][key]
+        opt.param_groups[0][key] = value
+        with pytest.raises(ValueError, match=f"{key}: needs"):
+            opt.step()
+        opt.param_groups[0][key] = before
+    assert int(state["step"]) == 1
+
+
+def test_names_are_unique_and_complete():
+    x, y = (nn.Parameter(torch.ones(3).bfloat16()) for _ in range(2))
+    with pytest.raises(ValueError, match="params: two parameters are named 'w'; give each a name of its own"):
+        collage.AdamW([{"params": [("w", x)]}, {"params": [("w", y)]}])
+    opt = collage.AdamW([("x", x)])
+    opt.param_groups[0]["params"].append(y)
+    x.grad = torch.ones_like(x)
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: 2 parameters and 1 names; add parameters with"):
+        opt.step()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_steps():
+    """OpenMP's threads do not live on in it; waiting for them would never end."""
+    code = (
+        "import os, sys, torch, collage\n"
+        "torch.set_num_threads(2)\n"
+        "w = torch.nn.Parameter(torch.ones(400_000).bfloat16()); w.grad = torch.ones_like(w)\n"
+        "opt = collage.AdamW([w]); opt.step()\n"
+        "child = os.fork()\n"
+        "opt.step()\n"
+        "if not child: os._exit(0)\n"
+        "sys.exit(os.waitpid(child, 0)[1])\n"
+    )
+    warn = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
+    assert subprocess.run(warn, timeout=60, check=False).returncode == 0

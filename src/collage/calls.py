@@ -70,13 +70,16 @@ def gather(
 
 
 class Roster:
-    """The parameters that step together. Checked once, and good while no tensor is exchanged, moved or reshaped."""
+    """The parameters that step together. Checked once, and good while no tensor is exchanged, moved or reshaped.
 
-    def __init__(self, strategy: Strategy, gathered: list[Any], entries: Sequence[Entry]) -> None:
+    first: position of the group's first parameter, which names and random bits of unnamed ones depend on.
+    """
+
+    def __init__(self, strategy: Strategy, first: int, gathered: list[Any], entries: Sequence[Entry]) -> None:
         params = [entry.param for entry in entries]
         regions = _regions(params)  # refuses partial DTensors
         width = len(gathered) // max(len(params), 1)
-        self.strategy = strategy
+        self._of = strategy, first
         self.entries = entries
         self.planes = locals_of([tensor for k, tensor in enumerate(gathered, 1) if k % width])
         self.steps = gathered[width - 1 :: width]
@@ -84,29 +87,32 @@ class Roster:
         self.regions = regions if strategy.stochastic else []
         self._gathered, self._facts = gathered, self._now(params)
 
-    def holds(self, strategy: Strategy, params: Sequence[Tensor], gathered: list[Any]) -> bool:
+    def holds(self, strategy: Strategy, first: int, params: Sequence[Tensor], gathered: list[Any]) -> bool:
         """Whether these are the tensors that were checked, where they were."""
-        same = strategy == self.strategy and len(gathered) == len(self._gathered)
+        same = (strategy, first) == self._of and len(gathered) == len(self._gathered)
         return same and all(map(is_, gathered, self._gathered)) and self._now(params) == self._facts
 
     def _now(self, params: Sequence[Tensor]) -> tuple[list[Any], ...]:
-        return list(map(Tensor.data_ptr, self.planes)), list(map(_shape, params)), list(map(_dtype, params))
+        in_order = list(map(Tensor.is_contiguous, self.planes))
+        strided = [] if all(in_order) else [(p.shape, p.stride()) for p in self.planes]
+        return (
+            list(map(Tensor.data_ptr, self.planes)), list(map(Tensor.data_ptr, self.steps)), in_order, strided,
+            list(map(Tensor.numel, self.planes)), list(map(_shape, params)), list(map(_dtype, params)),
+        )  # fmt: skip
 
 
 def suits(rule: Rule, strategy: Strategy, param: Tensor, values: State) -> bool:
     """Whether a parameter and its state are this strategy's, with memory on one device, every element its own."""
     keys, dtypes = _layout(rule, strategy)
     planes = [plane for plane in (param, *map(values.get, keys)) if isinstance(plane, Tensor)]
-    if len(values) != len(keys) + 1 or "step" not in values or list(map(_dtype, planes)) != dtypes:
+    if len(values) != len(keys) + 1 or list(map(_dtype, planes)) != dtypes:
         return False
     return all(p.shape == param.shape and p.device == param.device and _has_memory(local(p)) for p in planes)
 
 
 def _has_memory(tensor: Tensor) -> bool:
     """Whether every element lies in memory of its own: no storage freed or shrunk (FSDP does), no element twice."""
-    if tensor.untyped_storage().nbytes() < tensor.nbytes:
-        return False
-    return tensor.is_contiguous() or not _overlaps(tensor)
+    return state.in_memory(tensor) and (tensor.is_contiguous() or not _overlaps(tensor))
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -201,7 +202,8 @@ class Monitor:
     def __init__(self, rule: Rule, every: int, shadow: int | None, strategies: Sequence[Strategy]) -> None:
         self.every = every
         self._calls = 0
-        self._shadow = Shadow(rule, shadow, strategies) if shadow else None
+        self._new_shadow = partial(Shadow, rule, shadow, tuple(dict.fromkeys(strategies))) if shadow else lambda: None
+        self._shadow = self._new_shadow()
         self._all, self._window = _Books(), _Books()
 
     @property
@@ -239,6 +241,10 @@ class Monitor:
         """Everything since the last call of `window`: one point of a curve."""
         books, self._window = self._window, _Books()
         return books.report()
+
+    def meet_anew(self) -> None:
+        """Start the shadow anew at the next step: the optimizer's state was exchanged."""
+        self._shadow = self._new_shadow()
 
     def reset(self) -> None:
         """Forget the sums so far; the shadow goes on."""

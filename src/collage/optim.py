@@ -69,6 +69,11 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
         names = group.get("param_names") or [None] * len(group["params"])
+        if len(names) != len(group["params"]):
+            raise ValueError(
+                f"param_groups[{index}]: {len(group['params'])} parameters and {len(names)} names; add parameters with "
+                "add_param_group"
+            )
         for position, (param, name) in enumerate(zip(group["params"], names, strict=True), first):
             yield Entry(name or str(position), key_of(name or position), index, group, param)
 
@@ -96,6 +101,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             self._validate(group)
             for entry in self._entries_of(group):
                 self.strategy_of(entry)
+            _require_unique(entry.name for entry in self.entries())
         except BaseException:
             self.param_groups.pop()
             raise
@@ -125,7 +131,10 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         todo: list[Call] = []
+        first = 0
         for group in self.param_groups:
+            if not torch.compiler.is_compiling():
+                self._validate(group)  # it may have been changed
             for in_float32 in (False, True):
                 planes: list[Tensor] = []
                 grads: list[Tensor] = []
@@ -133,10 +142,11 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                 keys: list[int] = []
                 regions: list[int] = []
                 strategy = self._init_group(
-                    group, in_float32, torch.compiler.is_compiling(), planes, grads, steps, keys, regions
+                    group, first, in_float32, torch.compiler.is_compiling(), planes, grads, steps, keys, regions
                 )
                 if len(grads) > 0:
                     todo.append(Call(group, in_float32, strategy, planes, grads, steps, keys, regions))
+            first += len(group["params"])
         if len(self.monitors) > 0:
             self._step_measured(todo)
         else:
@@ -171,6 +181,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     def _init_group(
         self,
         group: Group,
+        first: int,
         in_float32: bool,
         compiling: bool,
         planes: list[Tensor],
@@ -191,9 +202,11 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         gathered = calls.gather(self.rule, strategy, params, self.state, group["capturable"])
         roster = self._rosters.get((id(group), in_float32))
         if not (
-            roster and roster.holds(strategy, params, gathered) and state.accept(params, own_grads, strategy.dtype)
+            roster
+            and roster.holds(strategy, first, params, gathered)
+            and state.accept(params, own_grads, strategy.dtype)
         ):
-            roster = self._rosters[id(group), in_float32] = self._check(group, strategy, params, gathered)
+            roster = self._rosters[id(group), in_float32] = self._check(group, first, strategy, params, gathered)
         if compiling:
             calls.require_compilable(gathered, len(self.monitors) > 0)
         planes += roster.planes
@@ -203,7 +216,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         regions += roster.regions
         return str(strategy)
 
-    def _check(self, group: Group, strategy: Strategy, params: list[Tensor], gathered: list[Any]) -> Roster:
+    def _check(self, group: Group, first: int, strategy: Strategy, params: list[Tensor], gathered: list[Any]) -> Roster:
         """Raise what is wrong with a parameter, its gradient or its state, before anything is changed."""
         stepping = set(map(id, params))
         entries = [entry for entry in self._entries_of(group) if id(entry.param) in stepping]
@@ -219,7 +232,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                     f"({entry.param.device}), every element its own; some of it is elsewhere, freed, or expanded. "
                     "opt.load_state_dict(opt.state_dict()) moves a state to its parameter"
                 )
-        return Roster(strategy, gathered, entries)
+            state.check_counter(values["step"], entry.name)
+        return Roster(strategy, first, gathered, entries)
 
     def _hyper(self, group: Group) -> list[float]:
         """The rule's hyper-parameters but lr, in the order that its `fold` takes them."""
@@ -269,13 +283,18 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                     key: value.detach().to(device if own or key != "step" else "cpu", copy=True)
                     for key, value in adopted["state"][saved_id].items()
                 }
+        for monitor in self.monitors:
+            monitor.meet_anew()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.monitors, self._rosters = [], {}
+        self.__dict__.setdefault("monitors", [])  # torch calls this in load_state_dict too
+        self._rosters = {}
+        for group in self.param_groups:
+            group.setdefault("capturable", False)  # saved before there was one
         backends.require(self.backend)
         self._warn_of_fallback()
 
@@ -347,7 +366,8 @@ class AdamW(PrecisionOptimizer):
         for key in ("lr", "eps", "weight_decay"):
             if isinstance(group[key], Tensor) and group[key].numel() != 1:
                 raise ValueError(f"{key}: a tensor needs one element, got shape {tuple(group[key].shape)}")
-            if not 0.0 <= float(group[key]) < math.inf:
+            elsewhere = isinstance(group[key], Tensor) and group[key].device.type != "cpu"  # reading it would wait
+            if not elsewhere and not 0.0 <= float(group[key]) < math.inf:
                 raise ValueError(f"{key}: needs a finite number >= 0, got {group[key]}")
         betas = tuple(group["betas"])
         if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
@@ -356,6 +376,15 @@ class AdamW(PrecisionOptimizer):
     def _hyper(self, group: Group) -> list[float]:
         beta1, beta2 = group["betas"]
         return [float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])]
+
+
+def _require_unique(names: Iterable[str]) -> None:
+    """Names tell parameters apart in reports, and give them their random bits."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"params: two parameters are named '{name}'; give each a name of its own, with a prefix")
+        seen.add(name)
 
 
 @cache  # once for each text

@@ -71,6 +71,7 @@ class _Run:
     def meet(self, name: str, values: Sequence[Tensor]) -> None:
         """Start a parameter at these numbers of theta and the rule's other slots."""
         pairs = zip(self.strategy.formats, values, strict=True)
+        self._joined = {names: planes for names, planes in self._joined.items() if name not in names}
         self._planes[name] = [plane for fmt, x in pairs for plane in split(fmt, x)]
 
     def slots(self, items: Sequence[Item]) -> list[list[Tensor]]:
@@ -119,7 +120,7 @@ class Shadow:
         self.stride = stride
         self._exact = _Run(rule, STRATEGIES["fp32"])
         self._beside = [_Run(rule, strategy) for strategy in strategies]
-        self._met: set[str] = set()
+        self._met: dict[str, torch.Size] = {}
         self._before: list[list[Tensor]] = []  # theta's planes in each batch of a measured step
 
     def _sample(self, plane: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class Shadow:
     def before(self, items: Sequence[Item], due: bool) -> None:
         """Meet new parameters where they are; remember theta if the step is to be measured."""
         for item in items:
-            if item.name not in self._met:
+            if self._met.get(item.name) != item.share.grad.shape:
                 self._meet(item)
         if due:
             self._before = [self._slot(batch, 0) for batch in _batches(items)]
@@ -145,7 +146,7 @@ class Shadow:
     def _meet(self, item: Item) -> None:
         pairs = zip(item.strategy.formats, item.share.slots, strict=True)
         values = [fmt.value([self._sample(p).clone() for p in planes]) for fmt, planes in pairs]
-        self._met.add(item.name)
+        self._met[item.name] = item.share.grad.shape
         for run in (self._exact, *self._beside):
             run.meet(item.name, values)
 

@@ -6,7 +6,7 @@ under a key of the optimizer's state (``param_lo``, ``exp_avg``, ``exp_avg_sq_lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter, ge
 from typing import Any, NamedTuple
 
@@ -62,23 +62,26 @@ def slots(rule: Rule, strategy: Strategy, param: Tensor, state: Mapping[str, Ten
 
 def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capturable: bool) -> None:
     """Fill an empty state: step 0 (on the parameter's device, if capturable), theta as it is, every other number 0."""
-    state["step"] = torch.zeros((), dtype=torch.int64, device=param.device if capturable else "cpu")
+    fresh: State = {"step": torch.zeros((), dtype=torch.int64, device=param.device if capturable else "cpu")}
     for key, dtype in dtypes(rule, strategy).items():
-        state[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-    resync(rule, strategy, param, state)
+        fresh[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    resync(rule, strategy, param, fresh)
+    state |= fresh
 
 
 def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> None:
     """Derive theta's other planes from the parameter as it is now."""
     whole = slots(rule, strategy, param, state)[0]
-    for planes in zip(*map(_pieces, whole), strict=True):
+    for planes in _pieces(whole):
         write(planes[1:], split(strategy.formats[0], planes[0].float())[1:])
 
 
-def _pieces(plane: Tensor) -> list[Tensor]:
+def _pieces(planes: Planes) -> Iterator[Planes]:
     """Views of some million elements each, so that no temporary is as large as a parameter."""
-    rows = plane.view(-1) if plane.is_contiguous() or plane.dim() == 0 else plane
-    return list(torch.split(rows, max(1, PIECE * len(rows) // max(1, rows.numel()))))
+    if all(plane.is_contiguous() for plane in planes):
+        planes = [plane.view(-1) for plane in planes]
+    rows = max(1, PIECE * len(planes[0]) // max(1, planes[0].numel()))
+    return zip(*(torch.split(plane, rows) for plane in planes), strict=True)
 
 
 def write(planes: Planes, values: Planes) -> None:
@@ -113,6 +116,13 @@ def require_shape(key: str, plane: Tensor, param: Tensor, name: str) -> None:
         raise ValueError(
             f"param '{name}': {key} has shape {tuple(plane.shape)}, not the parameter's {tuple(param.shape)}"
         )
+
+
+def check_counter(step: object, name: str) -> None:
+    """Raise ValueError, naming the parameter, for a step counter that cannot be counted up."""
+    if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() or not in_memory(step):
+        got = f"{dtype_of(step)} of shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
+        raise ValueError(f"param '{name}': step needs to be a 0-d int64 tensor with memory in its state, got {got:.50}")
 
 
 def count(step: Tensor, name: str) -> Tensor:
@@ -171,10 +181,15 @@ def accept(params: Sequence[Tensor], grads: list[Tensor], dtype: torch.dtype) ->
 
 
 def _all_in_memory(grads: list[Tensor]) -> bool:
-    sizes = list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, grads)))
-    if all(map(ge, sizes, map(_nbytes, grads))):
-        return True
-    return all(size >= (g.nbytes if g.is_contiguous() else 1) for size, g in zip(sizes, grads, strict=True))
+    if any(map(Tensor.storage_offset, grads)) or not all(map(Tensor.is_contiguous, grads)):
+        return all(map(in_memory, grads))
+    return all(map(ge, map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, grads)), map(_nbytes, grads)))
+
+
+def in_memory(tensor: Tensor) -> bool:
+    """Whether its last element lies inside its storage: it was not freed or shrunk."""
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == 0 or (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def check_gradient(entry: Entry) -> None:

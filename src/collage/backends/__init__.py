@@ -124,7 +124,7 @@ def missing(name: str) -> str | None:
     if name == "triton" and find_spec("triton") is None:
         return "Triton is not installed; torch's builds for GPUs bring it (or pip install triton)"
     if name == "triton" and not torch.cuda.is_available() and not interpreted():
-        return "torch sees no GPU: torch.cuda.is_available() is False"
+        return "torch sees no GPU: torch.cuda.is_available() is False (TRITON_INTERPRET=1 runs the kernels in Python)"
     return None
 
 

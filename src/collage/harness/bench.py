@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also AMD's GPUs (default: %(default)s)")
     add("--plan", action="store_true", help="print what would be measured, the bytes and the floors; measure nothing")
-    add("--bandwidth", type=float, default=2000.0, metavar="GB/S", help="of --plan (default: %(default)g, an A100's)")
+    add("--bandwidth", type=float, metavar="GB/S", help="of --plan (default: 2000, an A100's)")
     add("--threads", type=int, metavar="N", help=f"of torch and of the kernels (default: {torch.get_num_threads()})")
     add("--strategies", default=",".join(DEFAULT), metavar="NAMES", help="comma-separated (default: %(default)s)")
     add("--rounds", type=int, default=9, metavar="N", help="timings of every row, interleaved (default: %(default)s)")
@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     shapes = shapes_of(args.shapes, args.params)
     lines = rows(names, not args.no_monitor, not args.no_others, args.extra)
     numel = sum(math.prod(shape) for shape in shapes)
+    if args.bandwidth is not None and not (args.plan and 0 < args.bandwidth < math.inf):
+        raise ValueError(f"--bandwidth: needs --plan and a number above 0, got {args.bandwidth:g}")
     if args.plan:
         return show_plan(lines, numel, args)
     device = torch.device(args.device)
@@ -189,16 +191,16 @@ def about_machine(device: torch.device) -> dict[str, str]:
 
 def show_plan(lines: Sequence[Row], numel: int, args: argparse.Namespace) -> int:
     """What would be measured, and below which time no step can be."""
-    screen = Console(width=max(100, Console().width))
+    screen, bandwidth = Console(width=max(100, Console().width)), args.bandwidth or 2000.0
     table = Table(
         header_style="bold", box=SIMPLE, title=f"One step of AdamW, {numel:,} parameters, {args.device}: a plan"
     )
     table.add_column("")
-    for header in ("bytes moved\nper parameter", "GB\nper step", f"floor in ms\nat {args.bandwidth:g} GB/s"):
+    for header in ("bytes moved\nper parameter", "GB\nper step", f"floor in ms\nat {bandwidth:g} GB/s"):
         table.add_column(header, justify="right")
-    for row in lines:
+    for row in (row for row in lines if not row.name.startswith("limit")):
         total = row.moved * numel / 1e9
-        table.add_row(row.name, f"{row.moved:g}", f"{total:.2f}", f"{total / args.bandwidth * 1e3:.3f}")
+        table.add_row(row.name, f"{row.moved:g}", f"{total:.2f}", f"{total / bandwidth * 1e3:.3f}")
     screen.print(table)
     screen.print(
         f"Nothing was measured. Without --plan: {args.rounds} interleaved rounds of these rows, their medians, and how "

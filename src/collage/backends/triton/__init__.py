@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate, chain
 from typing import Any
 
@@ -83,7 +83,7 @@ def _owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
     return _make_owners(device, first) if _capturing(device) else _kept_owners(device, first)
 
 
-@cache  # 4 bytes per block, for every set of sizes that steps together
+@lru_cache(maxsize=16)  # 4 bytes per block, for every set of sizes that steps together
 def _kept_owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
     return _make_owners(device, first)
 
