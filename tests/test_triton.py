@@ -218,8 +218,8 @@ def check(found: dict, widths: bool = True) -> None:
             name, target = key.split()
             loads, stores = least_accesses(Strategy.parse(name))
             assert facts["stores"] == stores, key
-            if target != "gfx942":  # there the constants are loaded in fours too
-                assert facts["loads"] == loads, key
+            more = 3 if target == "gfx942" else 0  # there constants and addresses are loaded in fours too
+            assert loads <= facts["loads"] <= loads + more, key
 
 
 def test_compiled_code_and_the_table_in_the_docs():

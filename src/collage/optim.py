@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -63,11 +62,16 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def entries(self) -> Iterator[Entry]:
         """Every parameter, in order, with its name (or position) and group."""
-        return chain.from_iterable(map(self._entries_of, self.param_groups))
+        first = 0
+        for index, group in enumerate(self.param_groups):
+            yield from self._named(index, first, group)
+            first += len(group["params"])
 
     def _entries_of(self, group: Group) -> Iterator[Entry]:
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
-        first = sum(len(earlier["params"]) for earlier in self.param_groups[:index])
+        return self._named(index, sum(len(earlier["params"]) for earlier in self.param_groups[:index]), group)
+
+    def _named(self, index: int, first: int, group: Group) -> Iterator[Entry]:
         names = group.get("param_names") or [None] * len(group["params"])
         if len(names) != len(group["params"]):
             raise ValueError(
