@@ -1,6 +1,6 @@
 """Compile Triton's kernels for GPUs that are not here, and print what came out as JSON. test_triton.py runs it.
 
-python tests/triton_targets.py TARGETS STRATEGIES [measured] [strided] [fold] [contract]
+python tests/triton_targets.py TARGETS STRATEGIES [measured] [strided] [others] [contract]
 """
 
 import json
@@ -68,6 +68,19 @@ def fold_on_device(s: Strategy, target: GPUTarget):
     return compiled(fold.fold, pointers, constants, target)
 
 
+def others(s: Strategy, target: GPUTarget) -> dict:
+    """The kernels beside the step."""
+    formats = {"THETA": CODES[s.param], "M": CODES[s.momentum], "V": CODES[s.variance], "GRADIENT": CODES["bf16"]}
+    tables = {"table": "*i64", "blocks": "*i32"}
+    whole = tables | {"shapes": "*i64", "counts": "*i32"}
+    return {
+        "fold": fold_on_device(s, target),
+        "broken": compiled(walk.broken, whole, {"THETA": formats["THETA"], "REST": STRIDED.value}, target),
+        "stream": compiled(walk.stream, tables | {"zero": "*i32"}, formats, target),
+        "add_up": compiled(walk.add_up, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}, target),
+    }
+
+
 def facts(kernel) -> dict:
     """Registers and spills; how wide memory is accessed; what LLVM and PTX say of contraction and flushing."""
     asm = kernel.asm
@@ -115,8 +128,9 @@ def main() -> None:
         for target in targets.split(","):
             kernel = step(s, TARGETS[target], "measured" in flags, "strided" in flags)
             result[f"{name} {target}"] = facts(kernel)
-            if "fold" in flags:
-                result[f"fold {name} {target}"] = facts(fold_on_device(s, TARGETS[target]))
+            if "others" in flags:
+                for kind, other in others(s, TARGETS[target]).items():
+                    result[f"{kind} {name} {target}"] = facts(other)
     print(json.dumps(result))
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from collage.backends import Batch, Region, reference
+from collage.backends import Batch, Region
 from collage.backends.triton import fold, walk
 from collage.backends.triton.formats import CODES, MASKED, STRIDED
 from collage.backends.triton.rules import RULES
 from collage.formats import Planes
 from collage.rng import bases, mix64, signed
 from collage.rules import Rule
+from collage.rules.adamw import ADAMW
 from collage.strategies import Strategy
 
 BLOCK: int = walk.BLOCK.value
@@ -59,12 +60,29 @@ def step(batch: Batch) -> None:
 
 def broken(strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int:
     """How many elements of theta, in all parameters' slots, have planes that no step could have left."""
-    return reference.broken(strategy, params)
+    thetas = [slots[0][0] for slots in params]
+    batch = _reading(ADAMW, strategy, [plane for slots in params for slot in slots for plane in slot], thetas)
+    device, first = thetas[0].device, _first_blocks(thetas)
+    if first[-1] == 0:
+        return 0
+    rows, shapes = _table(batch, first)
+    counts = torch.empty(first[-1], dtype=torch.int32, device=device)
+    with _current(device):
+        walk.broken[(first[-1],)](
+            _to(device, rows), _owners(device, first), _to(device, shapes), counts,
+            **_compiled_for(batch, "THETA", *OPTIONS), REST=_rest(shapes),
+        )  # fmt: skip
+    return int(counts.sum())
+
+
+def _reading(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> Batch:
+    """No step: only where things lie."""
+    return Batch(rule, strategy, 0.0, (), False, 0, planes, grads, (), (), (), ())
 
 
 def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Read and write all planes without arithmetic."""
-    batch = Batch(rule, strategy, 0.0, (), False, 0, planes, grads, (), (), (), ())
+    batch = _reading(rule, strategy, planes, grads)
     device, first = grads[0].device, _first_blocks(grads)
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     formats = _compiled_for(batch, "THETA", "M", "V", "GRADIENT", *OPTIONS)

@@ -13,8 +13,11 @@ from collage.backends.triton.arithmetic import (
     bf16_code,
     bf16_stochastic_code,
     bf16_value,
+    bits_of,
+    float_of,
     fp16_code,
     is_finite,
+    rn,
 )
 from collage.backends.triton.numbers import EXPANDED, KAHAN, PAPER, REGISTER, parts
 
@@ -131,3 +134,19 @@ def value_of(code, COMPONENT: tl.constexpr):
         return code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
         return code
+
+
+@triton.jit
+def is_broken(hi, lo, FORMAT: tl.constexpr):
+    """Whether no `encode` could have left these planes: plane 0 was changed alone. 0 and 0, padding, is whole."""
+    if FORMAT % 4 == SINGLE:
+        return (bits_of(hi) & 0) != 0
+    elif FORMAT % 4 == MASTER:
+        cast = rn(lo, True)
+        return ((hi == cast) | ((hi != hi) & (cast != cast))) == 0
+    else:
+        binade = float_of(bits_of(hi) & 0x7F800000)
+        ulps = 1.0 if FORMAT % 4 == COMPENSATED else 0.5
+        bound = tl.maximum(binade, 2.0**-126) * (ulps * 2.0**-7)
+        limit = bound + tl.maximum(bound * 2.0**-7, 2.0**-133)
+        return tl.where(is_finite(hi), tl.abs(lo) <= limit, lo == 0.0) == 0

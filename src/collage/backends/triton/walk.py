@@ -17,6 +17,7 @@ from collage.backends.triton.formats import (
     STRIDED,
     WHOLE,
     encode,
+    is_broken,
     kind_of,
     load,
     read,
@@ -207,6 +208,17 @@ def add_up(sums, first, totals):
         total += tl.load(at, mask=lane < 5, other=0.0)
         at += 5
     tl.store(totals + tensor * 5 + lane, total, mask=lane < 5)
+
+
+@triton.jit
+def broken(table, blocks, shapes, counts, THETA: tl.constexpr, REST: tl.constexpr):
+    """How many elements of theta, in each block, have planes that no step could have left."""
+    program = tl.program_id(0)
+    row = table + tl.load(blocks + program).to(tl.int64) * COLUMNS
+    begin = (program - tl.load(row + FIRST)) * BLOCK
+    at = begin + tl.arange(0, BLOCK)
+    hi, lo = load_slot(row, 0, at, at < tl.load(row + NUMEL), shapes, THETA, REST)
+    tl.store(counts + program, tl.sum(is_broken(hi, lo, THETA).to(tl.int32)))
 
 
 @triton.jit
