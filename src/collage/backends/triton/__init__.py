@@ -165,19 +165,20 @@ def _table(batch: Batch, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     shapes: list[int] = [0]
     if batch.regions or not all(map(Tensor.is_contiguous, (*batch.planes, *batch.grads))):
         for k, row in enumerate(rows):
-            _describe(row, _layout(batch, k, columns), batch.regions[k] if batch.regions else None, shapes)
+            in_memory, region = _layout(batch, k, columns), batch.regions[k] if batch.regions else None
+            _describe(row, in_memory, *(_place(region) if region else (0, [])), shapes)
     return rows, torch.tensor(shapes)
 
 
-def _describe(row: Tensor, layout: list[int], region: Region | None, shapes: list[int]) -> None:
-    """Where a tensor's elements lie in memory, and in the unsharded tensor, if not in order."""
-    offset, place = _place(region) if region else (0, [])
+def _describe(row: Tensor, layout: list[int], offset: int, place: list[int], shapes: list[int]) -> None:
+    """Where a tensor's elements lie in memory, and from which index on in the unsharded tensor, if not in order."""
     row[OFFSET] = offset
     row[LAYOUT], row[DIMS] = len(shapes), len(layout) // (walk.TENSORS + 1)
     shapes += layout
     row[REGION], row[REGION_DIMS] = len(shapes), len(place) // 2
     shapes += place
     if layout or place:
+        _require_small(int(row[NUMEL]))
         row[ALIGNED] = 0
 
 
@@ -187,7 +188,6 @@ def _layout(batch: Batch, k: int, columns: list[int]) -> list[int]:
     own = batch.planes[k * width : (k + 1) * width]
     if all(map(Tensor.is_contiguous, (*own, grad))):
         return []
-    _require_small(grad)
     strides = [grad.stride()] * walk.TENSORS
     for column, plane in zip(columns, own, strict=True):
         strides[column] = plane.stride()
@@ -210,11 +210,11 @@ def _place(region: Region) -> tuple[int, list[int]]:
     return offset, []
 
 
-def _require_small(tensor: Tensor) -> None:
-    if tensor.numel() >= 2**31:
+def _require_small(numel: int) -> None:
+    if numel >= 2**31:
         raise ValueError(
-            f"params: a tensor of {tensor.numel()} elements that is not contiguous; from 2**31 on the Triton backend "
-            "needs contiguous ones (p.data = p.data.contiguous()), or use backend='reference'"
+            f"params: a tensor of {numel} elements that is not contiguous, or sharded by columns; from 2**31 on the Triton "
+            "backend needs contiguous ones (p.data = p.data.contiguous()), or use backend='reference'"
         )
 
 
