@@ -213,8 +213,8 @@ def _place(region: Region) -> tuple[int, list[int]]:
 def _require_small(numel: int) -> None:
     if numel >= 2**31:
         raise ValueError(
-            f"params: a tensor of {numel} elements that is not contiguous, or sharded by columns; from 2**31 on the Triton "
-            "backend needs contiguous ones (p.data = p.data.contiguous()), or use backend='reference'"
+            f"params: a tensor of {numel} elements that is not contiguous, or sharded by columns; from 2**31 on the "
+            "Triton backend needs contiguous ones (p.data = p.data.contiguous()), or use backend='reference'"
         )
 
 
