@@ -191,6 +191,18 @@ def test_what_cannot_be_counted_is_not_updated():
     assert_same_bits("p", p.detach(), before)
 
 
+@pytest.mark.parametrize("step", [torch.tensor(1.0), torch.tensor([1])])
+def test_the_operator_itself_counts_nothing_else(step):
+    """It adds at raw addresses: whoever calls it directly is refused too, before anything is written."""
+    given = list(arguments(measured=False))
+    before = [p.clone() for p in given[0]]
+    given[2] = [torch.tensor(3), step]
+    with pytest.raises(ValueError, match="step: needs a 0-d int64 tensor"):
+        torch.ops.collage.step_(*given)
+    assert int(given[2][0]) == 3
+    assert all(map(torch.equal, given[0], before))
+
+
 def test_a_group_has_no_backend_of_its_own():
     with pytest.raises(ValueError, match="backend: one for the whole optimizer"):
         collage.AdamW([{"params": [nn.Parameter(torch.ones(8).bfloat16())], "backend": "reference"}])

@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import assert_same_bits
-from test_backends import GRID, HYPER, REGIMES, assert_same, batch_of, copy_of, interpreted, numbers, share, strided
+from test_backends import (
+    GRID,
+    HYPER,
+    REGIMES,
+    assert_same,
+    batch_of,
+    copy_of,
+    interpreted,
+    numbers,
+    shard,
+    share,
+    strided,
+)
 
 import collage
 from collage import backends
@@ -62,7 +74,9 @@ def test_strides(kind, triton):
     s = share(strategy, torch.bfloat16, "normal", 37 * 53)
     slots = tuple(tuple(strided(p.view(37, 53), kind) for p in planes) for planes in s.slots)
     plain = share(strategy, torch.bfloat16, "normal", 70)
-    assert_same(strategy, [s._replace(slots=slots, grad=s.grad.view(37, 53)), plain])
+    s = s._replace(slots=slots, grad=s.grad.view(37, 53))
+    assert not copy_of(s).slots[0][0].is_contiguous()
+    assert_same(strategy, [s, plain])
 
 
 @pytest.mark.parametrize(
@@ -74,10 +88,7 @@ def test_strides(kind, triton):
     ],
 )
 def test_shards_draw_the_bits_of_the_whole(region, triton):
-    strategy = STRATEGIES["stochastic"]
-    s = share(strategy, torch.bfloat16, "normal", 2100)
-    slots = tuple(tuple(p.view(region.sizes) for p in planes) for planes in s.slots)
-    assert_same(strategy, [s._replace(slots=slots, grad=s.grad.view(region.sizes), region=region)])
+    assert_same(STRATEGIES["stochastic"], [shard(STRATEGIES["stochastic"], region)])
 
 
 def trained(strategy: str, steps: int = 6, **settings) -> list[torch.Tensor]:

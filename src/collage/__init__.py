@@ -1,10 +1,10 @@
 """Collage: train in bfloat16 without float32 master weights, and measure what rounding loses."""
 
 from collage import mcf
+from collage.adamw import AdamW
 from collage.checkpoint import high_precision_state_dict, load_high_precision_state_dict
 from collage.ema import EMA
 from collage.monitor import monitor
-from collage.optim import AdamW
 from collage.strategies import STRATEGIES, Strategy
 
 __version__ = "0.1.0"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, ClassVar
 
@@ -16,9 +15,8 @@ from collage import backends, calls, loading, state
 from collage.backends import operator  # noqa: F401  (defines torch.ops.collage.step_)
 from collage.calls import Call, Roster
 from collage.monitor import Monitor
-from collage.rng import key_of, signed
+from collage.rng import signed
 from collage.rules import Rule
-from collage.rules.adamw import ADAMW
 from collage.shadow import Item
 from collage.sharding import locals_of
 from collage.state import Entry, Group
@@ -64,22 +62,12 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """Every parameter, in order, with its name (or position) and group."""
         first = 0
         for index, group in enumerate(self.param_groups):
-            yield from self._named(index, first, group)
+            yield from state.named(index, first, group)
             first += len(group["params"])
 
     def _entries_of(self, group: Group) -> Iterator[Entry]:
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
-        return self._named(index, sum(len(earlier["params"]) for earlier in self.param_groups[:index]), group)
-
-    def _named(self, index: int, first: int, group: Group) -> Iterator[Entry]:
-        names = group.get("param_names") or [None] * len(group["params"])
-        if len(names) != len(group["params"]):
-            raise ValueError(
-                f"param_groups[{index}]: {len(group['params'])} parameters and {len(names)} names; add parameters with "
-                "add_param_group"
-            )
-        for position, (param, name) in enumerate(zip(group["params"], names, strict=True), first):
-            yield Entry(name or str(position), key_of(name or position), index, group, param)
+        return state.named(index, sum(len(earlier["params"]) for earlier in self.param_groups[:index]), group)
 
     def strategy_of(self, entry: Entry) -> Strategy:
         """The group's strategy; float32 parameters are updated in float32. Raises TypeError for any other dtype."""
@@ -105,7 +93,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             self._validate(group)
             for entry in self._entries_of(group):
                 self.strategy_of(entry)
-            _require_unique(entry.name for entry in self.entries())
+            state.require_unique(entry.name for entry in self.entries())
         except BaseException:
             self.param_groups.pop()
             raise
@@ -301,94 +289,6 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             group.setdefault("capturable", False)  # saved before there was one
         backends.require(self.backend)
         self._warn_of_fallback()
-
-
-class AdamW(PrecisionOptimizer):
-    """AdamW on low-precision weights without a float32 copy: Collage (Yu et al. 2024), Algorithm 2.
-
-        m <- beta1 m + (1 - beta1) g
-        v <- beta2 v + (1 - beta2) g**2
-        theta <- theta - lr (m / (1 - beta1**t) / (sqrt(v / (1 - beta2**t)) + eps) + weight_decay theta)
-
-    where theta, m and v are each held in the format that ``strategy`` gives them.
-
-    Args:
-        params: ``model.named_parameters()`` (names make reports and errors readable), ``model.parameters()``, or
-            groups, each of which may set any argument below but ``backend``. Bfloat16; float32 ones among them are
-            updated in float32.
-        lr: learning rate, a float or a 0-d tensor.
-        betas: decay rates of the two moments, in [0, 1).
-        eps: added to the root of the second moment.
-        weight_decay: decoupled.
-        strategy: a name in ``collage.STRATEGIES``, or a ``collage.Strategy``.
-        maximize: ascend instead of descend.
-        seed: of stochastic rounding.
-        capturable: for CUDA graphs: counts steps on the parameters' device, and reads them and a tensor lr there.
-        backend: "auto" (the fastest for the parameters' device), "cpu" (compiled kernels), "triton" (GPU kernels) or
-            "reference" (plain torch).
-
-    Raises:
-        ValueError, TypeError: an argument out of range, a parameter of a wrong dtype; named, with the fix.
-
-    >>> model = torch.nn.Linear(4, 2).bfloat16()
-    >>> opt = AdamW(model.named_parameters(), lr=1e-3, strategy="collage-plus")
-    >>> model(torch.ones(1, 4).bfloat16()).sum().backward()
-    >>> opt.step()
-    >>> sorted(opt.state[model.weight])
-    ['exp_avg', 'exp_avg_sq', 'exp_avg_sq_lo', 'param_lo', 'step']
-    """
-
-    rule = ADAMW
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        strategy: str | Strategy = "collage-plus",
-        *,
-        maximize: bool = False,
-        seed: int = 0,
-        capturable: bool = False,
-        backend: str = "auto",
-        **dropped: Any,
-    ) -> None:
-        if dropped:
-            known = ("amsgrad", "foreach", "fused", "differentiable")
-            hint = "drop it: the step is one pass of its own" if set(dropped) <= set(known) else "it is unknown"
-            raise TypeError(f"AdamW: cannot take {', '.join(sorted(dropped))}; {hint}")
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "strategy": strategy,
-            "maximize": maximize, "seed": seed, "capturable": capturable,
-        }  # fmt: skip
-        super().__init__(params, defaults, backend)
-
-    def _validate(self, group: Group) -> None:
-        super()._validate(group)
-        for key in ("lr", "eps", "weight_decay"):
-            if isinstance(group[key], Tensor) and group[key].numel() != 1:
-                raise ValueError(f"{key}: a tensor needs one element, got shape {tuple(group[key].shape)}")
-            elsewhere = isinstance(group[key], Tensor) and group[key].device.type != "cpu"  # reading it would wait
-            if not elsewhere and not 0.0 <= float(group[key]) < math.inf:
-                raise ValueError(f"{key}: needs a finite number >= 0, got {group[key]}")
-        betas = tuple(group["betas"])
-        if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
-            raise ValueError(f"betas: needs two numbers in [0, 1), got {group['betas']}")
-
-    def _hyper(self, group: Group) -> list[float]:
-        beta1, beta2 = group["betas"]
-        return [float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])]
-
-
-def _require_unique(names: Iterable[str]) -> None:
-    """Names tell parameters apart in reports, and give them their random bits."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(f"params: two parameters are named '{name}'; give each a name of its own, with a prefix")
-        seen.add(name)
 
 
 @cache  # once for each text

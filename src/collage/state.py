@@ -6,7 +6,7 @@ under a key of the optimizer's state (``param_lo``, ``exp_avg``, ``exp_avg_sq_lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter, ge
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from collage.formats import Format, Planes, format_of, split
+from collage.rng import key_of
 from collage.rules import Rule
 from collage.sharding import local, locals_of
 from collage.strategies import Strategy
@@ -34,6 +35,27 @@ class Entry(NamedTuple):
     group_index: int
     group: Group
     param: Tensor
+
+
+def named(index: int, first: int, group: Group) -> Iterator[Entry]:
+    """A group's parameters, with their names, or their positions from `first` on where they have none."""
+    names = group.get("param_names") or [None] * len(group["params"])
+    if len(names) != len(group["params"]):
+        raise ValueError(
+            f"param_groups[{index}]: {len(group['params'])} parameters and {len(names)} names; add parameters with "
+            "add_param_group"
+        )
+    for position, (param, name) in enumerate(zip(group["params"], names, strict=True), first):
+        yield Entry(name or str(position), key_of(name or position), index, group, param)
+
+
+def require_unique(names: Iterable[str]) -> None:
+    """Raise ValueError for a name given twice: they tell parameters apart in reports, and give them random bits."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"params: two parameters are named '{name}'; give each a name of its own, with a prefix")
+        seen.add(name)
 
 
 def formats(rule: Rule, strategy: Strategy) -> list[tuple[str, Format]]:

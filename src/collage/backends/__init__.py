@@ -66,11 +66,16 @@ class Batch:
         """The folded constants of a step, as floats."""
         return self.rule.fold(float(self.lr), self.hyper, step, self.strategy.register)
 
+    def own(self, k: int) -> Sequence[Tensor]:
+        """The planes of one parameter."""
+        width = len(self.planes) // len(self.grads)
+        return self.planes[k * width : (k + 1) * width]
+
     def shares(self) -> Iterator[Share]:
         """Parameter after parameter."""
         ends = list(accumulate((len(fmt.dtypes) for fmt in self.strategy.formats), initial=0))
         for k, grad in enumerate(self.grads):
-            own = self.planes[k * ends[-1] : (k + 1) * ends[-1]]
+            own = self.own(k)
             yield Share(
                 tuple(own[i:j] for i, j in pairwise(ends)), grad, self.steps[k], self.keys[k] if self.keys else 0,
                 self.regions[k] if self.regions else None, self.sums[k] if self.sums else None,
@@ -84,13 +89,12 @@ class Batch:
         """The same step of these parameters only, in order."""
         if len(positions) == len(self.grads):
             return self
-        width = len(self.planes) // len(self.grads)
 
         def taken(column: Sequence[Any]) -> list[Any]:
             return [column[k] for k in positions] if column else []
 
         return replace(
-            self, planes=[self.planes[k * width + i] for k in positions for i in range(width)],
+            self, planes=[plane for k in positions for plane in self.own(k)],
             grads=taken(self.grads), steps=taken(self.steps), keys=taken(self.keys), regions=taken(self.regions),
             sums=taken(self.sums), counters=taken(self.counters),
         )  # fmt: skip

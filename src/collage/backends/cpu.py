@@ -96,8 +96,7 @@ def _layouts(batch: Batch) -> list[list[int]]:
     """Sizes and strides of the tensors that are not all contiguous; nothing if all are."""
     if all(map(Tensor.is_contiguous, batch.planes)) and all(map(Tensor.is_contiguous, batch.grads)):
         return []
-    width = len(batch.planes) // len(batch.grads)
-    tensors = [[*batch.planes[k * width : (k + 1) * width], grad] for k, grad in enumerate(batch.grads)]
+    tensors = [[*batch.own(k), grad] for k, grad in enumerate(batch.grads)]
     return [
         [] if all(map(Tensor.is_contiguous, own)) else [*own[0].shape, *chain.from_iterable(map(Tensor.stride, own))]
         for own in tensors

@@ -42,14 +42,11 @@ def step(batch: Batch) -> None:
         return
     increment_version(batch.planes)  # as any in-place operation would
     device, measured = batch.grads[0].device, len(batch.sums) > 0
-    rows, shapes = _table(batch, first)
+    tables, rest = _tables(batch, first, device)
     sums = torch.empty(first[-1] if measured else 0, 5, dtype=torch.float64, device=device)
     constants, streams = _fold(batch, device) if batch.counters else _folded(batch, device)
     with _current(device):
-        walk.step[(first[-1],)](
-            _to(device, rows), _owners(device, first), _to(device, shapes), constants, streams, sums,
-            **_compiled_for(batch), REST=_rest(shapes), MEASURED=measured,
-        )  # fmt: skip
+        walk.step[(first[-1],)](*tables, constants, streams, sums, **_compiled_for(batch), REST=rest, MEASURED=measured)
     if measured:
         totals = _to(device, torch.stack(list(batch.sums)))
         with _current(device):
@@ -60,18 +57,17 @@ def step(batch: Batch) -> None:
 
 def broken(strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int:
     """How many elements of theta, in all parameters' slots, have planes that no step could have left."""
+    if len(strategy.formats[0].dtypes) == 1:
+        return 0  # one plane cannot disagree
     thetas = [slots[0][0] for slots in params]
     batch = _reading(ADAMW, strategy, [plane for slots in params for slot in slots for plane in slot], thetas)
     device, first = thetas[0].device, _first_blocks(thetas)
     if first[-1] == 0:
         return 0
-    rows, shapes = _table(batch, first)
+    tables, rest = _tables(batch, first, device)
     counts = torch.empty(first[-1], dtype=torch.int32, device=device)
     with _current(device):
-        walk.broken[(first[-1],)](
-            _to(device, rows), _owners(device, first), _to(device, shapes), counts,
-            **_compiled_for(batch, "THETA", *OPTIONS), REST=_rest(shapes),
-        )  # fmt: skip
+        walk.broken[(first[-1],)](*tables, counts, **_compiled_for(batch, "THETA", *OPTIONS), REST=rest)
     return int(counts.sum())
 
 
@@ -86,9 +82,16 @@ def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequ
     device, first = grads[0].device, _first_blocks(grads)
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     formats = _compiled_for(batch, "THETA", "M", "V", "GRADIENT", *OPTIONS)
-    rows = _to(device, _table(batch, first)[0])
+    (rows, owners, _), _ = _tables(batch, first, device)
     with _current(device):
-        walk.stream[(first[-1],)](rows, _owners(device, first), zero, **formats)
+        walk.stream[(first[-1],)](rows, owners, zero, **formats)
+
+
+def _tables(batch: Batch, first: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """(table, blocks and shapes of `walk.step`, on the device; its REST)."""
+    rows, shapes = _table(batch, first)
+    rest: int = (STRIDED if len(shapes) > 1 else MASKED).value
+    return (_to(device, rows), _owners(device, first), _to(device, shapes)), rest
 
 
 def _first_blocks(grads: Sequence[Tensor]) -> tuple[int, ...]:
@@ -184,19 +187,13 @@ def _describe(row: Tensor, layout: list[int], offset: int, place: list[int], sha
 
 def _layout(batch: Batch, k: int, columns: list[int]) -> list[int]:
     """Sizes, then the strides of two planes per slot and of the gradient; nothing if all are contiguous."""
-    grad, width = batch.grads[k], len(columns)
-    own = batch.planes[k * width : (k + 1) * width]
+    grad, own = batch.grads[k], batch.own(k)
     if all(map(Tensor.is_contiguous, (*own, grad))):
         return []
     strides = [grad.stride()] * walk.TENSORS
     for column, plane in zip(columns, own, strict=True):
         strides[column] = plane.stride()
     return [*grad.shape, *chain.from_iterable(strides)]
-
-
-def _rest(shapes: Tensor) -> int:
-    way: int = (STRIDED if len(shapes) > 1 else MASKED).value
-    return way
 
 
 def _place(region: Region) -> tuple[int, list[int]]:

@@ -138,10 +138,8 @@ def value_of(code, COMPONENT: tl.constexpr):
 
 @triton.jit
 def is_broken(hi, lo, FORMAT: tl.constexpr):
-    """Whether no `encode` could have left these planes: plane 0 was changed alone. 0 and 0, padding, is whole."""
-    if FORMAT % 4 == SINGLE:
-        return (bits_of(hi) & 0) != 0
-    elif FORMAT % 4 == MASTER:
+    """Whether no `encode` could have left these two planes: plane 0 was changed alone. 0 and 0, padding, is whole."""
+    if FORMAT % 4 == MASTER:
         cast = rn(lo, True)
         return ((hi == cast) | ((hi != hi) & (cast != cast))) == 0
     else:
