@@ -13,7 +13,7 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"mcf", "rng", "accumulators", "formats", "strategies", "constants"}
 STEP = NUMBERS | {"rules", "backends", "sharding", "state", "loading", "shadow", "monitor"}
-LIBRARY = STEP | {"optim", "adamw", "checkpoint", "ema", "wrap", "gradients"}
+LIBRARY = STEP | {"optim", "adamw", "casting", "checkpoint", "ema", "wrap", "gradients"}
 ALLOWED = {
     "mcf": set(),
     "rng": set(),
@@ -31,6 +31,7 @@ ALLOWED = {
     "calls": STEP,
     "optim": STEP | {"calls"},
     "adamw": STEP | {"optim"},
+    "casting": {"sharding"},
     "ema": STEP,
     "checkpoint": STEP | {"optim"},
     "gradients": STEP | {"optim"},
