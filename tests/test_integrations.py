@@ -264,6 +264,20 @@ def test_a_parameter_that_no_optimizer_has_is_refused(tmp_path: Path) -> None:
     assert run.state.global_step == 9
 
 
+def test_an_optimizer_made_anew_trains_what_was_replaced(tmp_path: Path) -> None:
+    """What load_best_model_at_end does to an adapter: PEFT makes new tensors, and a Trainer keeps its optimizer."""
+    built = model()
+    run = trainer(tmp_path, by_name(), built)
+    run.add_callback(EDQCallback(every=1))
+    run.train()
+    built.lm_head.weight = nn.Parameter(torch.zeros_like(built.lm_head.weight))
+    with pytest.raises(ValueError, match=r"param 'lm_head.weight': .* after trainer.optimizer = None"):
+        run.train()
+    run.optimizer = None
+    run.train()
+    assert built.lm_head.weight.count_nonzero() == built.lm_head.weight.numel()
+
+
 def test_a_watched_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
     stale = collage.AdamW(model().named_parameters())
     run = trainer(tmp_path, by_name(), model())
@@ -325,7 +339,7 @@ class ByAttribute:
 
 
 def accelerated(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    return Accelerator(cpu=True).prepare(optimizer)
+    return Accelerator().prepare(optimizer)
 
 
 @pytest.mark.parametrize("wrap", [accelerated, ByClass, ByAttribute, lambda x: ByAttribute(accelerated(ByClass(x)))])

@@ -197,8 +197,9 @@ def _scope_of(kind: type) -> dict[str, Any] | None:
 def _require_trained(model: nn.Module, watched: torch.optim.Optimizer, stepped: torch.optim.Optimizer) -> None:
     """Raise ValueError if a trainable parameter is in no optimizer, or none of the model's is in the one watched."""
     fix = (
-        "it was made for another model, or before this one's parameters were replaced (an adapter loaded, embeddings "
-        "resized); make it afterwards, or let the Trainer, optimizer_cls_and_kwargs=by_name('collage-plus')"
+        "it was made for another model, or before this one's parameters were replaced (an adapter loaded, also by "
+        "load_best_model_at_end; embeddings resized). Make it afterwards: so does a Trainer(..., "
+        "optimizer_cls_and_kwargs=by_name('collage-plus')), after trainer.optimizer = None if it has trained before"
     )
     ours, theirs = ({p for group in opt.param_groups for p in group["params"]} for opt in (watched, stepped))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -206,7 +207,7 @@ def _require_trained(model: nn.Module, watched: torch.optim.Optimizer, stepped: 
     if missing:
         raise ValueError(
             f"param '{missing[0]}': {len(missing)} of the model's {len(trained)} trainable parameters are not in the "
-            f"optimizer and would not train: {fix}. What is not to be trained: requires_grad_(False)"
+            f"optimizer and would not train: {fix}. Freeze what is not to be trained: requires_grad_(False)"
         )
     if ours.isdisjoint(model.parameters()):
         raise ValueError(f"EDQCallback: the optimizer has none of the model's parameters: {fix}")
