@@ -130,6 +130,33 @@ def mesh():
     dist.destroy_process_group()
 
 
+def test_a_tied_dtensor_keeps_its_attributes(mesh):
+    """torch swaps a DTensor's contents, attributes included, with those of a new one."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weight = nn.Parameter(distribute_tensor(torch.rand(4, 4), mesh, [Shard(0)]))
+    weight.tag = "mine"
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight = model[1].weight = weight
+    collage.to_bf16(model)
+    assert model[0].weight is model[1].weight is weight
+    assert weight.to_local().dtype == torch.bfloat16
+    assert weight.tag == "mine"
+
+
+def test_a_tensor_subclass_stays():
+    """It may say float32 and hold anything, as torchao's quantised weights do."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Linear(4, 4)
+    model.weight = weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    collage.to_bf16(model)
+    assert model.weight is weight
+    assert type(weight) is TwoTensor
+    assert weight.dtype == weight.a.dtype == torch.float32
+    assert model.bias.dtype == torch.bfloat16
+
+
 def test_sharded_parameters(mesh):
     """What `.data =` gets wrong: the DTensor says bfloat16 and holds float32."""
     from torch.distributed.fsdp import fully_shard

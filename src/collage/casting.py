@@ -18,8 +18,10 @@ def to_bf16(model: nn.Module) -> nn.Module:
 
     Every Parameter stays the object it is, so tied weights stay tied; parameters that are views of one memory stay
     views of one memory. Buffers, integer, quantised (fp8, int8, ..., tensor subclasses) and complex parameters stay as
-    they are, and so does ``requires_grad``. A gradient of a cast parameter is dropped. DTensors (FSDP2, tensor
-    parallelism) and meta parameters are cast as well.
+    they are, and so does ``requires_grad``. A gradient of a cast parameter is dropped. DTensors (tensor parallelism,
+    FSDP2 before its first forward) and meta parameters are cast as well.
+
+    torch's BatchNorm wants weights and running statistics of one dtype: ``norm.float()`` afterwards.
 
     Args:
         model: its float64, float32 and float16 parameters are cast.
@@ -64,7 +66,12 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     # torch's own way to cast a module: it swaps what a DTensor holds, where `.data =` would change its outside only,
     # and modules that keep their weights elsewhere too (RNN, FSDP2) take part.
+    attributes = [(param, vars(param).copy()) for param in model.parameters()]
     model._apply(cast)  # type: ignore[no-untyped-call]
+    for param, own in attributes:
+        vars(param).update(
+            {name: x for name, x in own.items() if name not in vars(param)}
+        )  # swapped away with the rest
     return model
 
 
