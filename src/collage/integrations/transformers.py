@@ -83,7 +83,7 @@ class EDQCallback(TrainerCallback):
     Trainer reports to (its log history, TensorBoard, ...). The run itself does not change by a bit.
 
     Args:
-        optimizer: what to watch; by default the Trainer's own. One of this package.
+        optimizer: what to watch; by default the Trainer's own. One of this package, wrapped or not.
         every: measure the first step and every step that it divides, as `logging_steps` has the Trainer log them.
         shadow, strategies: as in `collage.monitor`.
 
@@ -103,7 +103,7 @@ class EDQCallback(TrainerCallback):
 
     def __init__(
         self,
-        optimizer: PrecisionOptimizer | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         every: int = 10,
         shadow: int | None = 256,
         strategies: str | Strategy | Iterable[str | Strategy] = (),
