@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter, ge
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ from collage.strategies import Strategy
 
 _layout, _dtype, _shape, _device, _nbytes = map(attrgetter, ("layout", "dtype", "shape", "device", "nbytes"))
 
+_WITHIN = ("optimizer", "_optimizer", "optim")  # where wrappers keep theirs: Accelerate, Lightning, ZeRO
+
 State = dict[str, Any]
 Group = dict[str, Any]
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -220,11 +223,27 @@ def without_foreign(settings: Mapping[str, Any], who: str) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in FOREIGN}
 
 
-def require_optimizer(optimizer: object, kind: type[Any]) -> None:
-    """Raise TypeError for an optimizer of somewhere else."""
-    if not isinstance(optimizer, kind):
-        theirs = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+def unwrapped(optimizer: Any, kind: type[T]) -> T:
+    """The optimizer of this kind inside the wrappers of Accelerate, Lightning, Fabric, ZeroRedundancyOptimizer, ...
+
+    The innermost one: a wrapper may pass for what it wraps, by attributes or by class, and keep what is set on it.
+
+    Raises:
+        TypeError: there is none, only an optimizer of somewhere else.
+    """
+    found: T | None = None
+    inner = optimizer
+    for _ in range(8):  # wrappers of wrappers; a bound, as one might name itself
+        if isinstance(inner, kind):
+            found = inner
+        within = [x for name in _WITHIN if hasattr(x := getattr(inner, name, None), "param_groups")]
+        if not within or not hasattr(inner, "param_groups"):  # a scheduler has an optimizer and is none
+            break
+        inner = within[0]
+    if found is None:
+        theirs = f"{type(inner).__module__}.{type(inner).__name__}"
         raise TypeError(f"optimizer: needs one of this package, such as collage.AdamW, got {theirs}")
+    return found
 
 
 def accept(params: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype) -> bool:
