@@ -153,6 +153,39 @@ def test_a_step_adds_one_to_the_version_of_a_weight(strategy, backend):
     assert params["w"]._version == before + 1
 
 
+def test_a_refused_step_hides_no_edit():
+    """A step that was not made has added nothing to a version."""
+    params, opt = setup("fp32-master")
+    opt.backend = "cuda"
+    give(params, 1)
+    with pytest.raises(ValueError, match="unknown 'cuda'"):
+        opt.step()
+    opt.backend = "auto"
+    with torch.no_grad():
+        params["w"].fill_(5.0)
+    with pytest.warns(RuntimeWarning, match="changed outside"):
+        opt.step()
+    assert (params["w"].detach().float() - 5.0).abs().max() < 0.05
+
+
+def test_another_memory_at_the_same_address_is_another_memory():
+    """Two exchanges of `.data` may be given the old address back by an allocator, and move no counter."""
+    params, opt = setup("fp32-master")
+    w, memory = params["w"], bytearray(600)
+    exchange(w, w.detach())
+    w.data = torch.frombuffer(memory, dtype=torch.bfloat16).copy_(w.detach())
+    give(params, 1)
+    opt.step()
+    where, version = w.data_ptr(), w._version
+    memory[:] = torch.full((300,), 5.0).bfloat16().view(torch.uint8).numpy().tobytes()
+    w.data = torch.frombuffer(memory, dtype=torch.bfloat16)
+    assert (w.data_ptr(), w._version) == (where, version)
+    give(params, 2)
+    with pytest.warns(RuntimeWarning, match=r"changed outside the optimizer: 'w' \(300 of 300"):
+        opt.step()
+    assert (w.detach().float() - 5.0).abs().max() < 0.05
+
+
 def test_the_shadow_follows_an_edit():
     """Otherwise its decay would go on from the old weights, and edq_shadow with it."""
     params, opt = setup("fp32-master", lr=1e-3, weight_decay=0.5)

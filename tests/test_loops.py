@@ -117,15 +117,40 @@ def test_an_upcast_of_one_after_steps_is_named(caplog):
         opt.step()
 
 
-def test_one_upcast_before_the_first_step_is_counted_in_the_log(caplog):
+def test_one_upcast_before_the_first_step_is_said_once():
     x, w = weight(), weight()
     opt = collage.AdamW([("x", x), ("w", w)])
     x.data = x.data.float()
     give(x, w)
-    with caplog.at_level(logging.INFO, logger="collage"):
+    with pytest.warns(RuntimeWarning, match=r"1 parameters are float32 .* there were 0:"):
         opt.step()
+    opt.step()
+
+
+def test_a_refused_step_leaves_no_state_behind():
+    """Neither of its own group nor of an earlier one: cast back, everything goes on."""
+    x, y, z = weight(), weight(), weight()
+    opt = collage.AdamW([{"params": [("z", z), ("x", x)]}, {"params": [("y", y)]}])
+    give(y, z)
+    opt.step()
+    for p in (x, y, z):
+        p.grad = None
+        p.data = p.data.float()
+    give(x, y, z)
+    with pytest.raises(ValueError, match="were cast after"):
         opt.step()
-    assert caplog.messages == ["1 of 2 parameters are float32 and are updated in float32"]
+    z.grad = None
+    z.data = z.data.bfloat16()
+    give(z)
+    with pytest.raises(ValueError, match="param 'y'"), pytest.warns(RuntimeWarning, match="2 parameters are"):
+        opt.step()
+    assert x not in opt.state
+    for p in (x, y):
+        p.grad = None
+        p.data = p.data.bfloat16()
+    give(x, y)
+    opt.step()
+    assert sorted(opt.state[x]) == sorted(opt.state[y])
 
 
 def test_a_float32_weight_says_what_its_gradient_should_be():

@@ -59,9 +59,15 @@ def require_low_precision(entries: Sequence[Entry], before: int | None) -> int:
     full = [entry for entry in trained if strategy_of(entry).dtype != Strategy.parse(entry.group["strategy"]).dtype]
     if full and len(full) == len(trained):
         _refuse_float32(full, {e.param.dtype for e in entries if not e.param.requires_grad}, later=before is not None)
-    elif len(full) != (before or 0):
-        log.info("%d of %d parameters are float32 and are updated in float32", len(full), len(trained))
     return len(full)
+
+
+def tell_of_float32(now: int, before: int | None) -> None:
+    """Say how many parameters are float32 under a strategy for narrower ones; before as in `require_low_precision`."""
+    if before is None and now:
+        log.info("%d parameters are float32 and are updated in float32", now)
+    elif now > (before or 0):
+        warn(f"{now} parameters are float32 and are updated in float32; there were {before}: did a framework cast?")
 
 
 def _refuse_float32(full: Sequence[Entry], frozen: set[torch.dtype], later: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from collage import edits, state
 from collage.backends import Share
@@ -21,6 +22,7 @@ from collage.state import Entry, Group, State
 from collage.strategies import STRATEGIES, Strategy
 
 _shape, _dtype = attrgetter("shape"), attrgetter("dtype")
+_weak: Any = StorageWeakRef  # torch has not typed it
 
 
 class Call(NamedTuple):
@@ -79,9 +81,14 @@ def gather(
 class Seen(NamedTuple):
     """A parameter after its last step: where it lay, its version, and whether an edit of it was told."""
 
+    memory: Any  # a weak reference to its storage, whose address another storage may have by now
     address: int
     version: int
     told: int
+
+    def lies_in(self, tensor: Tensor) -> bool:
+        """Whether a tensor is where the parameter was."""
+        return self.address == tensor.data_ptr() and not self.memory.expired()
 
 
 class Roster:
@@ -107,23 +114,26 @@ class Roster:
         self._gathered, self._facts = gathered, self._now(params)
         self.names = [entry.name for entry in entries]
         self.thetas = self.planes[:: width - 1]
-        was = [seen.get(param, Seen(0, edits.UNSEEN, 0)) for param in params]
-        moved = zip(was, self._facts[0][:: width - 1], strict=True)
-        self.seen = torch.tensor(
-            [[edits.UNSEEN if last.address != at else last.version, last.told, edits.UNSEEN, 0] for last, at in moved],
-            dtype=torch.int64, device="cpu",
-        )  # fmt: skip
+        rows: list[list[int]] = []
+        for param, theta in zip(params, self.thetas, strict=True):
+            last = seen.get(param)
+            version = last.version if last and last.lies_in(theta) else edits.UNSEEN
+            rows.append([version, last.told if last else 0, edits.UNSEEN, 0])
+        self.seen = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
+        self._memory = [_weak(theta.untyped_storage()) for theta in self.thetas]
 
     def known(self) -> Iterator[tuple[Tensor, Seen]]:
         """What is known of each parameter after its last step."""
         width = len(self.planes) // max(len(self.entries), 1)
-        for entry, address, row in zip(self.entries, self._facts[0][::width], self.seen.tolist(), strict=True):
-            yield entry.param, Seen(address, row[edits.VERSION], row[edits.TOLD])
+        columns = self.entries, self._memory, self._facts[0][::width], self.seen.tolist()
+        for entry, memory, address, row in zip(*columns, strict=True):
+            yield entry.param, Seen(memory, address, row[edits.VERSION], row[edits.TOLD])
 
     def holds(self, strategy: Strategy, first: int, params: Sequence[Tensor], gathered: list[Any]) -> bool:
         """Whether these are the tensors that were checked, where they were."""
         same = (strategy, first) == self._of and len(gathered) == len(self._gathered)
-        return same and all(map(is_, gathered, self._gathered)) and self._now(params) == self._facts
+        same = same and all(map(is_, gathered, self._gathered)) and self._now(params) == self._facts
+        return same and not any(map(_weak.expired, self._memory))
 
     def _now(self, params: Sequence[Tensor]) -> tuple[list[Any], ...]:
         in_order = list(map(Tensor.is_contiguous, self.planes))

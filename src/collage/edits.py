@@ -40,7 +40,7 @@ def adopt(
     every: bool = False,  # look at all parameters: some writes no counter sees
     compiled: bool = False,  # a compiled step counts versions up before it runs, by as much as `seen` says
 ) -> dict[int, int]:
-    """Derive theta's other planes anew where they do not fit. Before a step, which will add 1 to each version.
+    """Derive theta's other planes anew where they do not fit. Before a step; after it comes `advance`.
 
     Returns:
         Position of each parameter that was changed -> how many of its elements did not fit.
@@ -50,7 +50,7 @@ def adopt(
     ahead = seen[:, AHEAD] * compiled
     expected = (seen[:, VERSION] + ahead).tolist()
     if versions == expected and not every:
-        seen[:, VERSION] += ahead + 1
+        seen[:, VERSION] += ahead
         return {}
     known = Strategy.parse(strategy)
     thetas = [planes[k : k + len(known.formats[0].dtypes)] for k in range(0, len(planes), width)]
@@ -64,8 +64,13 @@ def adopt(
     new = [k for k, count in counts.items() if count and not seen[k, TOLD]]
     tell([(names[k], counts[k], thetas[k][0].numel()) for k in new])
     seen[new, TOLD] = 1
-    seen[:, VERSION] = _column(versions) + 1
+    seen[:, VERSION] = _column(versions)
     return counts
+
+
+def advance(seen: Tensor) -> None:
+    """After a step that was made: it has added 1 to each version."""
+    seen[:, VERSION] += 1
 
 
 def _column(numbers: Sequence[int]) -> Tensor:

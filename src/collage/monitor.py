@@ -280,7 +280,7 @@ def monitor(
         TypeError: another optimizer.
         ValueError: an ``every`` or ``shadow`` below 1, an unknown strategy.
 
-    >>> import collage
+    >>> import collage, torch
     >>> w = torch.nn.Parameter(torch.ones(8).bfloat16())
     >>> opt = collage.AdamW([("w", w)], lr=1e-5, weight_decay=0.0, strategy="bf16")
     >>> mon = collage.monitor(opt, every=1)

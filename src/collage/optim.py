@@ -37,8 +37,12 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         if cast:
             admission.cast(self.rule, admission.to_be_cast(list(self.entries())), self.state)
             self._cast = True
-        self._in_float32 = admission.require_low_precision(list(self.entries()), before=None)
+        self._count_float32(admission.require_low_precision(list(self.entries()), before=None))
         self._warn_of_fallback()
+
+    def _count_float32(self, count: int) -> None:
+        admission.tell_of_float32(count, self._in_float32)
+        self._in_float32 = count
 
     def _warn_of_fallback(self) -> None:
         if self.backend == "auto":
@@ -46,6 +50,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Check every tensor anew at the next step."""
+        self._fresh: list[Tensor] = []  # whose states the step under way has made
         self._rosters: dict[tuple[int, bool], Roster] = {}
         self._seen: MutableMapping[Tensor, Seen] = WeakIdKeyDictionary()
 
@@ -106,6 +111,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """
         if not torch.compiler.is_compiling():
             calls.require_capturable(self.param_groups)
+            self._fresh = []
             edits.require_own((param for group in self.param_groups for param in group["params"]), "step()")
             admission.warn_of_shared_bits(self, self.param_groups, first=not self._rosters)
             present = set(map(id, self.param_groups))
@@ -160,6 +166,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             self.rule.name, call.strategy, self.backend, call.keys, call.regions, signed(call.group["seed"]),
             call.group["maximize"], call.group["capturable"],
         )  # fmt: skip
+        edits.advance(call.seen[0])
 
     def _step_measured(self, todo: list[Call]) -> None:
         """The same step, between what the monitors look at before it and after it."""
@@ -202,18 +209,25 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             return ""
         own_grads = local_gradients(params, [param.grad for param in params])
         gathered, fresh = calls.gather(self.rule, strategy, params, self.state, group["capturable"])
+        self._fresh += fresh
         roster = self._rosters.get((id(group), in_float32))
         if not (
             roster
             and roster.holds(strategy, first, params, gathered)
             and state.accept(roster.thetas, own_grads, strategy.dtype)
         ):
+            try:
+                wide = admission.require_low_precision(list(self.entries()), self._in_float32) if in_float32 else 0
+                checked = self._check(group, strategy, params, own_grads)
+            except BaseException:
+                for param in self._fresh:  # a refused step leaves no state behind
+                    self.state.pop(param, None)
+                raise
             if in_float32:
-                self._in_float32 = admission.require_low_precision(list(self.entries()), self._in_float32)
-            checked = self._check(group, strategy, params, own_grads)
+                self._count_float32(wide)
             if roster:
                 self._seen.update(roster.known())
-            lost = {id(p) for p in fresh if p in self._seen and self._seen[p].address == local(p).data_ptr()}
+            lost = {id(p) for p in fresh if p in self._seen and self._seen[p].lies_in(local(p))}
             admission.warn_of_cleared(strategy, [entry.name for entry in checked if id(entry.param) in lost])
             roster = self._rosters[id(group), in_float32] = Roster(strategy, first, gathered, checked, self._seen)
         if compiling:
