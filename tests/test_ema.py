@@ -263,6 +263,30 @@ def test_inside_averaged_an_export_gives_the_average_and_steps_are_refused():
     step(model, opt, 9)  # says nothing of changed weights: warnings are errors
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
+def test_a_compiled_step_inside_averaged_is_refused():
+    model, opt, ema = trained(lr=torch.tensor(1e-4))
+    other = Net()
+    others = collage.AdamW(other.named_parameters())
+    step(other, others, 0)
+    compiled, unrelated = torch.compile(opt.step, fullgraph=True), torch.compile(others.step, fullgraph=True)
+    compiled()
+    before = state_of(model, opt)
+    with ema.averaged():
+        unrelated()
+        with pytest.raises(RuntimeError, match=r"step\(\) inside averaged\(\)"):
+            compiled()
+    assert_same(state_of(model, opt), before)
+    assert not edits.LENT_AT
+    compiled()
+
+
+def test_an_average_of_averages_is_not_begun():
+    model, _, ema = trained()
+    with ema.averaged(), pytest.raises(RuntimeError, match="beginning an average of 'mixed' inside averaged"):
+        collage.EMA(model, 0.9)
+
+
 def test_one_average_inside_another():
     """The innermost is seen, whatever the order in which they leave; then the weights are the own ones again."""
     model, opt, slow = trained(format="fp32")
@@ -309,6 +333,7 @@ def test_an_average_that_cannot_be_lent_leaves_nothing_behind():
         pytest.fail("lent")
     assert_same(state_of(model, opt), before)
     assert not edits.LENT
+    assert not edits.LENT_AT
 
 
 def test_what_is_written_inside_is_dropped_with_a_warning():

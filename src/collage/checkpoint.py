@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from collage import edits, state
 from collage.formats import fitted, pieces, split
 from collage.owners import Optimizers, Owner, number_of, owners
-from collage.sharding import local, placed, reshard
+from collage.sharding import any_dtensor, local, placed, reshard
 
 log = logging.getLogger("collage")
 
@@ -150,7 +150,7 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
     _require_shown(model, owned, owned, own)
     whole = _with_tied(own, state_dict)
     _require_same(own, whole)
-    values = OrderedDict((key, placed(whole[key], tensor)) for key, tensor in own.items())
+    values = OrderedDict((key, _at(tensor, whole[key])) for key, tensor in own.items())
     _require_lossless(own, values, owned)
     _copy_versions(state_dict, values)
     model.load_state_dict(values, strict=True)
@@ -160,6 +160,11 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
             fmt = owned[tensor].optimizer.strategy_of(owned[tensor].entry).formats[0]
             for value, *piece in pieces([local(values[key]).to(planes[0].device), *planes]):
                 state.write(piece, split(fmt, value.float()))
+
+
+def _at(tensor: Any, value: Any) -> Any:
+    """A value for a tensor, placed as it is. What is no tensor stays."""
+    return placed(value.to(tensor.device) if any_dtensor([tensor]) else value, tensor)
 
 
 def _is_split(owner: Owner) -> bool:

@@ -132,6 +132,7 @@ class EMA:
 
     def _start(self, name: str, param: nn.Parameter) -> None:
         """Begin an average at the parameter's value, in planes of its shape, strides and placement."""
+        edits.require_own([param], f"beginning an average of '{name}'")
         self.planes[name] = [torch.zeros_like(param, dtype=dtype, requires_grad=False) for dtype in self.format.dtypes]
         for theta, average, _ in self._walk(name, param, self._owners()):
             write(average, split(self.format, theta))

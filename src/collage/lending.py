@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from collage.edits import LENT
+from collage.edits import LENT, LENT_AT
 from collage.sharding import local, reshard
 
 log = logging.getLogger("collage")
@@ -25,7 +25,7 @@ class _Loan:
     def __init__(self, name: str, param: nn.Parameter) -> None:
         self.name, self.param, self.own = name, param, local(param.detach()).clone()
         self.lenders: dict[object, Write] = {}
-        self.shown = (0, 0)
+        self.address = self.version = 0  # of what was written last
 
     @property
     def last(self) -> Write:
@@ -54,19 +54,22 @@ class _Loan:
 
     def show(self) -> None:
         part = local(self.param.detach())
+        LENT_AT.discard(self.address)
+        self.address = part.data_ptr()
         if self.lenders:
             LENT[id(self.param)] = self.value
+            LENT_AT.update({self.address} - {0})  # an empty part lies nowhere
             self.last(part)
         else:
             del LENT[id(self.param)], _LOANS[id(self.param)]
             if part.shape == self.own.shape:
                 part.copy_(self.own)
-        self.shown = part.data_ptr(), part._version
+        self.version = part._version
 
     def tell_of_writes(self) -> None:
         """Say what is dropped: a warning where most of it was written to, as by load_state_dict."""
         part = local(self.param.detach())
-        if self.shown == (part.data_ptr(), part._version):
+        if (self.address, self.version) == (part.data_ptr(), part._version):
             return
         expected = torch.empty_like(self.own)
         self.last(expected)
