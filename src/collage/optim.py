@@ -271,11 +271,11 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         rows = {e.param: row for r in self._rosters.values() for e, row in zip(r.entries, r.seen, strict=True)}
         new = []
         for entry, count, numel in found:
-            last = self._seen.get(entry.param, Seen(0, edits.UNSEEN, 0))
-            row = rows.get(entry.param, torch.tensor(last[1:], device="cpu"))
-            if not row[1]:
+            last, row = self._seen.get(entry.param, Seen(0, edits.UNSEEN, 0)), rows.get(entry.param)
+            if not (last.told if row is None else row[edits.TOLD]):
                 new.append((entry.name, count, numel))
-            row[1] = 1
+            if row is not None:
+                row[edits.TOLD] = 1
             self._seen[entry.param] = last._replace(told=1)
         edits.tell(new)
 
