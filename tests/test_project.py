@@ -13,7 +13,8 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"mcf", "rng", "accumulators", "formats", "strategies", "constants"}
 STEP = NUMBERS | {"rules", "backends", "sharding", "state", "loading", "shadow", "monitor"}
-LIBRARY = STEP | {"admission", "edits", "optim", "adamw", "casting", "checkpoint", "ema", "wrap", "gradients"}
+LIBRARY = STEP | {"admission", "edits", "optim", "adamw", "casting", "wrap", "gradients"}
+LIBRARY |= {"owners", "checkpoint", "lending", "ema"}
 ALLOWED = {
     "mcf": set(),
     "rng": set(),
@@ -34,8 +35,10 @@ ALLOWED = {
     "optim": STEP | {"admission", "calls", "edits"},
     "adamw": STEP | {"optim"},
     "casting": {"sharding"},
-    "ema": STEP | {"edits", "optim"},
-    "checkpoint": STEP | {"edits", "optim"},
+    "lending": {"edits", "sharding"},
+    "ema": STEP | {"edits", "lending", "owners", "checkpoint"},
+    "owners": STEP | {"optim"},
+    "checkpoint": STEP | {"edits", "owners"},
     "gradients": STEP | {"optim"},
     "wrap": STEP | {"optim"},
     "collage": LIBRARY,

@@ -1,47 +1,41 @@
-"""Weights in full precision: out of an optimizer's components, and into them."""
+"""Weights in full precision: out of the optimizers' components, and into them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from collage import state
-from collage.formats import fitted, split
-from collage.optim import PrecisionOptimizer
-from collage.sharding import any_dtensor, local
-from collage.state import Entry
+from collage import edits, state
+from collage.formats import fitted, pieces, split
+from collage.owners import Optimizers, Owner, number_of, owners
+from collage.sharding import any_dtensor, local, placed, reshard
 
-
-def _entries(model: nn.Module, optimizer: PrecisionOptimizer) -> dict[Tensor, Entry]:
-    """The optimizer's parameters. Raises ValueError if none is this model's."""
-    entries = {entry.param: entry for entry in optimizer.entries()}
-    own = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    if own and not any(p in entries for p in own.values()):
-        raise ValueError(
-            f"optimizer: has none of the model's parameters, not even '{next(iter(own))}'; was it made for another "
-            "model, or before this one's parameters were replaced?"
-        )
-    return entries
+log = logging.getLogger("collage")
 
 
 @torch.no_grad()
-def high_precision_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def high_precision_state_dict(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
     """Every key of ``model.state_dict()``; low-precision weights as float32 with all that their components hold.
 
+    Inside `EMA.averaged` it is the average that is exported. Cast to bfloat16, about one value in 1,000 becomes the
+    neighbour of the visible weight hi: where lo is exactly half an ulp, the cast ties to even. Nothing is wrong then.
+
     Args:
-        model: whose weights the optimizer trains.
-        optimizer: of this package; also as Accelerate, Lightning or Fabric have wrapped it.
+        model: whose weights are exported.
+        optimizer: which trains them, or a list of all that do; also as Accelerate, Lightning or Fabric wrapped it.
 
     Returns:
         A dict that ``load_state_dict(strict=True)`` takes, of a float32 model or of this one. Buffers and other
-        entries are as they are. Tied parameters appear under each of their names.
+        entries are as they are. Tied parameters appear under each of their names; sharded ones as DTensors.
 
     Raises:
         TypeError: an optimizer of somewhere else.
-        ValueError: weights that do not match their other components, an optimizer of another model.
+        ValueError: an optimizer of another model; trained weights that ``model.state_dict()`` does not show.
 
     >>> import collage
     >>> model = torch.nn.Linear(2, 1).bfloat16()
@@ -49,73 +43,189 @@ def high_precision_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer
     >>> high_precision_state_dict(model, opt)["weight"].dtype
     torch.float32
     """
-    optimizer = state.unwrapped(optimizer, PrecisionOptimizer)
-    entries = _entries(model, optimizer)
-    result: dict[str, Any] = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        entry = entries.get(tensor) if isinstance(tensor, Tensor) else None
-        if entry is not None and optimizer.state.get(entry.param):
-            planes, fmt = optimizer.planes(entry)[0], optimizer.strategy_of(entry).formats[0]
-            value = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
-            local(value).copy_(fmt.value(fitted(fmt, planes)[0]))
-            result[key] = value
-        elif isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-            result[key] = tensor.detach().to(torch.float32, copy=True)
-        else:
-            result[key] = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
+    reshard(model)
+    owned = owners(model, optimizer)
+    shown = model.state_dict(keep_vars=True)
+    _require_shown(model, owned, [p for p, owner in owned.items() if owner.optimizer.state.get(p)], shown)
+    misfits: dict[Tensor, int] = {}
+
+    def export(param: Tensor, result: Tensor) -> None:
+        if id(param) in edits.LENT or param.dtype == torch.float64:
+            result.copy_(edits.LENT[id(param)]() if id(param) in edits.LENT else local(param))
+            return
+        fmt, planes = number_of(param, owned.get(param))
+        misfits[param] = 0
+        for part, *piece in pieces([result, *planes]):
+            now, broken = fitted(fmt, piece)
+            part.copy_(fmt.value(now))
+            misfits[param] += int(broken.sum())
+
+    result = exported(shown, export)
+    for optimizer in {id(owner.optimizer): owner.optimizer for owner in owned.values()}.values():
+        mine = [owned[p].entry for p, n in misfits.items() if n and p in owned and owned[p].optimizer is optimizer]
+        optimizer.tell([(entry, misfits[entry.param], local(entry.param).numel()) for entry in mine])
     return result
 
 
-@torch.no_grad()
-def load_high_precision_state_dict(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+def exported(shown: Mapping[str, Any], export: Callable[[Tensor, Tensor], None]) -> dict[str, Any]:
+    """A copy of a module's state_dict (``keep_vars=True``), its floating-point parameters in float32 at least.
+
+    export: writes a parameter's number into this rank's part of a float32 tensor like it.
+    """
+    result: OrderedDict[str, Any] = OrderedDict()
+    for key, tensor in shown.items():
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+            result[key] = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+            export(tensor, local(result[key]))
+        else:
+            result[key] = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
+    _copy_versions(shown, result)
+    return result
+
+
+def _copy_versions(source: Mapping[str, Any], target: OrderedDict[str, Any]) -> None:
+    """The modules' versions, which torch keeps beside the keys: some read by them what they load."""
+    if hasattr(source, "_metadata"):
+        vars(target)["_metadata"] = source._metadata
+
+
+def _require_shown(
+    model: nn.Module, owned: Mapping[Tensor, Owner], held: Iterable[Tensor], shown: Mapping[str, Any]
 ) -> None:
+    """Raise ValueError where an optimizer holds numbers of this model that no key of its state_dict stands for."""
+    own: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    require_keys({param: own[param] for param in held if param in own}, shown)
+    foreign = [owned[param].entry.name for param in held if param not in own]
+    alone = [name for param, name in own.items() if _may_lose(param) and param not in owned]
+    if foreign and alone:
+        raise ValueError(
+            f"optimizer: has none of {_some(alone)}, and trains {_some(foreign)}, which the model has not: flattened "
+            "(ZeRO) or replaced after the optimizer was made? Shard with FSDP2 (fully_shard); make the optimizer last"
+        )
+
+
+def require_keys(params: Mapping[Any, str], shown: Mapping[str, Any]) -> None:
+    """Raise ValueError for parameters, by name, that none of the state_dict's tensors is."""
+    keyed = set(map(id, shown.values()))
+    hidden = [name for param, name in params.items() if id(param) not in keyed]
+    if hidden:
+        raise ValueError(
+            f"model: its state_dict() has other tensors in the place of {_some(hidden)} (FSDP1, or a hook that makes "
+            "new ones), so that their full precision has no key. Shard with FSDP2 (fully_shard), or remove the hook"
+        )
+
+
+def _may_lose(param: Tensor) -> bool:
+    """Whether it is trained and too narrow for a float32 number."""
+    return param.requires_grad and param.is_floating_point() and param.dtype.itemsize < 4
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if names[1:] else "")
+
+
+@torch.no_grad()
+def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, state_dict: Mapping[str, Any]) -> None:
     """Split float32 weights into the components the optimizer keeps; load everything else as torch does.
 
     The way to start from a float32 checkpoint: ``model.bfloat16()`` alone throws the low 16 bits away. Tied weights
-    may be there under one of their names, as Hugging Face's ``save_pretrained`` stores them.
+    may be there under one of their names, as Hugging Face's ``save_pretrained`` stores them. A sharded model takes
+    whole tensors (the same on every rank) as well as DTensors. Frozen weights are rounded to their own dtype.
+
+    Args:
+        model: whose weights are loaded.
+        optimizer: which trains them, or a list of all that do.
+        state_dict: every key of ``model.state_dict()``.
 
     Raises:
-        ValueError: a missing, an unexpected or a misshapen key, an optimizer of another model; before anything is
-            changed.
+        ValueError: a missing, an unexpected or a misshapen key; an optimizer of another model; a trained weight that
+            is in no optimizer, if its low bits would be cut off. Nothing is changed then.
+        RuntimeError: inside `EMA.averaged`.
     """
-    optimizer = state.unwrapped(optimizer, PrecisionOptimizer)
-    entries = _entries(model, optimizer)
+    reshard(model)
+    owned = {p: owner for p, owner in owners(model, optimizer).items() if _is_split(owner)}
+    edits.require_own([*owned, *model.parameters()], "load_high_precision_state_dict()")
     own = model.state_dict(keep_vars=True)
-    state_dict = _with_tied(own, state_dict)
+    _require_shown(model, owned, owned, own)
+    whole = _with_tied(own, state_dict)
+    _require_same(own, whole)
+    values = OrderedDict((key, _at(tensor, whole[key])) for key, tensor in own.items())
+    _require_lossless(own, values, owned)
+    _copy_versions(state_dict, values)
+    model.load_state_dict(values, strict=True)
+    for key, tensor in own.items():
+        if isinstance(tensor, Tensor) and tensor in owned:
+            planes = owned[tensor].optimizer.planes(owned[tensor].entry)[0]
+            fmt = owned[tensor].optimizer.strategy_of(owned[tensor].entry).formats[0]
+            for value, *piece in pieces([local(values[key]).to(planes[0].device), *planes]):
+                state.write(piece, split(fmt, value.float()))
+
+
+def _at(tensor: Any, value: Any) -> Any:
+    """A value for a tensor, placed as it is. What is no tensor stays."""
+    return placed(value.to(tensor.device) if any_dtensor([tensor]) else value, tensor)
+
+
+def _is_split(owner: Owner) -> bool:
+    """Whether its optimizer splits it. Raises TypeError for a trained parameter of a dtype that it does not take."""
+    try:
+        owner.optimizer.strategy_of(owner.entry)
+    except TypeError:
+        if owner.entry.param.requires_grad or owner.optimizer.state.get(owner.entry.param):
+            raise
+        return False
+    return True
+
+
+def _require_same(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError for keys, shapes and kinds that are not the model's."""
     missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(f"state_dict: missing keys {missing or 'none'}, unexpected keys {unexpected or 'none'}")
     for key, tensor in own.items():
-        if isinstance(tensor, Tensor) and tensor.shape != state_dict[key].shape:
+        value = state_dict[key]
+        if not isinstance(tensor, Tensor) or key.endswith("_extra_state"):  # of any shape: the module's own affair
+            continue
+        if not isinstance(value, Tensor) or value.is_floating_point() != tensor.is_floating_point():
+            got = state.dtype_of(value) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"state_dict['{key}']: is {got}, the model's is {state.dtype_of(tensor)}")
+        if value.shape != tensor.shape:
             raise ValueError(
-                f"state_dict['{key}']: has shape {tuple(state_dict[key].shape)}, the model's is {tuple(tensor.shape)}"
+                f"state_dict['{key}']: has shape {tuple(value.shape)}, the model's is {tuple(tensor.shape)}"
             )
-    model.load_state_dict(state_dict, strict=True)
-    for key, tensor in own.items():
-        if isinstance(tensor, Tensor) and tensor in entries:
-            entry = entries[tensor]
-            value = _local_part(state_dict[key], tensor).to(tensor.device, torch.float32)
-            state.write(optimizer.planes(entry)[0], split(optimizer.strategy_of(entry).formats[0], value))
 
 
-def _with_tied(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def _require_lossless(own: Mapping[str, Any], values: Mapping[str, Any], owned: Mapping[Tensor, Owner]) -> None:
+    """Raise ValueError for trained weights that would lose their low bits; say how many others do."""
+    lossy = {key: p for key, p in own.items() if isinstance(p, nn.Parameter) and _loses(values[key], p, owned.get(p))}
+    alone = [key for key, p in lossy.items() if p.requires_grad and p not in owned]
+    if alone:
+        raise ValueError(
+            f"optimizer: has none of {_some(alone)}, which are trained, so that loading would cut their low bits off; "
+            "give every optimizer, [a, b]; or freeze them (requires_grad_(False)); or round their values in state_dict"
+        )
+    if lossy:
+        log.info("rounded to their own dtype: %s; frozen, or of a format without low components", _some([*lossy]))
+
+
+def _loses(value: Tensor, param: Tensor, owner: Owner | None) -> bool:
+    """Whether a parameter whose format has no low components would drop bits of this value."""
+    if owner is not None and len(owner.optimizer.strategy_of(owner.entry).formats[0].dtypes) > 1:
+        return False
+    parts = (part.float() for (part,) in pieces([local(value)]))
+    return any(bool(((x != x.to(param.dtype).float()) & ~x.isnan()).any()) for x in parts)
+
+
+def _with_tied(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """The state_dict, each weight under all the names that the model has for the very same tensor."""
     places = {key: _place(tensor) for key, tensor in own.items() if isinstance(tensor, Tensor)}
     there = {place: state_dict[key] for key, place in places.items() if key in state_dict}
-    return {**{key: there[place] for key, place in places.items() if place in there}, **state_dict}
+    absent = {key: there[place] for key, place in places.items() if key not in state_dict and place in there}
+    return {**state_dict, **absent}
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where its numbers lie: equal for tied tensors. A tensor without memory is tied to itself alone."""
     part = local(tensor)
     return part.data_ptr() or id(tensor), part.dtype, part.shape, part.stride()
-
-
-def _local_part(value: Any, param: Any) -> Tensor:
-    """This rank's part of a full or already distributed value."""
-    if any_dtensor([param]) and not any_dtensor([value]):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value, param.device_mesh, param.placements)
-    return local(value)

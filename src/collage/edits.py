@@ -29,6 +29,7 @@ SCHEMA = "(Tensor(a!)[] planes, Tensor(b!) seen, str[] names, str strategy, str 
 
 # id of each parameter that an average stands in for (`EMA.averaged`) -> its local part of that average, float32.
 LENT: dict[int, Callable[[], Tensor]] = {}
+LENT_AT: set[int] = set()  # where those parameters lie, which is all that a compiled step knows of them
 
 
 def adopt(
@@ -84,6 +85,8 @@ def traced(thetas: Sequence[Tensor], seen: Tensor) -> None:
 
 def _adopt_(planes: Sequence[Tensor], seen: Tensor, names: Sequence[str], strategy: str, backend: str) -> None:
     """`adopt` in a compiled step. By how much it counts versions up before it runs shows when it runs first."""
+    if LENT_AT and not LENT_AT.isdisjoint(map(Tensor.data_ptr, planes)):
+        raise RuntimeError(_LENT.format("step()"))
     if bool((seen[:, TRACED] >= 0).all()):
         now = _column(list(map(_version, planes[:: len(planes) // len(names)])))
         seen[:, AHEAD], seen[:, TRACED] = now - seen[:, TRACED], UNSEEN
@@ -123,7 +126,10 @@ def tell(found: Sequence[tuple[str, int, int]]) -> None:
 def require_own(params: Iterable[Tensor], what: str) -> None:
     """Raise RuntimeError while an average stands in for one of the parameters."""
     if LENT and any(id(param) in LENT for param in params):
-        raise RuntimeError(f"{what} inside averaged(): the model has the average now; do it after the with block")
+        raise RuntimeError(_LENT.format(what))
+
+
+_LENT = "{} inside averaged(): the model has the average now; do it after the with block"
 
 
 torch.library.define(NAME, SCHEMA)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from collage import edits
+from collage.checkpoint import exported, require_keys
 from collage.constants import rounded
-from collage.formats import Planes, format_of, split
+from collage.formats import Planes, fitted, format_of, pieces, split
+from collage.lending import lent
+from collage.owners import Optimizers, Owner, number_of, owners
 from collage.rng import Stream, key_of
-from collage.sharding import local, region
+from collage.sharding import local, locals_of, placed, region, reshard
+from collage.state import dtype_of, write
+
+log = logging.getLogger("collage")
 
 
 class EMA:
@@ -22,83 +30,221 @@ class EMA:
     within a few per cent of the average, as (1 - decay) of the distance is then below half an ulp of its second
     component. "bf16x2:sr" rounds stochastically and follows all the way, at the same 4 bytes per weight.
 
+    Parameters are looked up by name at every call, so that it follows those that replace them (``assign=True``,
+    ``fully_shard``, ``model.to``). Sharded ones have sharded averages.
+
     Args:
-        model: whose floating-point parameters are averaged, from their values now.
+        model: whose trainable parameters are averaged, from their values now. One that is unfrozen later joins at the
+            next update, with its value then: that of a constant is its average. One frozen later stays.
         decay: in [0, 1).
         format: "bf16x2:sr", "bf16x2", "fp32", "bf16", ...; see the table of formats.
+        optimizer: which trains the model, or a list of all that do: the average follows theta with all its components.
+            Without, it follows the visible weights, as the forward pass sees them, and logs that.
         seed: of stochastic rounding.
+        frozen: average frozen parameters too.
 
     Raises:
-        ValueError: a decay out of range, an unknown format.
+        ValueError: a decay out of range, an unknown format, nothing to average, an optimizer of another model.
 
     >>> model = nn.Linear(2, 2).bfloat16()
     >>> ema = EMA(model, decay=0.999)
     >>> ema.update()  # after each optimizer step
     >>> with ema.averaged(): loss = model(torch.ones(1, 2).bfloat16())  # evaluate with the average
+    >>> ema
+    EMA(decay=0.999, format='bf16x2:sr', steps=1; follows 0 full values, 2 visible weights)
     """
 
-    def __init__(self, model: nn.Module, decay: float, format: str = "bf16x2:sr", seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float,
+        format: str = "bf16x2:sr",
+        optimizer: Optimizers | None = None,
+        *,
+        seed: int = 0,
+        frozen: bool = False,
+    ) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay: needs a number in [0, 1), got {decay}")
         self.format, self.decay, self.seed, self.steps = format_of(format), decay, seed, 0
         if set(self.format.suffixes) - {"", "_lo"}:
             raise ValueError(f"format: '{format}' is a format for trained weights; use 'bf16x2:sr' or 'fp32'")
-        self._lent = False  # whether the model has the average now
-        self.params = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-        self.planes: dict[str, Planes] = {
-            name: split(self.format, local(p.detach()).float()) for name, p in self.params.items()
+        self.model, self.optimizer, self.frozen = model, optimizer, frozen
+        self.planes: dict[str, list[Tensor]] = {}
+        self._name = format
+        self._params: dict[str, nn.Parameter] = {}  # as they were met last
+        self._visible: list[str] = []  # of which there are no low components to follow
+        if not self._meet():
+            raise ValueError("model: has no trainable parameter to average; frozen=True averages the others too")
+        if self._visible:
+            log.info(
+                "EMA: follows the visible weights of %d of %d parameters; with optimizer= it follows what that keeps "
+                "beside them, too", len(self._visible), len(self._params),
+            )  # fmt: skip
+
+    def __repr__(self) -> str:
+        visible = len(self._visible)
+        return (
+            f"EMA(decay={self.decay}, format='{self._name}', steps={self.steps}; follows "
+            f"{len(self._params) - visible} full values, {visible} visible weights)"
+        )
+
+    @torch.no_grad()
+    def _meet(self) -> dict[str, nn.Parameter]:
+        """The averaged parameters as the model has them now; a new one's average starts at its value.
+
+        Raises ValueError for a parameter that is gone, or not the one that the optimizer or the average is of.
+        """
+        reshard(self.model)
+        params = {
+            name: param
+            for name, param in self.model.named_parameters()
+            if param.is_floating_point() and (name in self.planes or param.requires_grad or self.frozen)
         }
+        self._require_same(params)
+        owned = self._owners()
+        for name, param in params.items():
+            was = self._params.get(name, param)
+            if was in owned and param not in owned:
+                raise ValueError(
+                    f"param '{name}': the optimizer has the one that the model had before (load_state_dict(assign="
+                    "True), fully_shard), so nothing trains the new one; make the optimizer after that"
+                )
+        for name, param in params.items():
+            if name in self.planes:  # the weights may have moved
+                self.planes[name] = [placed(plane, param).to(param.device) for plane in self.planes[name]]
+            else:
+                self._start(name, param)
+        self._params = params
+        self._visible = [name for name, p in params.items() if p.dtype.itemsize < 4 and p not in owned]
+        return params
+
+    def _require_same(self, params: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for averages of parameters that the model no longer has."""
+        for name, planes in self.planes.items():
+            now, then = tuple(params[name].shape) if name in params else None, tuple(planes[0].shape)
+            if now != then:
+                has = f"has shape {now}" if now is not None else "is not in the model any more"
+                raise ValueError(f"param '{name}': {has}, its average has shape {then}; make the EMA anew")
+
+    def _owners(self) -> dict[Tensor, Owner]:
+        return owners(self.model, self.optimizer) if self.optimizer is not None else {}
+
+    def _start(self, name: str, param: nn.Parameter) -> None:
+        """Begin an average at the parameter's value, in planes of its shape, strides and placement."""
+        edits.require_own([param], f"beginning an average of '{name}'")
+        self.planes[name] = [torch.zeros_like(param, dtype=dtype, requires_grad=False) for dtype in self.format.dtypes]
+        for theta, average, _ in self._walk(name, param, self._owners()):
+            write(average, split(self.format, theta))
+
+    def _walk(
+        self, name: str, param: nn.Parameter, owned: Mapping[Tensor, Owner]
+    ) -> Iterator[tuple[Tensor, Planes, int]]:
+        """Piece by piece of this rank's part: (theta, the planes of its average, how many elements came before)."""
+        fmt, planes = number_of(param, owned.get(param))
+        first = 0
+        for piece in pieces([*planes, *locals_of(self.planes[name])]):
+            yield fmt.value(fitted(fmt, piece[: len(planes)])[0]), piece[len(planes) :], first
+            first += piece[0].numel()
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights as they are now. Raises RuntimeError inside `averaged`."""
-        if self._lent:
-            raise RuntimeError("update() inside averaged(): the model has the average now; update after the with block")
+        edits.require_own(self.model.parameters(), "update()")
+        params, owned = self._meet(), self._owners()
         self.steps += 1
-        for name, param in self.params.items():
-            theta = local(param.detach()).float()
-            weight = torch.tensor(rounded(1.0 - self.decay, torch.float32), dtype=torch.float32, device=theta.device)
-            average = self.format.load(self.planes[name], torch.float32)
-            moved = average.grown(weight * (theta - average.value))
-            bits = None
-            if self.format.stochastic:
-                bits = Stream(self.seed, self.steps, key_of(name)).bits(region(param).indices(theta.device), slot=0)
-            self.planes[name] = self.format.encode(moved, bits)
+        for name, param in params.items():
+            weight = torch.tensor(rounded(1.0 - self.decay, torch.float32), dtype=torch.float32, device=param.device)
+            stream = Stream(self.seed, self.steps, key_of(name))
+            place = region(param)
+            for theta, planes, first in self._walk(name, param, owned):
+                average = self.format.load(planes, torch.float32)
+                moved = average.grown(weight * (theta - average.value))
+                bits = None
+                if self.format.stochastic:
+                    bits = stream.bits(place.span(first, first + theta.numel(), theta.device), slot=0).view(theta.shape)
+                write(planes, self.format.encode(moved, bits))
 
     def value(self, name: str) -> Tensor:
-        """The average of one parameter, float32 (its local part if it is sharded)."""
-        return self.format.value(self.planes[name])
+        """The average of one parameter, float32; a DTensor where the parameter is one."""
+        result = torch.empty_like(self.planes[name][0], dtype=torch.float32)
+        self._copy(name, local(result))
+        return result
+
+    @torch.no_grad()
+    def _copy(self, name: str, part: Tensor) -> None:
+        """Write this rank's part of the average, rounded to the tensor's dtype."""
+        for piece in pieces([part, *locals_of(self.planes[name])]):
+            piece[0].copy_(self.format.value(piece[1:]))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights; afterwards its own again, bit for bit."""
-        own = {name: local(param.detach()).clone() for name, param in self.params.items()}
-        lent, self._lent = self._lent, True
-        try:
-            with torch.no_grad():
-                for name, param in self.params.items():
-                    local(param.detach()).copy_(self.value(name))
+        """Inside, the model has the averaged weights; afterwards its own again, bit for bit.
+
+        `high_precision_state_dict` gives the average there; steps, `resync` and loading raise RuntimeError. Averages
+        may stand in for one another: the last one to come is seen, until it leaves.
+        """
+        with lent(self.model, self._meet(), self._copy):
             yield
-        finally:
-            self._lent = lent
-            with torch.no_grad():
-                for name, param in self.params.items():
-                    local(param.detach()).copy_(own[name])
+
+    @torch.no_grad()
+    def high_precision_state_dict(self) -> dict[str, Any]:
+        """The average for release: every key of ``model.state_dict()``, weights in float32.
+
+        Frozen weights, in float32 too, buffers and other entries are the model's. Tied parameters appear under each of
+        their names; sharded ones as DTensors.
+        """
+        names: dict[Tensor, str] = {param: name for name, param in self._meet().items()}
+        shown = self.model.state_dict(keep_vars=True)
+        require_keys(names, shown)
+
+        def export(param: Tensor, result: Tensor) -> None:
+            if param in names:
+                self._copy(names[param], result)
+            else:
+                result.copy_(local(param))
+
+        return exported(shown, export)
 
     def state_dict(self) -> dict[str, Any]:
-        """The planes and the number of updates."""
+        """To resume from: the planes, which the next `update` writes to, and the number of updates."""
         return {"steps": self.steps, "planes": {name: list(planes) for name, planes in self.planes.items()}}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore. Raises ValueError for another model or another format, before anything is changed."""
+        """Restore. Takes whole planes as well as sharded ones, and averages of parameters that are frozen here.
+
+        Raises:
+            ValueError: the state of another model or another format; nothing is changed then.
+            RuntimeError: inside `averaged`.
+        """
+        edits.require_own(self.model.parameters(), "load_state_dict()")
         missing = [key for key in ("steps", "planes") if key not in state_dict]
         if missing:
             raise ValueError(f"state_dict: {missing} missing; it needs what EMA.state_dict() returns")
-        for name, planes in self.planes.items():
-            saved = state_dict["planes"].get(name, ())
-            if [(p.shape, p.dtype) for p in saved] != [(p.shape, p.dtype) for p in planes]:
-                raise ValueError(f"state_dict: '{name}' is missing, or of another shape or format than this average's")
-        self.steps = state_dict["steps"]
-        for name, planes in self.planes.items():
-            saved = state_dict["planes"][name]
-            self.planes[name] = [s.to(p.device, copy=True) for s, p in zip(saved, planes, strict=True)]
+        self._meet()
+        saved: dict[str, list[Tensor]] = state_dict["planes"]
+        params = dict(self.model.named_parameters())
+        self._require_state(saved, params)
+        self.steps = int(state_dict["steps"])
+        for name, planes in saved.items():
+            if name not in self.planes:
+                self._start(name, params[name])
+            write(
+                locals_of(self.planes[name]),
+                [local(placed(plane.to(params[name].device), params[name])) for plane in planes],
+            )
+
+    def _require_state(self, saved: Mapping[str, Sequence[Tensor]], params: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for the planes of another model or another format."""
+        missing, unexpected = sorted(self.planes.keys() - saved.keys()), sorted(saved.keys() - params.keys())
+        if missing or unexpected:
+            raise ValueError(f"state_dict: missing averages {missing or 'none'}, unexpected {unexpected or 'none'}")
+        for name, planes in saved.items():
+            found = [(tuple(plane.shape), dtype_of(plane)) for plane in planes]
+            wanted = [(tuple(params[name].shape), str(dtype).removeprefix("torch.")) for dtype in self.format.dtypes]
+            if found != wanted:
+                raise ValueError(
+                    f"state_dict: '{name}' is of another shape or format than this average's '{self._name}': {found} "
+                    f"instead of {wanted}"
+                )

@@ -236,6 +236,6 @@ def fitted(fmt: Format, planes: Planes) -> tuple[tuple[Tensor, ...], Tensor]:
     derived from it as it is now; everywhere else they stay.
     """
     broken = fmt.broken(planes)
-    fresh = split(fmt, planes[0].float())
+    fresh = split(fmt, planes[0].float()) if planes[1:] else ()
     others = (torch.where(broken, new, old) for new, old in zip(fresh[1:], planes[1:], strict=True))
     return (planes[0], *others), broken

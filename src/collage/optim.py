@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, ClassVar
 
 import torch
@@ -280,6 +280,19 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             state.initialise(self.rule, strategy, entry.param, self.state[entry.param], entry.group["capturable"])
         return state.slots(self.rule, strategy, entry.param, self.state[entry.param])
 
+    def tell(self, found: Iterable[tuple[Entry, int, int]]) -> None:
+        """Say of which parameters others changed (so many elements of so many); of each once, steps included."""
+        rows = {e.param: row for r in self._rosters.values() for e, row in zip(r.entries, r.seen, strict=True)}
+        new = []
+        for entry, count, numel in found:
+            last, row = self._seen.get(entry.param, Seen(0, edits.UNSEEN, 0)), rows.get(entry.param)
+            if not (last.told if row is None else row[edits.TOLD]):
+                new.append((entry.name, count, numel))
+            if row is not None:
+                row[edits.TOLD] = 1
+            self._seen[entry.param] = last._replace(told=1)
+        edits.tell(new)
+
     @torch.no_grad()
     def resync(self) -> None:
         """Take every weight as it is now, and drop all its other components (lo, master, compensation).
@@ -320,6 +333,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         Parameters are matched by name where both sides have names, else by position. The model may be loaded before or
         after: the next step takes weights that do not belong to the state as they are, and says so.
         """
+        edits.require_own((entry.param for entry in self.entries()), "load_state_dict()")
         adopted: dict[str, Any] = {}
 
         def adopt(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from collage.backends import Region
 
@@ -61,6 +61,17 @@ def placed(tensor: Any, param: Any) -> Any:
             f"on {mesh}; redistribute it to its parameter's mesh"
         )
     return tensor if tensor.placements == param.placements else tensor.redistribute(mesh, param.placements)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give every FSDP2 module its sharded parameters back: after a forward pass, a root still has the gathered ones.
+
+    Until then its next forward pass would not see what was written to the shards.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def region(tensor: Any) -> Region:

@@ -32,6 +32,15 @@ class Region(NamedTuple):
             total = total.unsqueeze(-1) + (torch.arange(size, device=device) + start) * stride
         return total
 
+    def span(self, first: int, last: int, device: torch.device) -> Tensor:
+        """`indices` of the elements first to last (excluded) of the local part, in row-major order; one-dimensional."""
+        rest = torch.arange(first, last, device=device)
+        total = torch.zeros_like(rest)
+        for size, start, stride in zip(self.sizes[::-1], self.starts[::-1], self.strides[::-1], strict=True):
+            total += (rest % size + start) * stride
+            rest = rest // size
+        return total
+
 
 class Share(NamedTuple):
     """One parameter's share of a step. Tensors are local (never DTensors); planes are written in place."""

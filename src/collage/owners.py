@@ -1,0 +1,69 @@
+"""Which optimizer trains a parameter, and so all that is known of its number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from collage import state
+from collage.formats import Format, Planes, Single
+from collage.optim import PrecisionOptimizer
+from collage.sharding import local
+from collage.state import Entry
+
+Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
+class Owner(NamedTuple):
+    """Whose a parameter is."""
+
+    optimizer: PrecisionOptimizer
+    entry: Entry
+
+
+def owners(model: nn.Module, optimizers: Optimizers) -> dict[Tensor, Owner]:
+    """Every parameter of one optimizer, or of several.
+
+    Raises TypeError, ValueError if one is not of this package, or has none of the model's parameters, or not all here.
+    """
+    found: dict[Tensor, Owner] = {}
+    own = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    for given in optimizers if isinstance(optimizers, Sequence) else [optimizers]:
+        optimizer = state.unwrapped(given, PrecisionOptimizer)
+        theirs = {entry.param: Owner(optimizer, entry) for entry in optimizer.entries()}
+        if own and not any(p in theirs for p in own.values()):
+            raise ValueError(
+                f"optimizer: has none of the model's parameters, not even '{next(iter(own))}'; was it made for another "
+                "model, or before this one's parameters were replaced?"
+            )
+        if any(p not in theirs for group in given.param_groups for p in group["params"]):
+            raise ValueError(
+                f"optimizer: {type(given).__name__} spreads its parameters over ranks, and those of others have their "
+                "components there; shard with FSDP2 (fully_shard) instead, which shows every rank its part of each"
+            )
+        for param in theirs.keys() & found.keys():
+            raise ValueError(f"optimizer: two of those given have param '{theirs[param].entry.name}'")
+        found |= theirs
+    if not found:
+        raise ValueError("optimizer: needs the one that trains the model, or all of them; got none")
+    return found
+
+
+def number_of(param: Tensor, owner: Owner | None) -> tuple[Format, Planes]:
+    """The local planes of a parameter, and the format that reads them; the visible one where no optimizer has more.
+
+    Raises ValueError where the optimizer has more than the parameter's dtype lets it use.
+    """
+    if owner is None or not owner.optimizer.state.get(param):
+        return Single(param.dtype), (local(param.detach()),)
+    fmt = owner.optimizer.strategy_of(owner.entry).formats[0]
+    kept = {key for key in owner.optimizer.state[param] if key.startswith("param")}
+    if kept != {"param" + suffix for suffix in fmt.suffixes[1:]}:
+        raise ValueError(
+            f"param '{owner.entry.name}': it is {state.dtype_of(param)}, and its state has {sorted(kept) or 'nothing'} "
+            "beside it: was it cast after the optimizer was made? Cast it back first, p.data = p.data.to(...)"
+        )
+    return fmt, owner.optimizer.planes(owner.entry)[0]
