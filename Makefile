@@ -3,6 +3,7 @@
 PYTHON ?= python3
 JOBS   ?= 2
 T      ?=
+SECONDS ?= 60
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,7 +16,7 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses $(JOBS)
 
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize bench gpu lint check fix clean
+.PHONY: help setup demo test test-all fuzz sanitize bench gpu lint check fix clean
 
 help: ## list these targets
 	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +32,9 @@ test: $(READY) ## run the tests that CI runs
 
 test-all: $(READY) ## run all tests, the slow and exhaustive ones too
 	$(PYTEST) -m "" $(T)
+
+fuzz: $(READY) ## run random sequences of steps, edits, loads and moves against a float64 model (SECONDS=60)
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 lint: $(READY) ## check format, lint and types; edits nothing
 	$(BIN)/ruff format --check --quiet . || { echo "make fix formats these"; exit 1; }
