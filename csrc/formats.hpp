@@ -68,13 +68,16 @@ struct Single {
 };
 
 // Planes that no `encode` could have left: |lo| beyond half an ulp of hi (for Kahan: a whole one) and one step more.
+// To nearest, hi is 0 only for what lo, too, rounds to 0.
+template <bool stochastic>
 inline Mask broken_pair(const Planes& x, float ulps) {
   const F32 binade = (F32)((U32)x.hi & 0x7F800000);
   const F32 bound = (binade > 0x1p-126f ? binade : splat(0x1p-126f)) * (ulps * 0x1p-7f);
   const F32 step = bound * 0x1p-7f;
   const F32 limit = bound + (step > 0x1p-133f ? step : splat(0x1p-133f));
   const F32 lo = (F32)((U32)x.lo & 0x7FFFFFFF);
-  return ~(finite(x.hi) ? lo <= limit : x.lo == F32{});
+  const Mask paired = stochastic ? finite(x.hi) : finite(x.hi) & (x.hi != F32{});
+  return ~(paired ? lo <= limit : x.lo == F32{});
 }
 
 // A bfloat16 plane and a second one.
@@ -122,7 +125,7 @@ struct Pair : TwoPlanes<BF16> {
     return x.hi + x.rest;
   }
 
-  Mask broken(const Planes& x) const { return broken_pair(x, 0.5f); }
+  Mask broken(const Planes& x) const { return broken_pair<stochastic>(x, 0.5f); }
 
   template <int part>
   F64 difference(const Planes& from, const Planes& to) const {  // last component first
@@ -166,7 +169,7 @@ struct Master : TwoPlanes<FP32> {
 struct Compensated : Pair<> {
   static constexpr Code code{Code::compensated, Code::bf16, false};
 
-  Mask broken(const Planes& x) const { return broken_pair(x, 1.0f); }
+  Mask broken(const Planes& x) const { return broken_pair<false>(x, 1.0f); }
 
   template <class N>
   Kahan number(const Planes& x) const {

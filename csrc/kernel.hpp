@@ -7,6 +7,7 @@ namespace collage {
 constexpr int MAX_SLOTS = 3;   // theta, momentum, variance
 constexpr int MAX_PLANES = 2;  // of one slot
 constexpr int BLOCK = 1024;  // elements whose sums are taken by pairwise halving
+constexpr int MAX_CONSTANTS = 9;  // of a rule, in a row
 constexpr int SUMS = 5;      // dot, dot_visible, norm2, nonzero, lost
 
 // A number format: a row of the table in formats.py.

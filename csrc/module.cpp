@@ -80,6 +80,13 @@ class Stepper {
             const std::vector<Numbers>& shards, const std::vector<Numbers>& layouts, const Addresses& sums,
             bool maximize, int threads) const {
     std::vector<Tensor> tensors = collect(numel, planes, gradients);
+    const auto fits = [&](size_t n) { return n == 0 || n == numel.size(); };
+    if (rows.size() != numel.size() || !fits(streams.size()) || !fits(shards.size()) || !fits(layouts.size()) ||
+        !fits(sums.size()))
+      throw std::invalid_argument("rows, streams, shards, layouts or sums: their number is not that of the tensors");
+    for (int64_t row : rows)
+      if (row < 0 || row >= int64_t(constants.size()) || constants[row].size() < MAX_CONSTANTS)
+        throw std::invalid_argument("rows: each needs a whole row of constants");
     std::vector<Region> regions(shards.size());
     std::vector<Layout> strided(layouts.size());
     for (size_t k = 0; k < tensors.size(); ++k) {
@@ -105,9 +112,9 @@ class Stepper {
     for (size_t k = 0; k < sums.size(); ++k) add_up(tensors[k], reinterpret_cast<double*>(sums[k]));
   }
 
-  // How many elements of theta, in all tensors, have planes that no step could have left.
+  // How many elements of theta, in all tensors, have planes that no step could have left. planes: theta's alone.
   int64_t broken(const Numbers& numel, const Addresses& planes, int threads) const {
-    const std::vector<Tensor> tensors = collect(numel, planes, planes);
+    const std::vector<Tensor> tensors = collect(numel, planes, {}, 1);
     nb::gil_scoped_release release;
     std::atomic<int64_t> total{0};
     run(tensors, threads, [&](const Tensor& t, int64_t first, int64_t end) { total += kernel_->broken(t, first, end); });
@@ -130,16 +137,23 @@ class Stepper {
   }
 
  private:
-  std::vector<Tensor> collect(const Numbers& numel, const Addresses& planes, const Addresses& gradients) const {
+  // Every tensor with its planes of the first so many slots, and its gradient if there are any.
+  std::vector<Tensor> collect(const Numbers& numel, const Addresses& planes, const Addresses& gradients,
+                              int slots = MAX_SLOTS) const {
     std::vector<Tensor> tensors(numel.size());
     auto plane = planes.begin();
+    size_t width = 0;
+    for (int s = 0; s < slots; ++s)
+      for (int p = 0; p < MAX_PLANES; ++p) width += request_.slots[s].bytes(p) > 0;
+    if (planes.size() != width * numel.size() || (slots == MAX_SLOTS && gradients.size() != numel.size()))
+      throw std::invalid_argument("planes or gradients: their number is not that of the tensors");
     for (size_t k = 0; k < tensors.size(); ++k) {
       tensors[k] = {};
       tensors[k].numel = numel[k];
-      for (int s = 0; s < MAX_SLOTS; ++s)
+      for (int s = 0; s < slots; ++s)
         for (int p = 0; p < MAX_PLANES; ++p)
           if (request_.slots[s].bytes(p)) tensors[k].planes[s][p] = reinterpret_cast<char*>(*plane++);
-      tensors[k].gradient = reinterpret_cast<const char*>(gradients[k]);
+      if (slots == MAX_SLOTS) tensors[k].gradient = reinterpret_cast<const char*>(gradients[k]);
     }
     return tensors;
   }

@@ -30,7 +30,8 @@ class Copy {
         planes[s][p] = memory_[s * MAX_PLANES + p];
         if (bytes[s][p]) gather(planes[s][p], t.planes[s][p], bytes[s][p], strides(s, p));
       }
-    gather(memory_[MAX_SLOTS * MAX_PLANES], t.gradient, gradient_bytes, t.layout ? t.layout->gradient : nullptr);
+    if (gradient_bytes)
+      gather(memory_[MAX_SLOTS * MAX_PLANES], t.gradient, gradient_bytes, t.layout ? t.layout->gradient : nullptr);
     gradient = memory_[MAX_SLOTS * MAX_PLANES];
   }
 
@@ -89,6 +90,7 @@ class Walk final : public Kernel {
       : gradient_(gradient), formats_(formats...), stochastic_((formats.code.stochastic || ...)) {
     int slot = 0;
     ((bytes_[slot][0] = formats.code.bytes(0), bytes_[slot++][1] = formats.code.bytes(1)), ...);
+    for (int p = 0; p < MAX_PLANES; ++p) theta_bytes_[0][p] = bytes_[0][p];
     gradient_bytes_ = gradient.code.bytes(0);
   }
 
@@ -107,7 +109,7 @@ class Walk final : public Kernel {
       Mask found{};  // a set lane is -1; a padded one is 0 in every plane, which belong together
       for (int i = 0; i < direct; i += LANES) found += broken_at(t.planes[0], begin + i);
       if (direct < count) {
-        const Copy copy(t, bytes_, gradient_bytes_, begin + direct, count - direct);
+        const Copy copy(t, theta_bytes_, 0, begin + direct, count - direct);
         for (int i = 0; i < count - direct; i += LANES) found += broken_at(copy.planes[0], i);
       }
       for (int k = 0; k < W; ++k) total -= found[k];
@@ -218,6 +220,7 @@ class Walk final : public Kernel {
   std::tuple<Formats...> formats_;
   bool stochastic_;
   int bytes_[MAX_SLOTS][MAX_PLANES]{};
+  int theta_bytes_[MAX_SLOTS][MAX_PLANES]{};  // theta's alone
   int gradient_bytes_;
 };
 

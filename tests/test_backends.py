@@ -240,12 +240,36 @@ def test_nothing_beside_a_tensor_is_touched(kernels):
 def test_broken_planes_are_counted(name, instructions):
     strategy = STRATEGIES[name]
     for regime in REGIMES:
-        s = share(strategy, torch.bfloat16, regime, 2100)
-        assert cpu.broken(strategy, [s.slots]) == 0
-        s.slots[0][0][5:2050:3] = numbers(regime, 682, 9).bfloat16()
-        wanted = reference.broken(strategy, [s.slots])
+        theta = share(strategy, torch.bfloat16, regime, 2100).slots[0]
+        assert cpu.broken(strategy, [theta]) == 0
+        theta[0][5:2050:3] = numbers(regime, 682, 9).bfloat16()
+        theta[0][7:2050:9] = 0
+        wanted = reference.broken(strategy, [theta])
         assert wanted > 0 or name == "bf16" or regime != "normal"
-        assert cpu.broken(strategy, [s.slots]) == wanted, regime
+        assert cpu.broken(strategy, [theta]) == wanted, regime
+
+
+@pytest.mark.parametrize("name", ["collage-plus", "fp32-master", "bf16", "fp32"])
+def test_only_thetas_own_memory_is_read_for_broken_planes(name, instructions):
+    """Empty and short tensors first: the tail of a long one lies beyond the memory of every other."""
+    strategy = STRATEGIES[name]
+    for sizes in itertools.permutations((0, 8, 64, 70_001, 3 * 41 * 101)):
+        thetas = [share(strategy, strategy.dtype, "normal", n).slots[0] for n in sizes]
+        assert cpu.broken(strategy, thetas) == 0
+
+
+def test_lists_of_other_lengths_are_refused_by_the_kernels():
+    kernel = cpu.stepper(cpu.instruction_set(), "adamw", STRATEGIES["bf16"], torch.bfloat16)
+    x = torch.ones(8).bfloat16()
+    with pytest.raises(ValueError, match="their number is not that of the tensors"):
+        kernel.broken([8, 8], [x.data_ptr()], threads=1)
+    with pytest.raises(ValueError, match="their number is not that of the tensors"):
+        kernel.stream([8], [x.data_ptr()] * 3, [], threads=1)
+    lists = {"constants": [[0.0] * 9], "streams": [], "shards": [], "layouts": [], "sums": []}
+    for wrong in ({"rows": []}, {"rows": [1]}, {"constants": [[0.0] * 8]}, {"sums": [0, 0]}, {"layouts": [[], []]}):
+        given = {"rows": [0], **lists, **wrong}
+        with pytest.raises(ValueError, match=r"number is not that|row of constants"):
+            kernel.step([8], [x.data_ptr()] * 3, [x.data_ptr()], **given, maximize=False, threads=1)
 
 
 def test_versions_are_counted():

@@ -13,7 +13,7 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"mcf", "rng", "accumulators", "formats", "strategies", "constants"}
 STEP = NUMBERS | {"rules", "backends", "sharding", "state", "loading", "shadow", "monitor"}
-LIBRARY = STEP | {"optim", "adamw", "checkpoint", "ema", "wrap", "gradients"}
+LIBRARY = STEP | {"edits", "optim", "adamw", "checkpoint", "ema", "wrap", "gradients"}
 ALLOWED = {
     "mcf": set(),
     "rng": set(),
@@ -28,11 +28,12 @@ ALLOWED = {
     "loading": NUMBERS | {"rules", "state"},
     "shadow": NUMBERS | {"rules", "backends"},
     "monitor": NUMBERS | {"rules", "backends", "shadow", "state"},
-    "calls": STEP,
-    "optim": STEP | {"calls"},
+    "edits": NUMBERS | {"backends"},
+    "calls": STEP | {"edits"},
+    "optim": STEP | {"calls", "edits"},
     "adamw": STEP | {"optim"},
-    "ema": STEP,
-    "checkpoint": STEP | {"optim"},
+    "ema": STEP | {"edits", "optim"},
+    "checkpoint": STEP | {"edits", "optim"},
     "gradients": STEP | {"optim"},
     "wrap": STEP | {"optim"},
     "collage": LIBRARY,

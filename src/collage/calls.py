@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collage import state
+from collage import edits, state
 from collage.backends import Share
 from collage.rng import signed
 from collage.rules import Rule
@@ -34,6 +34,8 @@ class Call(NamedTuple):
     steps: list[Tensor]
     keys: list[int]
     regions: list[int]
+    seen: list[Tensor]  # of `torch.ops.collage.adopt_`, as the names
+    names: list[str]
 
 
 def strategy_of(group: Group, in_float32: bool) -> Strategy | None:
@@ -69,13 +71,25 @@ def gather(
     return found
 
 
+class Seen(NamedTuple):
+    """A parameter after its last step: where it lay, its version, and whether an edit of it was told."""
+
+    address: int
+    version: int
+    told: int
+
+
 class Roster:
     """The parameters that step together. Checked once, and good while no tensor is exchanged, moved or reshaped.
 
     first: position of the group's first parameter, which names and random bits of unnamed ones depend on.
+    seen: what earlier rosters knew of these parameters: see `known`.
     """
 
-    def __init__(self, strategy: Strategy, first: int, gathered: list[Any], entries: Sequence[Entry]) -> None:
+    def __init__(
+        self, strategy: Strategy, first: int, gathered: list[Any], entries: Sequence[Entry],
+        seen: Mapping[Tensor, Seen],
+    ) -> None:  # fmt: skip
         params = [entry.param for entry in entries]
         regions = _regions(params)  # refuses partial DTensors
         width = len(gathered) // max(len(params), 1)
@@ -86,6 +100,17 @@ class Roster:
         self.keys = [signed(entry.key) for entry in entries] if strategy.stochastic else []
         self.regions = regions if strategy.stochastic else []
         self._gathered, self._facts = gathered, self._now(params)
+        self.names = [entry.name for entry in entries]
+        was = [seen.get(param, Seen(0, edits.UNSEEN, 0)) for param in params]
+        moved = zip(was, self._facts[0][:: width - 1], strict=True)
+        versions = [edits.UNSEEN if last.address != address else last.version for last, address in moved]
+        self.seen = torch.tensor([versions, [last.told for last in was]], dtype=torch.int64, device="cpu").T
+
+    def known(self) -> Iterator[tuple[Tensor, Seen]]:
+        """What is known of each parameter after its last step."""
+        width = len(self.planes) // max(len(self.entries), 1)
+        for entry, address, row in zip(self.entries, self._facts[0][::width], self.seen.tolist(), strict=True):
+            yield entry.param, Seen(address, *row)
 
     def holds(self, strategy: Strategy, first: int, params: Sequence[Tensor], gathered: list[Any]) -> bool:
         """Whether these are the tensors that were checked, where they were."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from collage import state
-from collage.formats import require_whole, split
+from collage.formats import fitted, split
 from collage.optim import PrecisionOptimizer
 from collage.sharding import any_dtensor, local
 from collage.state import Entry
@@ -51,9 +51,8 @@ def high_precision_state_dict(model: nn.Module, optimizer: PrecisionOptimizer) -
         entry = entries.get(tensor) if isinstance(tensor, Tensor) else None
         if entry is not None and optimizer.state.get(entry.param):
             planes, fmt = optimizer.planes(entry)[0], optimizer.strategy_of(entry).formats[0]
-            require_whole(fmt, planes, key)
             value = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
-            local(value).copy_(fmt.value(planes))
+            local(value).copy_(fmt.value(fitted(fmt, planes)[0]))
             result[key] = value
         elif isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
             result[key] = tensor.detach().to(torch.float32, copy=True)

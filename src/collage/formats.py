@@ -7,7 +7,7 @@ encodes an accumulator into new planes; only a backend writes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from collage.accumulators import Accumulator, Expanded, Kahan, PaperExpanded, Re
 
 Planes = Sequence[Tensor]
 F32, BF16 = torch.float32, torch.bfloat16
+PIECE = 1 << 21  # elements
 
 
 class Format(Protocol):
@@ -125,16 +126,21 @@ class Pair:
         return planes
 
     def broken(self, planes: Planes) -> Tensor:
-        hi, lo = (p.float() for p in planes)
-        return ~torch.where(hi.isfinite(), lo.abs() <= _bound_of_lo(hi, self.dtype), lo == 0)
+        return _broken(planes, self.dtype, 0.5, self.stochastic)
 
 
-def _bound_of_lo(hi: Tensor, dtype: torch.dtype, ulps: float = 0.5) -> Tensor:
-    """So many ulps of hi, plus one step of dtype: stochastic rounding of a tail just above the half may go there."""
+def _broken(planes: Planes, dtype: torch.dtype, ulps: float, stochastic: bool) -> Tensor:
+    """Where |lo| is more than so many ulps of hi and one step: stochastic rounding of a tail just above may go there.
+
+    To nearest, hi is 0 only for what lo, too, rounds to 0.
+    """
+    hi, lo = (p.float() for p in planes)
     f = mcf.FLOATS[dtype]
     binade = (hi.view(torch.int32) & 0x7F800000).view(F32)  # 2**exponent
     bound = binade.clamp(min=2.0**f.emin) * (ulps * 2.0 ** (1 - f.precision))
-    return bound + (bound * 2.0 ** (1 - f.precision)).clamp(min=2.0 ** (f.emin - f.precision + 1))
+    bound = bound + (bound * 2.0 ** (1 - f.precision)).clamp(min=2.0 ** (f.emin - f.precision + 1))
+    alone = ~hi.isfinite() if stochastic else ~hi.isfinite() | (hi == 0)
+    return ~torch.where(alone, lo == 0, lo.abs() <= bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +189,7 @@ class Compensated:
         return planes
 
     def broken(self, planes: Planes) -> Tensor:
-        hi, lo = (p.float() for p in planes)  # where |delta| > |theta| the compensation reaches a whole ulp
-        return ~torch.where(hi.isfinite(), lo.abs() <= _bound_of_lo(hi, BF16, ulps=1.0), lo == 0)
+        return _broken(planes, BF16, 1.0, stochastic=False)  # where |delta| > |theta| it reaches a whole ulp
 
 
 FORMATS: dict[str, Format] = {
@@ -211,22 +216,26 @@ def split(fmt: Format, x: Tensor) -> tuple[Tensor, ...]:
     return fmt.encode(Register(x))
 
 
+def pieces(planes: Planes) -> Iterator[Planes]:
+    """Views of some million elements each, so that no temporary is as large as a parameter."""
+    if all(plane.is_contiguous() for plane in planes):
+        planes = [plane.view(-1) for plane in planes]
+    rows = max(1, PIECE * len(planes[0]) // max(1, planes[0].numel()))
+    return zip(*(torch.split(plane, rows) for plane in planes), strict=True)
+
+
 def bytes_per_value(fmt: Format) -> int:
     """Bytes of all planes for one element."""
     return sum(dtype.itemsize for dtype in fmt.dtypes)
 
 
-def require_whole(fmt: Format, planes: Planes, name: str) -> None:
-    """Raise ValueError, naming the parameter, where plane 0 was changed without the others."""
-    broken = int(fmt.broken(planes).sum())
-    if broken:
-        raise not_whole(name, broken, planes[0].numel())
+def fitted(fmt: Format, planes: Planes) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(planes that fit plane 0, bool per element: which did not). Pure.
 
-
-def not_whole(name: str, broken: int, numel: int) -> ValueError:
-    """What is wrong with so many weights of a parameter."""
-    return ValueError(
-        f"param '{name}': {broken} of {numel} weights do not match their other components; they were changed outside "
-        "the optimizer (a loaded model, an EMA swap, clamp_). Load a model before its optimizer's state, or call "
-        "opt.resync() to take the weights as they are now"
-    )
+    Others write to plane 0 alone: clamping, pruning, a loaded model. Where that shows (`broken`), the other planes are
+    derived from it as it is now; everywhere else they stay.
+    """
+    broken = fmt.broken(planes)
+    fresh = split(fmt, planes[0].float())
+    others = (torch.where(broken, new, old) for new, old in zip(fresh[1:], planes[1:], strict=True))
+    return (planes[0], *others), broken

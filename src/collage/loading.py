@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from collage import state
-from collage.formats import require_whole
 from collage.rules import Rule
 from collage.state import Entry, Group, State
 from collage.strategies import Strategy
@@ -57,9 +56,6 @@ def adopt(
             )
         state.check(rule, strategy, entry.param, theirs, entry.name)
         states[saved_id] = theirs = {**theirs, "step": state.count(theirs["step"], entry.name)}
-        on_device = {key: value.to(entry.param.device) for key, value in theirs.items()}
-        planes = state.slots(rule, strategy, entry.param, on_device)[0]
-        require_whole(strategy.formats[0], planes, entry.name)
     return {**saved, "state": states, "param_groups": adopted}
 
 

@@ -12,11 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-
-from collage.backends import choose
 from collage.backends.reference import SUMS
-from collage.formats import not_whole
 from collage.rules import Rule
 from collage.shadow import Item, Sampled, Shadow
 from collage.state import require_optimizer
@@ -33,6 +29,16 @@ class Monitored(Protocol):
     def rule(self) -> Rule: ...
 
 
+class Placed(Protocol):
+    """A parameter's name, and the group it is in."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def group_index(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Quality:
     """How much of the intended update Delta arrived, over the monitored steps. None where undefined.
@@ -44,6 +50,7 @@ class Quality:
         edq_visible: the same for the component that the forward pass sees.
         lost: share of the non-zero updates that changed no plane.
         nonzero: how many updates were not zero.
+        edited: how many weights lost their low components because others changed them, or to `resync`.
         v_ratio: mean of the second moment over its shadow's, at the last monitored step.
         m_error: |m - shadow's m| / |shadow's m|, at the last monitored step.
         edq_shadow: as edq_ratio, against the update that undamaged float32 moments would have made.
@@ -55,6 +62,7 @@ class Quality:
     edq_visible: float | None
     lost: float | None
     nonzero: int
+    edited: int = 0
     v_ratio: float | None = None
     m_error: float | None = None
     edq_shadow: float | None = None
@@ -76,6 +84,7 @@ class Tally:
     norm2: float = 0.0
     nonzero: int = 0
     lost: int = 0
+    edited: int = 0
     sampled: Sampled = field(default_factory=Sampled)
 
     def add(self, sums: Sequence[float]) -> None:
@@ -104,6 +113,7 @@ class Tally:
             edq_visible=_ratio(self.visible, self.norm2),
             lost=_ratio(self.lost, self.nonzero),
             nonzero=self.nonzero,
+            edited=self.edited,
             v_ratio=_ratio(s.v, s.v_shadow),
             m_error=None if not s.m_shadow2 else math.sqrt(s.m_error2 / s.m_shadow2),
             edq_shadow=_ratio(s.dot, s.norm2),
@@ -158,6 +168,12 @@ class _Books:
             self.groups.setdefault(index, Tally()).add(_total(ours))
         self.total.add(_total(rows.values()))
 
+    def add_edited(self, item: Placed, count: int) -> None:
+        if count:
+            group = self.groups.setdefault(item.group_index, Tally())
+            for tally in (self.parameters.setdefault(item.name, Tally()), group, self.total):
+                tally.edited += count
+
     def add_sampled(self, sampled: dict[str, Sampled], group_of: dict[str, int]) -> None:
         for name, sample in sampled.items():
             self.parameters[name].sampled.add(sample)
@@ -182,20 +198,6 @@ def _total(rows: Iterable[Sequence[float]]) -> list[float]:
     return total
 
 
-def _require_whole(items: Sequence[Item]) -> None:
-    kinds: dict[tuple[Strategy, torch.device], list[Item]] = {}
-    for item in items:
-        kinds.setdefault((item.strategy, item.share.grad.device), []).append(item)
-    for (strategy, device), alike in kinds.items():
-        backend = choose("auto", device)
-        if not backend.broken(strategy, [item.share.slots for item in alike]):
-            continue
-        for item in alike:
-            broken = backend.broken(strategy, [item.share.slots])
-            if broken:
-                raise not_whole(item.name, broken, item.share.grad.numel())
-
-
 class Monitor:
     """Watches an optimizer. Made by `monitor`."""
 
@@ -211,12 +213,11 @@ class Monitor:
         """Whether the coming step is measured."""
         return self._calls % self.every == 0
 
-    def before(self, items: Sequence[Item]) -> None:
-        """Called by the optimizer before it writes. Raises ValueError if weights were changed outside it."""
-        if self.due:
-            _require_whole(items)
+    def before(self, items: Sequence[Item], changed: Mapping[str, int]) -> None:
+        """Called by the optimizer before it writes. changed: whom others wrote to -> elements that did not fit."""
+        self.edited(items, changed)
         if self._shadow:
-            self._shadow.before(items, self.due)
+            self._shadow.before(items, self.due, changed.keys())
 
     def after(self, items: Sequence[Item]) -> None:
         """Called by the optimizer after it wrote."""
@@ -232,6 +233,12 @@ class Monitor:
                 tally = books.beside.setdefault(name, Tally())
                 tally.add(sums)
                 tally.sampled.add(sample)
+
+    def edited(self, items: Iterable[Placed], changed: Mapping[str, int]) -> None:
+        """Called when other components were derived anew: how many elements of each parameter."""
+        for item in items:
+            for books in (self._all, self._window):
+                books.add_edited(item, changed.get(item.name, 0))
 
     def report(self) -> Report:
         """Everything since creation or `reset`."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from collage import backends, calls, loading, state
+from collage import backends, calls, edits, loading, state
 from collage.backends import operator  # noqa: F401  (defines torch.ops.collage.step_)
-from collage.calls import Call, Roster
+from collage.calls import Call, Roster, Seen
 from collage.monitor import Monitor
 from collage.rng import signed
 from collage.rules import Rule
@@ -33,11 +34,16 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
         self.backend = backend
         self.monitors: list[Monitor] = []
-        self._rosters: dict[tuple[int, bool], Roster] = {}
+        self._forget()
         backends.require(backend)
         super().__init__(params, defaults)
         self._require_low_precision()
         self._warn_of_fallback()
+
+    def _forget(self) -> None:
+        """Check every tensor anew at the next step."""
+        self._rosters: dict[tuple[int, bool], Roster] = {}
+        self._seen: MutableMapping[Tensor, Seen] = WeakIdKeyDictionary()
 
     def _require_low_precision(self) -> None:
         entries = list(self.entries())
@@ -118,6 +124,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """
         if not torch.compiler.is_compiling():
             calls.require_capturable(self.param_groups)
+            edits.require_own((param for group in self.param_groups for param in group["params"]), "step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -133,24 +140,35 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                 steps: list[Tensor] = []
                 keys: list[int] = []
                 regions: list[int] = []
+                seen: list[Tensor] = []
+                names: list[str] = []
                 strategy = self._init_group(
-                    group, first, in_float32, torch.compiler.is_compiling(), planes, grads, steps, keys, regions
-                )
+                    group, first, in_float32, torch.compiler.is_compiling(), planes, grads, steps, keys, regions, seen,
+                    names,
+                )  # fmt: skip
                 if len(grads) > 0:
-                    todo.append(Call(group, in_float32, strategy, planes, grads, steps, keys, regions))
+                    todo.append(Call(group, in_float32, strategy, planes, grads, steps, keys, regions, seen, names))
             first += len(group["params"])
         if len(self.monitors) > 0:
             self._step_measured(todo)
         else:
             for call in todo:
-                self._step(call, torch.empty(0, 5, dtype=torch.float64))
+                self._adopt(call)
+                self._step(call, torch.empty(0, 5, dtype=torch.float64, device="cpu"))
         return loss
+
+    def _adopt(self, call: Call, every: bool = False) -> dict[int, int]:
+        """Take the weights that others have changed as they are now."""
+        if torch.compiler.is_compiling():
+            torch.ops.collage.adopt_(call.planes, call.seen[0], call.names, call.strategy, self.backend)
+            return {}
+        return edits.adopt(call.planes, call.seen[0], call.names, call.strategy, self.backend, every)
 
     def _step(self, call: Call, sums: Tensor) -> None:
         lr = call.group["lr"]
         torch.ops.collage.step_(
             call.planes, call.grads, call.steps, sums,
-            lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+            lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
             self.rule.name, call.strategy, self.backend, call.keys, call.regions, self._hyper(call.group),
             signed(call.group["seed"]), call.group["maximize"], call.group["capturable"],
         )  # fmt: skip
@@ -158,13 +176,15 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     def _step_measured(self, todo: list[Call]) -> None:
         """The same step, between what the monitors look at before it and after it."""
         due = any(monitor.due for monitor in self.monitors)
-        sums = [torch.zeros(len(call.grads) if due else 0, 5, dtype=torch.float64) for call in todo]
+        sums = [torch.zeros(len(call.grads) if due else 0, 5, dtype=torch.float64, device="cpu") for call in todo]
         items: list[Item] = []
+        changed: dict[str, int] = {}
         for call, rows in zip(todo, sums, strict=True):
             roster = self._rosters[id(call.group), call.in_float32]
             items += calls.items(call, roster, self._hyper(call.group), list(rows))
+            changed |= {call.names[k]: count for k, count in self._adopt(call, every=due).items()}
         for monitor in self.monitors:
-            monitor.before(items)
+            monitor.before(items, changed)
         for call, rows in zip(todo, sums, strict=True):
             self._step(call, rows)
         for monitor in self.monitors:
@@ -181,6 +201,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         steps: list[Tensor],
         keys: list[int],
         regions: list[int],
+        seen: list[Tensor],
+        names: list[str],
     ) -> str:
         """Append what the operator needs of a group's parameters. Raises before anything is changed.
 
@@ -198,7 +220,10 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             and roster.holds(strategy, first, params, gathered)
             and state.accept(params, own_grads, strategy.dtype)
         ):
-            roster = self._rosters[id(group), in_float32] = self._check(group, first, strategy, params, gathered)
+            checked = self._check(group, strategy, params)
+            if roster:
+                self._seen.update(roster.known())
+            roster = self._rosters[id(group), in_float32] = Roster(strategy, first, gathered, checked, self._seen)
         if compiling:
             calls.require_compilable(gathered, len(self.monitors) > 0)
         planes += roster.planes
@@ -206,9 +231,11 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         steps += roster.steps
         keys += roster.keys
         regions += roster.regions
+        seen.append(roster.seen)
+        names += roster.names
         return str(strategy)
 
-    def _check(self, group: Group, first: int, strategy: Strategy, params: list[Tensor], gathered: list[Any]) -> Roster:
+    def _check(self, group: Group, strategy: Strategy, params: list[Tensor]) -> list[Entry]:
         """Raise what is wrong with a parameter, its gradient or its state, before anything is changed."""
         stepping = set(map(id, params))
         entries = [entry for entry in self._entries_of(group) if id(entry.param) in stepping]
@@ -225,7 +252,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                     "opt.load_state_dict(opt.state_dict()) moves a state to its parameter"
                 )
             state.check_counter(values["step"], entry.name)
-        return Roster(strategy, first, gathered, entries)
+        return entries
 
     def _hyper(self, group: Group) -> list[float]:
         """The rule's hyper-parameters but lr, in the order that its `fold` takes them."""
@@ -240,13 +267,20 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def resync(self) -> None:
-        """Take every weight as it is now: derive its other components (lo, master, compensation) from it.
+        """Take every weight as it is now, and drop all its other components (lo, master, compensation).
 
-        Call it after changing weights outside the optimizer: loading a model, swapping in an average, clamp_.
+        Nobody has to call it after an edit: a step, a monitor and an export see weights that others changed, and derive
+        anew what no longer fits. It is for writes that no version counter sees (``p.data.mul_()``, a replayed CUDA
+        graph), and for dropping every low component on purpose. A monitor counts them as ``edited``.
         """
-        for entry in self.entries():
-            if self.state[entry.param]:
-                state.resync(self.rule, self.strategy_of(entry), entry.param, self.state[entry.param])
+        entries = [entry for entry in self.entries() if self.state.get(entry.param)]
+        edits.require_own((entry.param for entry in entries), "resync()")
+        changed = {
+            entry.name: state.resync(self.rule, self.strategy_of(entry), entry.param, self.state[entry.param])
+            for entry in entries
+        }
+        for monitor in self.monitors:
+            monitor.edited(entries, changed)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -275,6 +309,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                     key: value.detach().to(device if own or key != "step" else "cpu", copy=True)
                     for key, value in adopted["state"][saved_id].items()
                 }
+        self._forget()
         for monitor in self.monitors:
             monitor.meet_anew()
 
@@ -284,7 +319,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("monitors", [])  # torch calls this in load_state_dict too
-        self._rosters = {}
+        self._forget()
         for group in self.param_groups:
             group.setdefault("capturable", False)  # saved before there was one
         backends.require(self.backend)

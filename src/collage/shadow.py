@@ -6,7 +6,7 @@ gradients. It sees what the sums of a step cannot: a second moment that stuck lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, NamedTuple
@@ -74,6 +74,11 @@ class _Run:
         self._joined = {names: planes for names, planes in self._joined.items() if name not in names}
         self._planes[name] = [plane for fmt, x in pairs for plane in split(fmt, x)]
 
+    def follow(self, name: str, theta: Tensor) -> None:
+        """Go on from these weights; the other slots stay."""
+        for plane, value in zip(self._planes[name], split(self.strategy.formats[0], theta), strict=False):
+            plane.copy_(value)
+
     def slots(self, items: Sequence[Item]) -> list[list[Tensor]]:
         """The planes of every slot, of all these parameters in one."""
         names = tuple(item.name for item in items)
@@ -135,11 +140,15 @@ class Shadow:
     def _samples(self, planes: Iterable[Tensor]) -> Tensor:
         return torch.cat(list(map(self._sample, planes)))
 
-    def before(self, items: Sequence[Item], due: bool) -> None:
-        """Meet new parameters where they are; remember theta if the step is to be measured."""
+    def before(self, items: Sequence[Item], due: bool, changed: Container[str] = ()) -> None:
+        """Meet new parameters, follow those that others changed, remember theta if the step is to be measured."""
         for item in items:
             if self._met.get(item.name) != item.share.grad.shape:
                 self._meet(item)
+            elif item.name in changed:
+                theta = item.strategy.formats[0].value([self._sample(plane) for plane in item.share.slots[0]])
+                for run in (self._exact, *self._beside):
+                    run.follow(item.name, theta)
         if due:
             self._before = [self._slot(batch, 0) for batch in _batches(items)]
 

@@ -13,15 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collage.formats import Format, Planes, format_of, split
+from collage.formats import Format, Planes, format_of, pieces, split
 from collage.rng import key_of
 from collage.rules import Rule
 from collage.sharding import local, locals_of
 from collage.strategies import Strategy
 
 _layout, _dtype, _shape, _nbytes = map(attrgetter, ("layout", "dtype", "shape", "nbytes"))
-
-PIECE = 1 << 21  # elements
 
 State = dict[str, Any]
 Group = dict[str, Any]
@@ -91,19 +89,17 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     state |= fresh
 
 
-def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> None:
-    """Derive theta's other planes from the parameter as it is now."""
-    whole = slots(rule, strategy, param, state)[0]
-    for planes in _pieces(whole):
-        write(planes[1:], split(strategy.formats[0], planes[0].float())[1:])
-
-
-def _pieces(planes: Planes) -> Iterator[Planes]:
-    """Views of some million elements each, so that no temporary is as large as a parameter."""
-    if all(plane.is_contiguous() for plane in planes):
-        planes = [plane.view(-1) for plane in planes]
-    rows = max(1, PIECE * len(planes[0]) // max(1, planes[0].numel()))
-    return zip(*(torch.split(plane, rows) for plane in planes), strict=True)
+def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> int:
+    """Derive theta's other planes from the parameter as it is now. Returns how many elements that changed."""
+    changed = 0
+    for planes in pieces(slots(rule, strategy, param, state)[0]):
+        fresh = split(strategy.formats[0], planes[0].float())
+        moved = torch.zeros_like(planes[0], dtype=torch.bool)
+        for old, new in zip(planes[1:], fresh[1:], strict=True):
+            moved |= old != new
+        changed += int(moved.sum())
+        write(planes[1:], fresh[1:])
+    return changed
 
 
 def write(planes: Planes, values: Planes) -> None:

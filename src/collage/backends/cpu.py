@@ -60,14 +60,14 @@ def _each(method: Callable[[Tensor], int], tensors: Sequence[Tensor]) -> list[in
     return list(map(method, tensors))
 
 
-def broken(strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int:
-    """How many elements of theta, in all parameters' slots, have planes that no step could have left."""
-    planes = [plane for slots in params for slot in slots for plane in slot]
+def broken(strategy: Strategy, thetas: Sequence[Planes]) -> int:
+    """How many elements of all parameters' theta have planes that no step could have left."""
+    planes = [plane for own in thetas for plane in own]
     if not all(map(Tensor.is_contiguous, planes)):
-        return reference.broken(strategy, params)
+        return reference.broken(strategy, thetas)
     kernel = stepper(instruction_set(), "adamw", strategy, strategy.dtype)  # of any rule: only theta is read
     count: int = kernel.broken(
-        [slots[0][0].numel() for slots in params], _each(Tensor.data_ptr, planes), threads=torch.get_num_threads()
+        [own[0].numel() for own in thetas], _each(Tensor.data_ptr, planes), threads=torch.get_num_threads()
     )
     return count
 

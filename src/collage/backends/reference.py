@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from collage import mcf
 from collage.accumulators import Accumulator
 from collage.backends import Batch, Share
-from collage.formats import Planes
+from collage.formats import Planes, pieces
 from collage.rules import Rule
 from collage.strategies import Strategy
 
@@ -26,6 +27,7 @@ SUMS = ("dot", "dot_visible", "norm2", "nonzero", "lost")
 
 def step(batch: Batch) -> None:
     """Carry out the batch, parameter after parameter."""
+    increment_version(batch.planes)  # once, as by any in-place operation; the writes below count for nothing
     constants: dict[tuple[int, torch.device], Any] = {}
     for share in batch.shares():
         at = share.step, share.grad.device
@@ -42,9 +44,9 @@ def step(batch: Batch) -> None:
                     plane.copy_(value)
 
 
-def broken(strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int:
-    """How many elements of theta, in all parameters' slots, have planes that no step could have left."""
-    return sum(int(strategy.formats[0].broken(slots[0]).sum()) for slots in params)
+def broken(strategy: Strategy, thetas: Sequence[Planes]) -> int:
+    """How many elements of all parameters' theta have planes that no step could have left."""
+    return sum(int(strategy.formats[0].broken(piece).sum()) for planes in thetas for piece in pieces(planes))
 
 
 def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -108,6 +110,7 @@ def _chunks(batch: Batch, share: Share) -> Iterator[tuple[list[list[Tensor]], Te
 
     A tensor that is not contiguous is one chunk: the operations are elementwise, so its strides do not matter.
     """
+    share = share._replace(slots=tuple(tuple(plane.data for plane in planes) for planes in share.slots))
     tensors = [share.grad, *(plane for planes in share.slots for plane in planes)]
     index = _index(share) if batch.strategy.stochastic else None
     if not all(t.is_contiguous() for t in tensors):

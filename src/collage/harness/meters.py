@@ -6,6 +6,7 @@ import gc
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -69,13 +70,12 @@ class _Clocked:
     def __init__(self, monitor: Monitor) -> None:
         self.monitor, self.seconds = monitor, 0.0
 
-    @property
-    def due(self) -> bool:
-        return self.monitor.due
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.monitor, name)
 
-    def before(self, items: list[Item]) -> None:
+    def before(self, items: list[Item], changed: Mapping[str, int]) -> None:
         start = time.perf_counter()
-        self.monitor.before(items)
+        self.monitor.before(items, changed)
         self.seconds += time.perf_counter() - start
 
     def after(self, items: list[Item]) -> None:

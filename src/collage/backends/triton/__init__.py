@@ -55,13 +55,13 @@ def step(batch: Batch) -> None:
             own.copy_(total)
 
 
-def broken(strategy: Strategy, params: Sequence[Sequence[Planes]]) -> int:
-    """How many elements of theta, in all parameters' slots, have planes that no step could have left."""
+def broken(strategy: Strategy, thetas: Sequence[Planes]) -> int:
+    """How many elements of all parameters' theta have planes that no step could have left."""
     if len(strategy.formats[0].dtypes) == 1:
         return 0  # one plane cannot disagree
-    thetas = [slots[0][0] for slots in params]
-    batch = _reading(ADAMW, strategy, [plane for slots in params for slot in slots for plane in slot], thetas)
-    device, first = thetas[0].device, _first_blocks(thetas)
+    visible = [planes[0] for planes in thetas]
+    batch = _reading(ADAMW, strategy, [plane for planes in thetas for plane in planes], visible)
+    device, first = visible[0].device, _first_blocks(visible)
     if first[-1] == 0:
         return 0
     tables, rest = _tables(batch, first, device)
@@ -158,6 +158,7 @@ def _table(batch: Batch, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(a row per tensor, as walk.py describes it; sizes and strides that rows point into)."""
     n, formats = len(batch.grads), batch.strategy.formats
     columns = [2 * slot + plane for slot, fmt in enumerate(formats) for plane in range(len(fmt.dtypes))]
+    columns = columns[: len(batch.planes) // n]  # of theta alone, if there are no more
     rows = torch.zeros(n, walk.COLUMNS.value, dtype=torch.int64)
     rows[:, columns] = torch.tensor(list(map(Tensor.data_ptr, batch.planes))).view(n, len(columns))
     rows[:, GRAD] = torch.tensor(list(map(Tensor.data_ptr, batch.grads)))

@@ -147,4 +147,7 @@ def is_broken(hi, lo, FORMAT: tl.constexpr):
         ulps = 1.0 if FORMAT % 4 == COMPENSATED else 0.5
         bound = tl.maximum(binade, 2.0**-126) * (ulps * 2.0**-7)
         limit = bound + tl.maximum(bound * 2.0**-7, 2.0**-133)
-        return tl.where(is_finite(hi), tl.abs(lo) <= limit, lo == 0.0) == 0
+        paired = is_finite(hi)
+        if FORMAT < STOCHASTIC:
+            paired = paired & (hi != 0.0)
+        return tl.where(paired, tl.abs(lo) <= limit, lo == 0.0) == 0

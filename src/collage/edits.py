@@ -1,0 +1,110 @@
+"""Weights that others change between steps: clamping, pruning, a loaded model, an average swapped in.
+
+A step adds 1 to the version of a parameter, and nothing else of a training loop does, so an edit is seen for nothing.
+Then the elements whose planes no longer fit (`Format.broken`) take the weight as it is now, and the others stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from collage.backends import choose
+from collage.formats import Planes, fitted, pieces
+from collage.strategies import Strategy
+
+log = logging.getLogger("collage")
+
+_version = attrgetter("_version")
+
+UNSEEN = -1
+NAME = "collage::adopt_"
+SCHEMA = "(Tensor(a!)[] planes, Tensor(b!) seen, str[] names, str strategy, str backend) -> ()"
+
+# id of each parameter that an average stands in for (`EMA.averaged`) -> its local part of that average, float32.
+LENT: dict[int, Callable[[], Tensor]] = {}
+
+
+def adopt(
+    planes: Sequence[Tensor],  # of every parameter in turn: those of theta, then of the rule's other slots
+    seen: Tensor,  # [parameters, 2] int64: the version that theta had after its last step; whether an edit was told
+    names: Sequence[str],
+    strategy: str,
+    backend: str,
+    every: bool = False,  # look at all parameters: some writes no counter sees
+) -> dict[int, int]:
+    """Derive theta's other planes anew where they do not fit. Before a step, which will add 1 to each version.
+
+    Returns:
+        Position of each parameter that was changed -> how many of its elements did not fit.
+    """
+    width = len(planes) // max(len(names), 1)
+    versions = list(map(_version, planes[::width])) if names else []
+    expected = seen[:, 0].tolist()
+    if versions == expected and not every:
+        seen[:, 0] += 1
+        return {}
+    known = Strategy.parse(strategy)
+    thetas = [planes[k : k + len(known.formats[0].dtypes)] for k in range(0, len(planes), width)]
+    changed = [k for k, (now, then) in enumerate(zip(versions, expected, strict=True)) if now != then]
+    looked = range(len(thetas)) if every else changed
+    counts = {k: count for k, count in _misfits(known, backend, thetas, looked).items() if count or k in changed}
+    for k, count in counts.items():
+        for piece in pieces(thetas[k]) if count else ():
+            for plane, value in zip(piece[1:], fitted(known.formats[0], piece)[0][1:], strict=True):
+                plane.copy_(value)
+    new = [k for k, count in counts.items() if count and not seen[k, 1]]
+    tell([(names[k], counts[k], thetas[k][0].numel()) for k in new])
+    seen[new, 1] = 1
+    seen[:, 0] = torch.tensor(versions, device="cpu") + 1
+    return counts
+
+
+def _misfits(strategy: Strategy, backend: str, thetas: Sequence[Planes], looked: Iterable[int]) -> dict[int, int]:
+    """How many elements of each parameter that is looked at have planes that no step could have left."""
+    devices: dict[torch.device, list[int]] = {}
+    for k in looked:
+        devices.setdefault(thetas[k][0].device, []).append(k)
+    counts: dict[int, int] = {}
+    for device, positions in devices.items():
+        broken = choose(backend, device).broken
+        none = broken(strategy, [thetas[k] for k in positions]) == 0  # in one call, as nearly always
+        counts |= {k: 0 if none else broken(strategy, [thetas[k]]) for k in positions}
+    return counts
+
+
+def tell(found: Sequence[tuple[str, int, int]]) -> None:
+    """Say which parameters were changed: (name, elements that did not fit, elements). A warning where most did not."""
+    if not found:
+        return
+    shown = ", ".join(f"'{name}' ({count} of {numel} weights)" for name, count, numel in found[:3])
+    text = f"changed outside the optimizer: {shown}" + (f" and {len(found) - 3} more parameters" if found[3:] else "")
+    if any(2 * count > numel for _, count, numel in found):
+        warnings.warn(
+            f"{text}. These weights are taken as they are now, their low components derived anew; was another model "
+            "loaded, or a model cast, after the optimizer's state?",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    else:
+        log.info("%s; taken as they are now", text)
+
+
+def require_own(params: Iterable[Tensor], what: str) -> None:
+    """Raise RuntimeError while an average stands in for one of the parameters."""
+    if LENT and any(id(param) in LENT for param in params):
+        raise RuntimeError(f"{what} inside averaged(): the model has the average now; do it after the with block")
+
+
+def _adopt_(planes: Sequence[Tensor], seen: Tensor, names: Sequence[str], strategy: str, backend: str) -> None:
+    adopt(planes, seen, names, strategy, backend)
+
+
+torch.library.define(NAME, SCHEMA)
+torch.library.impl(NAME, "CompositeExplicitAutograd", _adopt_)
+torch.library.register_fake(NAME, lambda *_: None)
