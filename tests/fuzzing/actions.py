@@ -79,6 +79,31 @@ def roll_back(w):
         w.books[key] = Book({**book.planes, "param": weights}, left, book.step)
 
 
+def from_torch(w):
+    """The moments of torch's AdamW; what theta's other planes hold of the weights stays."""
+    twin = copy.deepcopy(w.model).float()
+    keys = [w.keys_of(group) for group in w.opt.param_groups]
+    theirs = torch.optim.AdamW([{"params": [twin.get_parameter(k) for k in own]} for own in keys], lr=1e-4)
+    for p in twin.parameters():
+        p.grad = w.normal(p.shape)
+    theirs.step()
+    w.opt.load_state_dict(theirs.state_dict())
+    for key, p in w.params():
+        now, book = w.planes(p), w.books[key]
+        for k in ("exp_avg", "exp_avg_sq"):
+            want = theirs.state[twin.get_parameter(key)][k].double()
+            require(key, k, value(k, now), want, stored(w.strategy_of(p), k, now), want.isfinite())
+        theta = derived(now) | {k: x for k, x in book.planes.items() if k.startswith("param")}
+        w.books[key] = Book(now | theta, book.left if len(book.planes) > 1 else theta["param"], 1, book.unseen)
+
+
+def clear(w):
+    """ReLoRA starts the optimizer anew."""
+    w.opt.state.clear()
+    for key, p in w.params():
+        w.books[key] = Book({"param": p.detach().clone()}, p.detach().clone())
+
+
 def deepcopy(w):
     adopt(w, *copy.deepcopy((w.model, w.opt)))
 
@@ -90,13 +115,11 @@ def pickled(w):
 def export(w):
     full = collage.high_precision_state_dict(w.model, w.opt)
     for key, book in w.books.items():
-        keep, _ = choices(book, looked=True)
-        want = torch.where(keep, value("param", book.planes), value("param", derived(book.planes)))
-        loose = torch.where(
-            ~keep | (choices(book, True)[1]), ulp(book.planes["param"].double(), torch.float32) * 4, 0.0
-        )
-        ok = want.isfinite() & (want.abs() < 1e38)
-        require(key, "exported value", full[key].double(), want, 2.0**-24 * want.abs() + 2.0**-149 + loose, ok)
+        kept, fresh = value("param", book.planes), value("param", derived(book.planes))
+        keep, drop = choices(book, looked=True)
+        near = (full[key].double() - kept).abs() <= 2.0**-24 * kept.abs() + 2.0**-149  # the sum rounds once
+        want = torch.where(keep & (near | ~drop), kept, fresh)
+        require(key, "exported value", full[key].double(), want, 2.0**-24 * want.abs() + 2.0**-149, want.abs() < 1e38)
 
 
 def load_full(w):
@@ -205,7 +228,7 @@ def average(w):
 
 
 ACTIONS = {  # action: how often
-    World.step: 40, edit: 20, edit_unseen: 3, move: 5, save: 3, resume: 5, roll_back: 4, deepcopy: 3, pickled: 3,
-    export: 4, load_full: 2, change_settings: 5, more_random: 1, add_group: 3, drop_group: 2, watch: 6, watch_not: 1,
-    resync: 2, average: 4, wrong_step: 4, wrong_load: 3,
+    World.step: 40, edit: 20, edit_unseen: 6, move: 5, save: 3, resume: 5, roll_back: 4, from_torch: 1, clear: 1,
+    deepcopy: 3, pickled: 3, export: 4, load_full: 2, change_settings: 5, more_random: 1, add_group: 3, drop_group: 2,
+    watch: 6, watch_not: 1, resync: 2, average: 4, wrong_step: 4, wrong_load: 3,
 }  # fmt: skip

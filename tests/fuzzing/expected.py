@@ -30,7 +30,8 @@ class Book:
     planes: Planes
     left: Tensor
     step: int = 0
-    unseen: bool = False  # changed in a way that no version counter and no address shows
+    unseen: bool = False  # changed in a way that no version counter shows
+    address: int | None = None  # where the optimizer left it: by another one a change is seen all the same
 
 
 @dataclass

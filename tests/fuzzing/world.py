@@ -101,9 +101,8 @@ class World:
                 fresh = derived(now)
                 book.planes = {k: fresh.get(k, torch.zeros_like(x)) for k, x in now.items()}
             if book.planes.keys() != now.keys() or int(counter) != book.step:
-                raise AssertionError(
-                    f"'{key}' has {sorted(now)} at step {int(counter)}, expected {sorted(book.planes)} at {book.step}"
-                )
+                expected = f"expected {sorted(book.planes)} at {book.step}"
+                raise AssertionError(f"'{key}' has {sorted(now)} at step {int(counter)}, {expected}")
             for k, want in book.planes.items():
                 assert_same_bits(f"'{key}'.{k}", now[k], want)
         extra = self.opt.state.keys() - set(self.model.parameters())
@@ -113,10 +112,10 @@ class World:
         """The optimizer wrote these planes: they are the new truth."""
         p, book = self.model.get_parameter(key), self.books[key]
         now = self.planes(p)
-        self.books[key] = Book(now, now["param"], book.step if step is None else step)
+        self.books[key] = Book(now, now["param"], book.step if step is None else step, address=p.data_ptr())
 
     def edited(self, unseen=False):
-        """Others wrote weights; nothing else may have moved."""
+        """Others wrote weights; nothing else may have moved. unseen: by the version counter."""
         for key, p in self.params():
             book, now = self.books[key], p.detach().clone()
             if now.shape == book.planes["param"].shape and (codes(now) != codes(book.planes["param"])).any():
@@ -130,7 +129,7 @@ class World:
             yield
         except (ValueError, TypeError, RuntimeError) as error:
             text = str(error)
-            named = r"param '|param_groups|params|state_dict|parameter|averaged|(lr|betas|eps|weight_decay|seed|step):"
+            named = r"param|state_dict|averaged|(backend|lr|betas|eps|weight_decay|seed|step):"
             assert re.search(named, text), f"{what}: the error names nobody: {text}"
             return
         raise AssertionError(f"{what}: was not refused")
@@ -174,11 +173,13 @@ class World:
                 EDITS["fill"](self, p.detach())
                 self.edited()
 
+        address = {key: p.data_ptr() for key, p in stepping.items()}
         self.opt.step(closure)
         self.calls = self.calls + 1 if self.mon else None
         self.steps += 1
         for key, p in stepping.items():
             book, h = self.books[key], hyper(self.group_of(p))
+            book.unseen &= address[key] == book.address
             sums = self.sums.setdefault(self.label(key), Sums()) if due else None
             judge(key, self.strategy_of(p), book, self.planes(p), p.grad, h, due, sums)
             self.wrote(key, book.step + 1)

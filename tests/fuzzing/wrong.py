@@ -66,7 +66,15 @@ def wrong_state(w, p):
     return lambda: (state.pop(key, None), state.update({key: kept}))
 
 
+def wrong_backend(w, _):
+    """Found only after the step has looked at everything else."""
+    kept = w.opt.backend
+    w.opt.backend = "cuda"
+    return lambda: setattr(w.opt, "backend", kept)
+
+
 WRONG = {
+    "a backend": wrong_backend,
     "a float64 gradient": lambda w, p: w.give(p, torch.ones_like(p).double()),
     "a sparse gradient": lambda w, p: w.give(p, torch.ones_like(p).to_sparse()),
     "another dtype": cast,
