@@ -41,12 +41,13 @@ lint: $(READY) ## check format, lint and types; edits nothing
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --no-error-summary
 
-sanitize: $(READY) ## run the kernels' tests under AddressSanitizer and UBSan
+sanitize: $(READY) ## run the kernels' tests and the fuzzer under AddressSanitizer and UBSan
 	cmake -S . -B $(SANITIZED) -DCOLLAGE_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
 	cmake --build $(SANITIZED) --parallel $(JOBS) > /dev/null
-	COLLAGE_NATIVE=$(SANITIZED) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest tests/test_backends.py $(T)
+	export COLLAGE_NATIVE=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"; \
+		$(BIN)/python -m pytest tests/test_backends.py $(T) && $(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 bench: $(READY) ## time a step of the optimizer against others and against the memory's limit
 	$(BIN)/collage bench

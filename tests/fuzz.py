@@ -41,6 +41,7 @@ def sequence(seed, keep, trail):
             w.rng, w.g = random.Random(f"{seed}:{i}"), torch.Generator().manual_seed(seed * 1000 + i)
             action(w)
             w.check()
+    trail(f"every bit: {w.digest()}")
     return w.steps
 
 
@@ -50,7 +51,8 @@ def run(seed, keep=None):
     child = os.fork()
     if not child:
         os.close(read)
-        faulthandler.enable(open(write, "w", closefd=False))  # noqa: SIM115
+        os.dup2(write, sys.stderr.fileno())  # what a sanitizer says
+        faulthandler.enable()
         signal.alarm(60)  # a hang is a failure too
 
         def say(line):
@@ -70,6 +72,8 @@ def run(seed, keep=None):
     last = lines[-1] if lines else ""
     if os.WIFSIGNALED(status):
         return 0, lines, f"! killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    if status:
+        return 0, lines, f"! exit status {os.waitstatus_to_exitcode(status)}"
     return (int(last[2:]), lines, None) if last[:2] == "= " else (0, lines[:-1], last)
 
 

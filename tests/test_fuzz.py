@@ -50,15 +50,13 @@ def test_the_model_knows_a_right_step_from_a_wrong_one(strategy):
         "weights that did not move": {key: x for key, x in book.planes.items() if key.startswith("param")},
         "weights that moved twice": {"param": after["param"] * 2 - book.planes["param"]},
         "a moment that did not move": {"exp_avg": book.planes["exp_avg"]},
-        "a variance 2 % off": {"exp_avg_sq": after["exp_avg_sq"] * 1.1},
+        "a variance that is off": {"exp_avg_sq": after["exp_avg_sq"] * 1.1},
     }
-    wrong |= {
-        f"{key} forgotten": {key: torch.zeros_like(after[key])} for key in after.keys() & {"param_lo", "param_kahan"}
-    }
-    for what, planes in wrong.items():
+    for key in after.keys() & {"param_lo", "param_kahan"}:
+        wrong[f"{key} forgotten"] = {key: torch.zeros_like(after[key])}
+    for planes in wrong.values():
         with pytest.raises(AssertionError, match="of 'w'"):
             judge("w", STRATEGIES[strategy], book, after | planes, grad, HYPER, looked=True, sums=None)
-            pytest.fail(what)
 
 
 def test_a_planted_bug_is_found(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import re
 from contextlib import contextmanager
@@ -107,6 +108,14 @@ class World:
                 assert_same_bits(f"'{key}'.{k}", now[k], want)
         extra = self.opt.state.keys() - set(self.model.parameters())
         assert not extra, f"state of {len(extra)} parameters that are not the optimizer's"
+
+    def digest(self):
+        """Of every bit of all planes."""
+        digest = hashlib.blake2b(digest_size=8)
+        for key, p in self.params():
+            for name, plane in sorted(self.planes(p).items()):
+                digest.update(f"{key}.{name} {codes(plane.contiguous()).tolist()}".encode())
+        return digest.hexdigest()
 
     def wrote(self, key, step=None):
         """The optimizer wrote these planes: they are the new truth."""
