@@ -219,8 +219,10 @@ def test_tied_parameters_step_once():
         ({"strategy": "collage"}, ValueError, "strategy: unknown 'collage'; known: bf16, "),
         ({"strategy": 3}, TypeError, "strategy: needs a name or a Strategy, got int"),
         ({"backend": "cuda"}, ValueError, "backend: unknown 'cuda'; known: auto, cpu, triton, reference"),
-        ({"fused": True}, TypeError, "cannot take fused; drop it"),
-        ({"foreach": True, "differentiable": False}, TypeError, "cannot take differentiable, foreach; drop it"),
+        ({"lr": "1e-3x"}, TypeError, r"lr: needs a number, got '1e-3x' \(str\)"),
+        ({"seed": 1.0}, ValueError, "seed: needs an integer"),
+        ({"fused": True}, TypeError, "cannot take fused=True; drop it"),
+        ({"foreach": True, "differentiable": False}, TypeError, "cannot take foreach=True; drop it"),
         ({"amsgrad": True}, TypeError, "cannot take amsgrad"),
         ({"learning_rate": 1e-3}, TypeError, "cannot take learning_rate; it is unknown"),
     ],
@@ -233,16 +235,22 @@ def test_a_wrong_argument_is_named(kwargs, error, message):
 @pytest.mark.parametrize(
     ("dtype", "strategy", "error", "message"),
     [
-        (torch.float32, "collage-plus", ValueError, "all 4 parameters are float32.*upcast.*strategy='fp32'"),
+        (
+            torch.float32,
+            "collage-plus",
+            ValueError,
+            "all 4 trainable parameters are float32.*Load the model in bfloat16.*'fp32'",
+        ),
         (
             torch.float16,
             "collage-plus",
             TypeError,
             r"param '0.weight': strategy 'collage-plus' needs bfloat16, got float16",
         ),
-        (torch.float64, "fp32", TypeError, "needs float32, got float64"),
+        (torch.float64, "fp32", TypeError, "needs float32, got float64; cast it.*drops most of its bits"),
         (torch.bfloat16, "fp32", TypeError, r"param '0.weight': strategy 'fp32' needs float32, got bfloat16"),
-        (torch.complex64, "collage-plus", TypeError, "got complex64"),
+        (torch.complex64, "collage-plus", TypeError, "got complex64; no strategy takes complex numbers"),
+        (torch.float8_e4m3fn, "collage-plus", TypeError, "got float8_e4m3fn; is it a quantised weight. Then freeze it"),
     ],
 )
 def test_a_wrong_dtype_is_named_with_the_fix(dtype, strategy, error, message):
@@ -271,7 +279,10 @@ def test_a_wrong_gradient_is_refused_before_anything_changes(kind):
         bias.grad_dtype = None
         bias.grad = bias.grad.double()
     before = copy.deepcopy(bits_of(model, opt))
-    with pytest.raises(TypeError, match=r"param '2\.bias': its gradient is"):
+    with pytest.raises(
+        TypeError,
+        match=r"param '2\.bias': (its gradient is sparse|it is bfloat16 and its gradient float64; use bfloat16 or)",
+    ):
         opt.step()
     assert_same(before, bits_of(model, opt))
 

@@ -13,7 +13,7 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"mcf", "rng", "accumulators", "formats", "strategies", "constants"}
 STEP = NUMBERS | {"rules", "backends", "sharding", "state", "loading", "shadow", "monitor"}
-LIBRARY = STEP | {"edits", "optim", "adamw", "checkpoint", "ema", "wrap", "gradients"}
+LIBRARY = STEP | {"edits", "optim", "adamw", "casting", "checkpoint", "ema", "wrap", "gradients"}
 ALLOWED = {
     "mcf": set(),
     "rng": set(),
@@ -32,6 +32,7 @@ ALLOWED = {
     "calls": STEP | {"edits"},
     "optim": STEP | {"calls", "edits"},
     "adamw": STEP | {"optim"},
+    "casting": {"sharding"},
     "ema": STEP | {"edits", "optim"},
     "checkpoint": STEP | {"edits", "optim"},
     "gradients": STEP | {"optim"},

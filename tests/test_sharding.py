@@ -1,13 +1,11 @@
 """FSDP2 on two processes: shards step with the bits of the whole, stochastic ones too."""
 
-import os
-import socket
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import launch
 from torch import nn
 
 import collage
@@ -48,13 +46,13 @@ def numbers(made: nn.Module, opt: collage.AdamW) -> dict[str, torch.Tensor]:
     return found
 
 
-def rank(number: int, world: int, strategy: str) -> None:
+def rank(strategy: str) -> None:
     """One process: train sharded; compare with the same run unsharded."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", rank=number, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for backend in ("auto", "reference"):
         sharded, alone = model(), model()
         for module in (sharded[0], sharded[2], sharded):
@@ -70,17 +68,8 @@ def rank(number: int, world: int, strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["collage-plus", "collage-plus-sr"])
 def test_fsdp2_has_the_bits_of_one_process(strategy):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(k), "2", strategy], env=env, stderr=subprocess.PIPE, text=True)
-        for k in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(error[-1500:] for error in errors)
+    launch(__file__, 2, strategy)
 
 
 if __name__ == "__main__":
-    rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    rank(sys.argv[1])

@@ -2,6 +2,7 @@
 
 from collage import mcf
 from collage.adamw import AdamW
+from collage.casting import to_bf16, to_fp16
 from collage.checkpoint import high_precision_state_dict, load_high_precision_state_dict
 from collage.ema import EMA
 from collage.monitor import monitor
@@ -18,4 +19,6 @@ __all__ = [
     "load_high_precision_state_dict",
     "mcf",
     "monitor",
+    "to_bf16",
+    "to_fp16",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collage.optim import PrecisionOptimizer
 from collage.rules.adamw import ADAMW
-from collage.state import Group
+from collage.state import Group, number, without_foreign
 from collage.strategies import Strategy
 
 
@@ -67,10 +67,9 @@ class AdamW(PrecisionOptimizer):
         backend: str = "auto",
         **dropped: Any,
     ) -> None:
-        if dropped:
-            known = ("amsgrad", "foreach", "fused", "differentiable")
-            hint = "drop it: the step is one pass of its own" if set(dropped) <= set(known) else "it is unknown"
-            raise TypeError(f"AdamW: cannot take {', '.join(sorted(dropped))}; {hint}")
+        unknown = without_foreign(dropped, "AdamW")
+        if unknown:
+            raise TypeError(f"AdamW: cannot take {', '.join(sorted(unknown))}; it is unknown")
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "strategy": strategy,
             "maximize": maximize, "seed": seed, "capturable": capturable,
@@ -80,14 +79,17 @@ class AdamW(PrecisionOptimizer):
     def _validate(self, group: Group) -> None:
         super()._validate(group)
         for key in ("lr", "eps", "weight_decay"):
+            if not isinstance(group[key], Tensor):
+                group[key] = number(key, group[key])
             if isinstance(group[key], Tensor) and group[key].numel() != 1:
                 raise ValueError(f"{key}: a tensor needs one element, got shape {tuple(group[key].shape)}")
             elsewhere = isinstance(group[key], Tensor) and group[key].device.type != "cpu"  # reading it would wait
             if not elsewhere and not 0.0 <= float(group[key]) < math.inf:
                 raise ValueError(f"{key}: needs a finite number >= 0, got {group[key]}")
-        betas = tuple(group["betas"])
+        betas = tuple(beta if isinstance(beta, Tensor) else number("betas", beta) for beta in group["betas"])
         if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
             raise ValueError(f"betas: needs two numbers in [0, 1), got {group['betas']}")
+        group["betas"] = betas
 
     def _hyper(self, group: Group) -> list[float]:
         beta1, beta2 = group["betas"]

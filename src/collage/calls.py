@@ -59,16 +59,21 @@ def chosen(group: Group, in_float32: bool) -> list[Tensor]:
 
 def gather(
     rule: Rule, strategy: Strategy, params: Sequence[Tensor], states: Mapping[Tensor, State], capturable: bool
-) -> list[Any]:
-    """Every parameter's planes and counter, as its state holds them; made at first use, if they can be; not checked."""
+) -> tuple[list[Any], list[Tensor]]:
+    """(Every parameter's planes and counter, as its state holds them, not checked; the parameters that had none yet).
+
+    A state is made at first use, if it can be.
+    """
     keys = [*_layout(rule, strategy)[0], "step"]
     found: list[Any] = []
+    fresh: list[Tensor] = []
     for param in params:
         values = states[param]
         if not values and param.dtype == strategy.dtype and _has_memory(local(param)):
             state.initialise(rule, strategy, param, values, capturable)
+            fresh.append(param)
         found += (param, *map(values.get, keys))
-    return found
+    return found, fresh
 
 
 class Seen(NamedTuple):
@@ -101,6 +106,7 @@ class Roster:
         self.regions = regions if strategy.stochastic else []
         self._gathered, self._facts = gathered, self._now(params)
         self.names = [entry.name for entry in entries]
+        self.thetas = self.planes[:: width - 1]
         was = [seen.get(param, Seen(0, edits.UNSEEN, 0)) for param in params]
         moved = zip(was, self._facts[0][:: width - 1], strict=True)
         versions = [edits.UNSEEN if last.address != address else last.version for last, address in moved]
@@ -129,10 +135,11 @@ class Roster:
 def suits(rule: Rule, strategy: Strategy, param: Tensor, values: State) -> bool:
     """Whether a parameter and its state are this strategy's, with memory on one device, every element its own."""
     keys, dtypes = _layout(rule, strategy)
-    planes = [plane for plane in (param, *map(values.get, keys)) if isinstance(plane, Tensor)]
+    planes = [local(plane) for plane in (param, *map(values.get, keys)) if isinstance(plane, Tensor)]
     if len(values) != len(keys) + 1 or list(map(_dtype, planes)) != dtypes:
         return False
-    return all(p.shape == param.shape and p.device == param.device and _has_memory(local(p)) for p in planes)
+    shape, device = planes[0].shape, planes[0].device
+    return all(p.shape == shape and p.device == device and _has_memory(p) for p in planes)
 
 
 def _has_memory(tensor: Tensor) -> bool:

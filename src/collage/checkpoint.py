@@ -16,8 +16,7 @@ from collage.state import Entry
 
 
 def _entries(model: nn.Module, optimizer: PrecisionOptimizer) -> dict[Tensor, Entry]:
-    """The optimizer's parameters. Raises TypeError, ValueError if it is not one of this package and of this model."""
-    state.require_optimizer(optimizer, PrecisionOptimizer)
+    """The optimizer's parameters. Raises ValueError if none is this model's."""
     entries = {entry.param: entry for entry in optimizer.entries()}
     own = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     if own and not any(p in entries for p in own.values()):
@@ -29,14 +28,19 @@ def _entries(model: nn.Module, optimizer: PrecisionOptimizer) -> dict[Tensor, En
 
 
 @torch.no_grad()
-def high_precision_state_dict(model: nn.Module, optimizer: PrecisionOptimizer) -> dict[str, Any]:
+def high_precision_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Every key of ``model.state_dict()``; low-precision weights as float32 with all that their components hold.
+
+    Args:
+        model: whose weights the optimizer trains.
+        optimizer: of this package; also as Accelerate, Lightning or Fabric have wrapped it.
 
     Returns:
         A dict that ``load_state_dict(strict=True)`` takes, of a float32 model or of this one. Buffers and other
         entries are as they are. Tied parameters appear under each of their names.
 
     Raises:
+        TypeError: an optimizer of somewhere else.
         ValueError: weights that do not match their other components, an optimizer of another model.
 
     >>> import collage
@@ -45,6 +49,7 @@ def high_precision_state_dict(model: nn.Module, optimizer: PrecisionOptimizer) -
     >>> high_precision_state_dict(model, opt)["weight"].dtype
     torch.float32
     """
+    optimizer = state.unwrapped(optimizer, PrecisionOptimizer)
     entries = _entries(model, optimizer)
     result: dict[str, Any] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
@@ -63,7 +68,7 @@ def high_precision_state_dict(model: nn.Module, optimizer: PrecisionOptimizer) -
 
 @torch.no_grad()
 def load_high_precision_state_dict(
-    model: nn.Module, optimizer: PrecisionOptimizer, state_dict: Mapping[str, Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
 ) -> None:
     """Split float32 weights into the components the optimizer keeps; load everything else as torch does.
 
@@ -74,6 +79,7 @@ def load_high_precision_state_dict(
         ValueError: a missing, an unexpected or a misshapen key, an optimizer of another model; before anything is
             changed.
     """
+    optimizer = state.unwrapped(optimizer, PrecisionOptimizer)
     entries = _entries(model, optimizer)
     own = model.state_dict(keep_vars=True)
     state_dict = _with_tied(own, state_dict)

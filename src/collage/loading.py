@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from collage import state
@@ -16,10 +17,53 @@ from collage.strategies import Strategy
 _TORCH_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
 
-def paired(entries: Iterable[Entry], saved: dict[str, Any]) -> list[tuple[Entry, int]]:
-    """Each parameter with its id in a saved state. A wrong number of parameters is left to torch's own error."""
-    ids = [i for group in saved["param_groups"] for i in group["params"]]
-    return list(zip(entries, ids, strict=False))
+def paired(entries: Iterable[Entry], saved: dict[str, Any]) -> list[tuple[Entry, int, str]]:
+    """Each parameter with its id and name in a saved state."""
+    groups = saved["param_groups"]
+    ids = [i for group in groups for i in group["params"]]
+    names = [name for group in groups for name in _names(group) or map(str, group["params"])]
+    return list(zip(entries, ids, names, strict=False))
+
+
+def _names(group: Group) -> list[str] | None:
+    names = group.get("param_names")
+    return list(names) if names and len(names) == len(group["params"]) else None
+
+
+def _in_order(groups: Sequence[Group], saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved state with its groups and parameters in the order of ours, where both sides have names.
+
+    Raises ValueError, showing both, where the names are not the same.
+    """
+    ours, theirs = list(map(_names, groups)), list(map(_names, saved["param_groups"]))
+    if None in ours or None in theirs:
+        return saved
+    here, there = ({name for names in side for name in names or ()} for side in (ours, theirs))
+    if here != there:
+        raise ValueError(
+            "state_dict: it is of other parameters, by name. Only in the state: "
+            f"{_listed(there - here)}; only in this optimizer: {_listed(here - there)}. Give both the same parameters, "
+            "or make the state one of these: drop or rename entries of 'param_names' and 'params' together"
+        )
+    if len(ours) != len(theirs):
+        return saved  # torch's own error says it best
+    arranged = []
+    for index, names in enumerate(ours):
+        at = next((k for k, others in enumerate(theirs) if set(others or ()) == set(names or ())), None)
+        if at is None:
+            raise ValueError(
+                f"param_groups[{index}]: it has the parameters {_listed(names or ())}, and no group of the state has "
+                f"just these; group {index} there has {_listed(theirs[index] or ())}. Group them as they were saved"
+            )
+        id_of = dict(zip(theirs[at] or (), saved["param_groups"][at]["params"], strict=True))
+        arranged.append({**saved["param_groups"][at], "params": [id_of[name] for name in names or ()]})
+        arranged[-1]["param_names"] = names
+    return {**saved, "param_groups": arranged}
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    return (", ".join(map(repr, shown[:5])) or "none") + (f" and {len(shown) - 5} more" if shown[5:] else "")
 
 
 def adopt(
@@ -33,11 +77,12 @@ def adopt(
     """A state_dict for these parameters, out of one of ours or of torch.optim.AdamW.
 
     Raises:
-        ValueError: another strategy or optimizer, other planes or shapes, or other weights than the parameters have
-            now.
+        ValueError: another strategy or optimizer, other names, planes or shapes.
     """
     _require_state_dict(saved)
-    if len(saved["param_groups"]) != len(groups):
+    saved = _in_order(groups, saved)
+    sizes = ([len(group["params"]) for group in side] for side in (saved["param_groups"], groups))
+    if next(sizes) != next(sizes):
         return saved  # torch's own error says it best
     states = dict(saved["state"])
     adopted = []
@@ -45,17 +90,19 @@ def adopt(
         if "strategy" not in theirs:
             _require_adamw(rule, index, theirs, [states[i] for i in theirs["params"] if states.get(i)])
         adopted.append(_adopt_group(index, theirs, ours))
-    for entry, saved_id in paired(entries, saved):
+    for entry, saved_id, saved_name in paired(entries, saved):
         theirs = states.get(saved_id)
         if not theirs:
             continue
-        strategy = strategy_of(entry)
+        strategy, name = strategy_of(entry), entry.name
+        if saved_name != name:
+            name += f"' (saved as '{saved_name})"
+        if isinstance(theirs.get("step"), int | float):  # so in old releases of torch, and by hand
+            theirs = {**theirs, "step": torch.tensor(theirs["step"], device="cpu")}
         if "strategy" not in saved["param_groups"][entry.group_index]:
-            theirs = state.from_torch(
-                rule, strategy, entry.param, theirs, (live or {}).get(entry.param, {}), entry.name
-            )
-        state.check(rule, strategy, entry.param, theirs, entry.name)
-        states[saved_id] = theirs = {**theirs, "step": state.count(theirs["step"], entry.name)}
+            theirs = state.from_torch(rule, strategy, entry.param, theirs, (live or {}).get(entry.param, {}), name)
+        state.check(rule, strategy, entry.param, theirs, name)
+        states[saved_id] = {**theirs, "step": state.count(theirs["step"], name)}
     return {**saved, "state": states, "param_groups": adopted}
 
 
@@ -90,16 +137,20 @@ def _require_adamw(rule: Rule, index: int, group: Group, states: Sequence[State]
 
 def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
     """The saved group, if it is of the same strategy; or torch's, with our settings where torch has none."""
+    settings = {key: value for key, value in ours.items() if key != "params"}
+    names = {"param_names": ours["param_names"]} if "param_names" in ours else {}  # they give the random bits
     if "strategy" not in theirs:
-        settings = {key: value for key, value in ours.items() if key not in ("params", "param_names")}
-        return {**settings, **{key: value for key, value in theirs.items() if key not in _TORCH_ONLY}}
+        return {**settings, **{key: value for key, value in theirs.items() if key not in _TORCH_ONLY}, **names}
     saved, current = Strategy.parse(theirs["strategy"]), Strategy.parse(ours["strategy"])
     if saved == current:
-        return {**theirs, "capturable": ours["capturable"]}  # it says how to run, not what was trained
-    names = ("param", "momentum", "variance", "arithmetic")
-    pairs = [(name, getattr(saved, name), getattr(current, name)) for name in names]
+        # A setting that came later keeps our value. `capturable` says how to run, not what was trained.
+        return {**settings, **theirs, **names, "capturable": ours["capturable"]}
+    slots = ("param", "momentum", "variance", "arithmetic")
+    pairs = [(name, getattr(saved, name), getattr(current, name)) for name in slots]
     difference = "; ".join(f"{name}: saved {a}, here {b}" for name, a, b in pairs if a != b)
     raise ValueError(
         f"param_groups[{index}]: the state was saved under strategy '{saved}', this optimizer has '{current}' "
-        f"({difference}); construct it with strategy='{saved}'"
+        f"({difference}); construct it with strategy='{saved}'. To keep the weights alone: full = "
+        "collage.high_precision_state_dict(model, optimizer) under the saved strategy, then "
+        "collage.load_high_precision_state_dict(model, optimizer, full) under the other"
     )

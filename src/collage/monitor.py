@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from collage.backends.reference import SUMS
 from collage.rules import Rule
 from collage.shadow import Item, Sampled, Shadow
-from collage.state import require_optimizer
+from collage.state import unwrapped
 from collage.strategies import Strategy
 
 
@@ -259,7 +259,7 @@ class Monitor:
 
 
 def monitor(
-    optimizer: Monitored,
+    optimizer: Any,
     every: int = 10,
     shadow: int | None = 256,
     strategies: str | Strategy | Iterable[str | Strategy] = (),
@@ -267,7 +267,7 @@ def monitor(
     """Measure what an optimizer's rounding loses, while it trains. It never changes a bit of the run.
 
     Args:
-        optimizer: of this package.
+        optimizer: of this package; also as Accelerate, Lightning or Fabric have wrapped it.
         every: measure one step in this many, the first included.
         shadow: follow one element in this many, in runs of 16 neighbours, with the same rule in float32 (costs 12
             bytes for each); None for none.
@@ -289,11 +289,11 @@ def monitor(
     >>> mon.report().total.lost, mon.report().frozen
     (1.0, ['w'])
     """
-    require_optimizer(optimizer, Monitored)
+    watched: Monitored = unwrapped(optimizer, Monitored)  # type: ignore[type-abstract]
     for name, number in (("every", every), ("shadow", shadow)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(f"{name}: needs an integer >= 1, got {number!r}")
     beside = (strategies,) if isinstance(strategies, str | Strategy) else strategies
-    result = Monitor(optimizer.rule, every, shadow, [Strategy.parse(s) for s in beside])
-    optimizer.monitors.append(result)
+    result = Monitor(watched.rule, every, shadow, [Strategy.parse(s) for s in beside])
+    watched.monitors.append(result)
     return result

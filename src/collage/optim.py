@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -19,17 +20,20 @@ from collage.monitor import Monitor
 from collage.rng import signed
 from collage.rules import Rule
 from collage.shadow import Item
-from collage.sharding import locals_of
+from collage.sharding import local, local_gradients, placed
 from collage.state import Entry, Group
 from collage.strategies import STRATEGIES, Strategy
 
 log = logging.getLogger("collage")
+
+_stepped_last: dict[int, Callable[[], PrecisionOptimizer | None]] = {}  # by seed: of those with unnamed parameters
 
 
 class PrecisionOptimizer(torch.optim.Optimizer):
     """What all optimizers here share. A subclass names its rule and its hyper-parameters."""
 
     rule: ClassVar[Rule]
+    _in_float32: int | None = None  # how many parameters were, when they were last looked at
 
     def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
         self.backend = backend
@@ -46,23 +50,54 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         self._seen: MutableMapping[Tensor, Seen] = WeakIdKeyDictionary()
 
     def _require_low_precision(self) -> None:
-        entries = list(self.entries())
-        full = [e for e in entries if self.strategy_of(e).dtype != Strategy.parse(e.group["strategy"]).dtype]
-        if not full:
-            return
-        if len(full) == len(entries):
-            raise ValueError(
-                f"params: all {len(full)} parameters are float32, but strategy '{full[0].group['strategy']}' trains "
-                "bfloat16 weights. Usually a framework upcast them (from_pretrained without dtype=, a prepared model). "
-                "Cast them, p.data = p.data.bfloat16(), or use strategy='fp32'"
+        """Raise ValueError if the strategy has no weight to work on: now, or when dtypes have changed since."""
+        trained = [entry for entry in self.entries() if entry.param.requires_grad]
+        full = [e for e in trained if self.strategy_of(e).dtype != Strategy.parse(e.group["strategy"]).dtype]
+        if full and len(full) == len(trained):
+            self._refuse_float32(full)
+        elif len(full) != self._in_float32:
+            log.info("%d of %d parameters are float32 and are updated in float32", len(full), len(trained))
+        self._in_float32 = len(full)
+
+    def _refuse_float32(self, full: Sequence[Entry]) -> None:
+        strategy, low = full[0].group["strategy"], state.name_of(Strategy.parse(full[0].group["strategy"]).dtype)
+        frozen = {entry.param.dtype for entry in self.entries() if not entry.param.requires_grad} - {torch.float32}
+        what = f"all {len(full)} trainable parameters are float32, and strategy '{strategy}' trains {low} ones"
+        if frozen:  # adapters
+            _warn(
+                f"{what}: they are updated in float32. For adapters in {low} cast them (PEFT: "
+                "autocast_adapter_dtype=False), or say strategy='fp32'"
             )
-        log.info("%d of %d parameters are float32 and are updated in float32", len(full), len(entries))
+        elif self._in_float32 is None:
+            raise ValueError(
+                f"params: {what}. Load the model in {low} (from_pretrained(..., dtype=torch.{low})), cast it (p.data = "
+                f"p.data.to(torch.{low}); PEFT's adapters: autocast_adapter_dtype=False), or use strategy='fp32'"
+            )
+        else:
+            raise ValueError(
+                f"params: {what}. They were cast after the optimizer was made: model.float(), or a framework that "
+                f"prepares models in mixed precision (Accelerate: mixed_precision='no'). Keep them in {low}, or use "
+                "strategy='fp32'"
+            )
 
     def _warn_of_fallback(self) -> None:
         for device in {entry.param.device for entry in self.entries()} if self.backend == "auto" else ():
             reason = backends.missing(backends.fastest(device))
             if reason:
                 _warn(f"no kernels for {device.type}, so steps take the slow reference backend: {reason}")
+
+    def _warn_of_shared_bits(self) -> None:
+        """Unnamed parameters draw random bits by position: optimizers that step in turns draw the same."""
+        for group in self.param_groups:
+            if group.get("param_names") or not Strategy.parse(group["strategy"]).stochastic:
+                continue
+            last = _stepped_last.get(group["seed"], lambda: None)()
+            if last not in (None, self) and self._rosters:
+                _warn(
+                    "unnamed parameters of two optimizers round stochastically with one seed, so they draw the same "
+                    "random bits; give names (model.named_parameters(), or [(name, p)] for one), or a seed to each"
+                )
+            _stepped_last[group["seed"]] = ref(self)
 
     def entries(self) -> Iterator[Entry]:
         """Every parameter, in order, with its name (or position) and group."""
@@ -82,32 +117,31 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             return strategy
         if entry.param.dtype == torch.float32:
             return STRATEGIES["fp32"]
-        wanted = str(strategy.dtype).removeprefix("torch.")
-        raise TypeError(
-            f"param '{entry.name}': strategy '{strategy}' needs {wanted}, got {state.dtype_of(entry.param)}; "
-            f"cast it, p.data = p.data.to(torch.{wanted}), or choose a strategy for {state.dtype_of(entry.param)}"
-        )
+        raise state.wrong_dtype(entry, strategy)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may have a strategy of its own. Raises before anything is added."""
         if "backend" in param_group:
             raise ValueError("backend: one for the whole optimizer; give it to the constructor, not to a group")
-        super().add_param_group(param_group)
+        super().add_param_group(state.without_foreign(param_group, type(self).__name__))
         group = self.param_groups[-1]
         try:
             group["strategy"] = str(Strategy.parse(group["strategy"]))
             self._validate(group)
             for entry in self._entries_of(group):
-                self.strategy_of(entry)
+                if entry.param.requires_grad:  # of a frozen one nothing is asked until it has a gradient
+                    self.strategy_of(entry)
             state.require_unique(entry.name for entry in self.entries())
         except BaseException:
             self.param_groups.pop()
             raise
 
     def _validate(self, group: Group) -> None:
+        """Raise, naming the setting, for one out of range; numbers of other kinds (NumPy's) become Python's."""
         seed = group["seed"]
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= int(seed) < 2**64:
             raise ValueError(f"seed: needs an integer in [0, 2**64), got {seed!r}")
+        group["seed"] = int(seed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -125,6 +159,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         if not torch.compiler.is_compiling():
             calls.require_capturable(self.param_groups)
             edits.require_own((param for group in self.param_groups for param in group["params"]), "step()")
+            self._warn_of_shared_bits()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -149,6 +184,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                 if len(grads) > 0:
                     todo.append(Call(group, in_float32, strategy, planes, grads, steps, keys, regions, seen, names))
             first += len(group["params"])
+        if len(todo) == 0 and not torch.compiler.is_compiling():
+            _warn("step(): no parameter has a gradient, so nothing was updated; call backward() first")
         if len(self.monitors) > 0:
             self._step_measured(todo)
         else:
@@ -212,22 +249,25 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         params = calls.chosen(group, in_float32) if strategy else []
         if strategy is None or not params:
             return ""
-        own_grads = [param.grad for param in params if param.grad is not None]
-        gathered = calls.gather(self.rule, strategy, params, self.state, group["capturable"])
+        own_grads = local_gradients(params, [param.grad for param in params])
+        gathered, fresh = calls.gather(self.rule, strategy, params, self.state, group["capturable"])
         roster = self._rosters.get((id(group), in_float32))
         if not (
             roster
             and roster.holds(strategy, first, params, gathered)
-            and state.accept(params, own_grads, strategy.dtype)
+            and state.accept(roster.thetas, own_grads, strategy.dtype)
         ):
-            checked = self._check(group, strategy, params)
+            if in_float32:
+                self._require_low_precision()
+            checked = self._check(group, strategy, params, own_grads)
             if roster:
                 self._seen.update(roster.known())
+            self._warn_of_cleared(strategy, fresh)
             roster = self._rosters[id(group), in_float32] = Roster(strategy, first, gathered, checked, self._seen)
         if compiling:
             calls.require_compilable(gathered, len(self.monitors) > 0)
         planes += roster.planes
-        grads += locals_of(own_grads)
+        grads += own_grads
         steps += roster.steps
         keys += roster.keys
         regions += roster.regions
@@ -235,24 +275,42 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         names += roster.names
         return str(strategy)
 
-    def _check(self, group: Group, strategy: Strategy, params: list[Tensor]) -> list[Entry]:
+    def _check(self, group: Group, strategy: Strategy, params: list[Tensor], grads: list[Tensor]) -> list[Entry]:
         """Raise what is wrong with a parameter, its gradient or its state, before anything is changed."""
         stepping = set(map(id, params))
         entries = [entry for entry in self._entries_of(group) if id(entry.param) in stepping]
-        for entry in entries:
+        for entry, grad in zip(entries, grads, strict=True):
             self.strategy_of(entry)
-            state.check_gradient(entry)
+            state.check_gradient(entry, grad)
             values = self.state[entry.param]
             if not calls.suits(self.rule, strategy, entry.param, values):
                 if values:
-                    state.check(self.rule, strategy, entry.param, values, entry.name)
+                    state.check(
+                        self.rule,
+                        strategy,
+                        entry.param,
+                        values,
+                        entry.name,
+                        "; was its dtype or its "
+                        "strategy changed since it last stepped? Change it back, or make a new optimizer",
+                    )
                 raise ValueError(
                     f"param '{entry.name}': it and its optimizer state need memory on one device "
-                    f"({entry.param.device}), every element its own; some of it is elsewhere, freed, or expanded. "
-                    "opt.load_state_dict(opt.state_dict()) moves a state to its parameter"
+                    f"({entry.param.device}), placed alike, every element its own; some of it is elsewhere, freed, or "
+                    "expanded. opt.load_state_dict(opt.state_dict()) moves a state to its parameter"
                 )
             state.check_counter(values["step"], entry.name)
         return entries
+
+    def _warn_of_cleared(self, strategy: Strategy, fresh: Sequence[Tensor]) -> None:
+        """Where a state was taken away after steps, but the weights stayed, the low components went with it."""
+        lost = [p for p in fresh if p in self._seen and self._seen[p].address == local(p).data_ptr()]
+        if lost and len(strategy.formats[0].dtypes) > 1:
+            name = next(entry.name for entry in self.entries() if entry.param is lost[0])
+            _warn(
+                f"the optimizer state of '{name}' and {len(lost) - 1} more parameters was cleared after steps, and "
+                "with it the low components of these weights; opt.reset_moments() starts moments anew and keeps weights"
+            )
 
     def _hyper(self, group: Group) -> list[float]:
         """The rule's hyper-parameters but lr, in the order that its `fold` takes them."""
@@ -283,12 +341,27 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             monitor.edited(entries, changed)
 
     @torch.no_grad()
+    def reset_moments(self) -> None:
+        """Start every moment and step counter anew (warm restarts, ReLoRA); the weights keep all their components.
+
+        ``opt.state.clear()`` would take the low components of the weights with it.
+        """
+        for entry in self.entries():
+            for key, value in self.state.get(entry.param, {}).items():
+                if not key.startswith("param"):
+                    value.zero_()
+        for monitor in self.monitors:
+            monitor.meet_anew()
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore every plane byte for byte. Also takes the state of a torch.optim optimizer with the same moments.
 
         Raises:
-            ValueError: a state of another strategy, of other shapes, or that does not belong to the weights the
-                parameters have now (load the model first). Nothing is changed then.
+            ValueError: a state of another strategy, or of other names or shapes. Nothing is changed then.
+
+        Parameters are matched by name where both sides have names, else by position. The model may be loaded before or
+        after: the next step takes weights that do not belong to the state as they are, and says so.
         """
         adopted: dict[str, Any] = {}
 
@@ -302,11 +375,11 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        for entry, saved_id in loading.paired(self.entries(), adopted):
+        for entry, saved_id, _ in loading.paired(self.entries(), adopted):
             if saved_id in adopted["state"]:  # torch has cast the planes to the parameter's dtype: take the originals
                 device, own = entry.param.device, entry.group["capturable"]
                 self.state[entry.param] = {
-                    key: value.detach().to(device if own or key != "step" else "cpu", copy=True)
+                    key: placed(value.detach().to(device if own or key != "step" else "cpu", copy=True), entry.param)
                     for key, value in adopted["state"][saved_id].items()
                 }
         self._forget()

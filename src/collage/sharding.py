@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,13 +19,48 @@ def any_dtensor(tensors: Iterable[Any]) -> bool:
 
 def local(tensor: Any) -> Tensor:
     """The part of the tensor that this rank holds. Writing to it writes to the DTensor."""
-    result: Tensor = tensor.to_local() if any_dtensor([tensor]) else tensor
+    if not any_dtensor([tensor]):
+        whole: Tensor = tensor
+        return whole
+    part = tensor.to_local()
+    result: Tensor = part.wait() if hasattr(type(part), "wait") else part  # a collective still under way
     return result
 
 
 def locals_of(tensors: list[Any]) -> list[Tensor]:
     """`local` of each."""
     return list(map(local, tensors)) if any_dtensor(tensors) else tensors
+
+
+def local_gradients(params: Sequence[Any], grads: list[Any]) -> list[Tensor]:
+    """The local part of each gradient, placed as its parameter is: a partial one is reduced, another redistributed.
+
+    A collective where placements differ (the norms under sequence parallelism), so every rank must come here.
+    """
+    if not any_dtensor(grads) and not any_dtensor(params):
+        return grads
+    return [local(placed(grad, param)) for param, grad in zip(params, grads, strict=True)]
+
+
+def placed(tensor: Any, param: Any) -> Any:
+    """A gradient or state of a parameter, placed as the parameter is. A plain one is taken for the whole, if it is."""
+    if not any_dtensor([tensor, param]):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(param, DTensor):
+        return tensor.full_tensor()
+    mesh = param.device_mesh
+    if not isinstance(tensor, DTensor):
+        if tensor.shape != param.shape:
+            return tensor  # whoever reads it compares shapes
+        tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if tensor.device_mesh != mesh:
+        raise ValueError(
+            f"params: a gradient or state of shape {tuple(tensor.shape)} lies on {tensor.device_mesh}, its parameter "
+            f"on {mesh}; redistribute it to its parameter's mesh"
+        )
+    return tensor if tensor.placements == param.placements else tensor.redistribute(mesh, param.placements)
 
 
 def region(tensor: Any) -> Region:
@@ -41,4 +76,9 @@ def region(tensor: Any) -> Region:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         sizes, starts = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+        if tuple(sizes) != tuple(local(tensor).shape):
+            raise ValueError(
+                f"a DTensor of shape {shape} placed as {tensor.placements} has a local part of shape "
+                f"{tuple(local(tensor).shape)} instead of {tuple(sizes)} on this rank; make it with distribute_tensor"
+            )
     return Region(tuple(sizes), tuple(starts), tuple(strides[: len(shape)]))

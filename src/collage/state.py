@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter, ge
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from collage.formats import Format, Planes, format_of, pieces, split
 from collage.rng import key_of
 from collage.rules import Rule
-from collage.sharding import local, locals_of
+from collage.sharding import local
 from collage.strategies import Strategy
 
-_layout, _dtype, _shape, _nbytes = map(attrgetter, ("layout", "dtype", "shape", "nbytes"))
+_layout, _dtype, _shape, _device, _nbytes = map(attrgetter, ("layout", "dtype", "shape", "device", "nbytes"))
+
+_WITHIN = ("optimizer", "_optimizer", "optim")  # where wrappers keep theirs: Accelerate, Lightning, ZeRO
 
 State = dict[str, Any]
 Group = dict[str, Any]
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -41,7 +45,7 @@ def named(index: int, first: int, group: Group) -> Iterator[Entry]:
     if len(names) != len(group["params"]):
         raise ValueError(
             f"param_groups[{index}]: {len(group['params'])} parameters and {len(names)} names; add parameters with "
-            "add_param_group"
+            "add_param_group, and take them out of 'params' and 'param_names' together"
         )
     for position, (param, name) in enumerate(zip(group["params"], names, strict=True), first):
         yield Entry(name or str(position), key_of(name or position), index, group, param)
@@ -108,15 +112,15 @@ def write(planes: Planes, values: Planes) -> None:
         plane.copy_(value)
 
 
-def check(rule: Rule, strategy: Strategy, param: Tensor, state: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError, naming the parameter, if a saved state has not exactly this strategy's planes."""
+def check(rule: Rule, strategy: Strategy, param: Tensor, state: Mapping[str, Any], name: str, hint: str = "") -> None:
+    """Raise ValueError, naming the parameter, if a state has not exactly this strategy's planes."""
     wanted = dtypes(rule, strategy)
     require_tensors(state, name)
     found = {key: value.dtype for key, value in state.items() if key != "step"}
     if "step" not in state or found != wanted:
         raise ValueError(
-            f"param '{name}': strategy '{strategy}' keeps step, {_listing(wanted)}; the saved state has "
-            f"{'step, ' if 'step' in state else ''}{_listing(found)}"
+            f"param '{name}': strategy '{strategy}' keeps step, {_listing(wanted)}; its state has "
+            f"{'step, ' if 'step' in state else ''}{_listing(found)}{hint}"
         )
     for key in wanted:
         require_shape(key, state[key], param, name)
@@ -132,7 +136,8 @@ def require_tensors(state: Mapping[str, Any], name: str) -> None:
 def require_shape(key: str, plane: Tensor, param: Tensor, name: str) -> None:
     if plane.shape != param.shape:
         raise ValueError(
-            f"param '{name}': {key} has shape {tuple(plane.shape)}, not the parameter's {tuple(param.shape)}"
+            f"param '{name}': {key} has shape {tuple(plane.shape)}, not the parameter's {tuple(param.shape)}. If it "
+            "was resized, start its state anew: opt.state.pop(param), or drop its entry from a state_dict's 'state'"
         )
 
 
@@ -151,7 +156,7 @@ def count(step: Tensor, name: str) -> Tensor:
 
 
 def _listing(planes: Mapping[str, torch.dtype]) -> str:
-    return ", ".join(f"{key} ({str(dtype).removeprefix('torch.')})" for key, dtype in planes.items()) or "nothing"
+    return ", ".join(f"{key} ({name_of(dtype)})" for key, dtype in planes.items()) or "nothing"
 
 
 def from_torch(
@@ -163,8 +168,6 @@ def from_torch(
     has none they are derived from the parameter.
     """
     saved = {key: saved[key] for key in ("step", *(prefix for prefix, _ in rule.slots[1:]))}
-    if isinstance(saved["step"], int | float):  # so in old releases of torch
-        saved["step"] = torch.tensor(saved["step"])
     require_tensors(saved, name)
     state: State = {}
     initialise(rule, strategy, param, state, capturable=False)
@@ -177,28 +180,88 @@ def from_torch(
     return state | {key: live[key] for key in theta if key in live and live[key].dtype == state[key].dtype}
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_of(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return name_of(tensor.dtype)
 
 
-def require_optimizer(optimizer: object, kind: type[Any]) -> None:
-    """Raise TypeError for an optimizer of somewhere else."""
-    if not isinstance(optimizer, kind):
-        theirs = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+def wrong_dtype(entry: Entry, strategy: Strategy) -> TypeError:
+    """What to do about a parameter that trains, and that no strategy of its group can update."""
+    found, wanted = entry.param.dtype, name_of(strategy.dtype)
+    cast = f"cast it, p.data = p.data.to(torch.{wanted})"
+    if found.is_complex:
+        fix = "no strategy takes complex numbers; leave it to an optimizer of torch"
+    elif found.itemsize == 1:
+        fix = "is it a quantised weight? Then freeze it, p.requires_grad_(False), and train adapters"
+    elif found == torch.float64:
+        fix = f"{cast}, which drops most of its bits, or leave it to an optimizer of torch"
+    else:
+        fix = f"{cast}, or choose a strategy for {name_of(found)}"
+    return TypeError(f"param '{entry.name}': strategy '{strategy}' needs {wanted}, got {name_of(found)}; {fix}")
+
+
+def number(key: str, x: Any) -> float:
+    """A setting as Python's float, which a checkpoint can hold. Raises TypeError, naming it, for what is no number."""
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{key}: needs a number, got {x!r:.50} ({type(x).__name__})") from None
+
+
+FOREIGN = ("amsgrad", "foreach", "fused", "differentiable")  # settings of torch's optimizers that are not kept here
+
+
+def without_foreign(settings: Mapping[str, Any], who: str) -> dict[str, Any]:
+    """The settings, without those of torch that are switched off, as frameworks pass them. Raises TypeError if on."""
+    on = sorted(key for key in FOREIGN if settings.get(key))
+    if on:
+        shown = ", ".join(f"{key}=True" for key in on)
+        raise TypeError(f"{who}: cannot take {shown}; drop it: the step is one pass of its own")
+    return {key: value for key, value in settings.items() if key not in FOREIGN}
+
+
+def unwrapped(optimizer: Any, kind: type[T]) -> T:
+    """The optimizer of this kind inside the wrappers of Accelerate, Lightning, Fabric, ZeroRedundancyOptimizer, ...
+
+    The innermost one: a wrapper may pass for what it wraps, by attributes or by class, and keep what is set on it.
+
+    Raises:
+        TypeError: there is none, only an optimizer of somewhere else.
+    """
+    found: T | None = None
+    inner = optimizer
+    for _ in range(8):  # wrappers of wrappers; a bound, as one might name itself
+        if isinstance(inner, kind):
+            found = inner
+        within = [x for name in _WITHIN if hasattr(x := getattr(inner, name, None), "param_groups")]
+        if not within or not hasattr(inner, "param_groups"):  # a scheduler has an optimizer and is none
+            break
+        inner = within[0]
+    if found is None:
+        theirs = f"{type(inner).__module__}.{type(inner).__name__}"
         raise TypeError(f"optimizer: needs one of this package, such as collage.AdamW, got {theirs}")
+    return found
 
 
-def accept(params: Sequence[Tensor], grads: list[Tensor], dtype: torch.dtype) -> bool:
-    """Whether a step can read these gradients of parameters of one dtype: what `check_gradient` explains, for all."""
+def accept(params: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether a step can read these gradients of parameters of one dtype: what `check_gradient` explains, for all.
+
+    Both are local parts. What is no plain tensor has no memory of its own to read.
+    """
     return (
-        set(map(_layout, grads)) <= {torch.strided}
+        set(map(type, grads)) <= {Tensor, Parameter}
+        and set(map(_layout, grads)) <= {torch.strided}
         and set(map(_dtype, grads)) <= {dtype, torch.float32}
         and list(map(_shape, grads)) == list(map(_shape, params))
-        and _all_in_memory(locals_of(grads))
+        and list(map(_device, grads)) == list(map(_device, params))
+        and _all_in_memory(grads)
     )
 
 
-def _all_in_memory(grads: list[Tensor]) -> bool:
+def _all_in_memory(grads: Sequence[Tensor]) -> bool:
     if any(map(Tensor.storage_offset, grads)) or not all(map(Tensor.is_contiguous, grads)):
         return all(map(in_memory, grads))
     return all(map(ge, map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, grads)), map(_nbytes, grads)))
@@ -210,21 +273,24 @@ def in_memory(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def check_gradient(entry: Entry) -> None:
-    """Raise, naming the parameter, for a gradient that the step cannot read."""
-    grad = entry.param.grad
-    assert grad is not None
+def check_gradient(entry: Entry, grad: Tensor) -> None:
+    """Raise, naming the parameter, for a gradient, or this rank's part of it, that the step cannot read."""
     if grad.layout != torch.strided:
         raise TypeError(
             f"param '{entry.name}': its gradient is sparse ({grad.layout}); use a dense one (Embedding(sparse=False))"
         )
     if grad.dtype not in (entry.param.dtype, torch.float32):
+        wanted = dict.fromkeys((dtype_of(entry.param), "float32"))
         raise TypeError(
-            f"param '{entry.name}': its gradient is {dtype_of(grad)}; use {dtype_of(entry.param)}, as the parameter, "
-            "or float32"
+            f"param '{entry.name}': it is {dtype_of(entry.param)} and its gradient {dtype_of(grad)}; use "
+            f"{' or '.join(wanted)} for the gradient (param.grad_dtype, or cast it before the step)"
         )
-    if not accept([entry.param], [grad], entry.param.dtype):
+    if type(grad) not in (Tensor, Parameter):
+        raise TypeError(f"param '{entry.name}': its gradient is a {type(grad).__name__}; use a plain tensor")
+    param = local(entry.param)
+    if not accept([param], [grad], param.dtype):
         raise ValueError(
-            f"param '{entry.name}': its gradient has shape {tuple(grad.shape)} and {grad.untyped_storage().nbytes()} "
-            f"bytes of memory, the parameter shape {tuple(entry.param.shape)}; call zero_grad() after changing p.data"
+            f"param '{entry.name}': its gradient has shape {tuple(grad.shape)} on {grad.device} and "
+            f"{grad.untyped_storage().nbytes()} bytes of memory, the parameter shape {tuple(param.shape)} on "
+            f"{param.device}; call zero_grad() after changing p.data"
         )

@@ -65,7 +65,9 @@ def roll_back(w):
         return
     state, _, books, names = w.saved
     now = [w.keys_of(group) for group in w.opt.param_groups]
-    if now != names and not w.named and list(map(len, now)) == list(map(len, names)):
+    if w.named:
+        now, names = (list(map(sorted, groups)) for groups in (now, names))  # the order does not matter
+    elif now != names and list(map(len, now)) == list(map(len, names)):
         return  # by position: whatever fits
     then = [group["strategy"] for group in state["param_groups"]]
     if now != names or then != [group["strategy"] for group in w.opt.param_groups]:

@@ -1,23 +1,78 @@
-"""Effective descent quality in the log of transformers' `Trainer`."""
+"""transformers' `Trainer`: an optimizer made from its arguments, and effective descent quality in its log."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from collage.adamw import AdamW
 from collage.monitor import Monitor, Quality, Report, Tally, monitor
 from collage.optim import PrecisionOptimizer
+from collage.state import unwrapped
 from collage.strategies import Strategy
 
 NEVER = 2**62  # calls of a monitor
 
 LOGGED = tuple(f.name for f in fields(Quality) if f.name not in ("steps", "nonzero"))
+
+
+def by_name(strategy: str | Strategy = "collage-plus", **settings: Any) -> tuple[type[AdamW], dict[str, Any]]:
+    """`collage.AdamW` as a `Trainer` would make its own: of its arguments, in its two groups, and with names.
+
+    Learning rate, betas, eps and weight decay come from the `TrainingArguments`, the parameters without decay from
+    `Trainer.get_decay_parameter_names`. Only parameters that require a gradient are taken, when training begins.
+
+    Args:
+        strategy: a name in ``collage.STRATEGIES``, or a ``collage.Strategy``.
+        settings: of `collage.AdamW`; they win over the `TrainingArguments`.
+
+    Returns:
+        What ``Trainer(..., optimizer_cls_and_kwargs=...)`` takes: a tuple that only a Trainer can unpack.
+
+    Raises:
+        ValueError, TypeError: what `collage.AdamW` refuses, at once.
+
+    >>> optimizer = by_name("collage-plus", seed=1)  # Trainer(model, args, optimizer_cls_and_kwargs=optimizer)
+    """
+    weight = nn.Parameter(torch.zeros(1, dtype=Strategy.parse(strategy).dtype, device="cpu"))
+    AdamW([weight], **{**settings, "strategy": strategy, "backend": "reference"})
+    return _ByName((AdamW, {**settings, "strategy": strategy}))
+
+
+class _ByName(tuple[type[AdamW], dict[str, Any]]):
+    """(AdamW, settings), which looks at the Trainer that unpacks it: Trainer tells an optimizer neither its arguments
+    nor its parameters' names."""
+
+    def __iter__(self) -> Iterator[Any]:
+        scope = _scope_of(Trainer)
+        if scope is None:
+            raise RuntimeError(
+                "by_name: only a Trainer can unpack it; Trainer(..., optimizer_cls_and_kwargs=by_name(...))"
+            )
+        trainer, args = scope["self"], scope["self"].args
+        model: nn.Module = scope.get("opt_model", trainer.model)  # under FSDP it is the wrapped one
+        betas = (args.adam_beta1, args.adam_beta2)
+        ours = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+        ours |= self[1]
+        decaying = set(trainer.get_decay_parameter_names(model))
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [
+            _group([(name, p) for name, p in named if name in decaying], ours["weight_decay"]),
+            _group([(name, p) for name, p in named if name not in decaying], 0.0),
+        ]
+        return iter((self[0], {**ours, "params": groups}))
+
+
+def _group(named: list[tuple[str, nn.Parameter]], decay: float) -> dict[str, Any]:
+    """One of Trainer's two, which may be empty: then torch wants to be told that it has names too."""
+    return {"params": [p for _, p in named], "param_names": [name for name, _ in named], "weight_decay": decay}
 
 
 class EDQCallback(TrainerCallback):
@@ -28,7 +83,7 @@ class EDQCallback(TrainerCallback):
     Trainer reports to (its log history, TensorBoard, ...). The run itself does not change by a bit.
 
     Args:
-        optimizer: what to watch; by default the Trainer's own. One of this package.
+        optimizer: what to watch; by default the Trainer's own. One of this package, wrapped or not.
         every: measure the first step and every step that it divides, as `logging_steps` has the Trainer log them.
         shadow, strategies: as in `collage.monitor`.
 
@@ -38,6 +93,7 @@ class EDQCallback(TrainerCallback):
 
     Raises:
         TypeError: when training begins with an optimizer that is not of this package.
+        ValueError: when it begins with parameters that no optimizer has, and which so would not train.
 
     >>> import collage
     >>> model = torch.nn.Linear(4, 2).bfloat16()
@@ -47,7 +103,7 @@ class EDQCallback(TrainerCallback):
 
     def __init__(
         self,
-        optimizer: PrecisionOptimizer | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         every: int = 10,
         shadow: int | None = 256,
         strategies: str | Strategy | Iterable[str | Strategy] = (),
@@ -62,9 +118,10 @@ class EDQCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach the monitor, instead of that of an earlier `Trainer.train()`."""
-        optimizer = _unwrapped(self._optimizer or kwargs.get("optimizer"))
+        optimizer = self._watched(kwargs)
+        _require_trained(kwargs["model"], optimizer, kwargs["optimizer"])
         self._detach(optimizer)
-        self.monitor = monitor(cast("Any", optimizer), **self._settings)
+        self.monitor = monitor(optimizer, **self._settings)
         self._log_before_reporters()
 
     def on_step_begin(
@@ -95,11 +152,20 @@ class EDQCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop measuring; the report stays."""
-        self._detach(_unwrapped(self._optimizer or kwargs.get("optimizer")))
+        self._detach(self._watched(kwargs))
 
     def report(self) -> Report:
         """The whole run so far; empty before it has begun."""
         return self.monitor.report() if self.monitor else Report(Tally().quality(), [], {}, [], {})
+
+    def _watched(self, event: dict[str, Any]) -> PrecisionOptimizer:
+        try:
+            return unwrapped(self._optimizer or event["optimizer"], PrecisionOptimizer)
+        except TypeError as error:
+            raise TypeError(
+                f"EDQCallback: {error}; give the Trainer one, Trainer(..., optimizer_cls_and_kwargs=by_name("
+                "'collage-plus'))"
+            ) from None
 
     def _detach(self, optimizer: PrecisionOptimizer) -> None:
         optimizer.monitors = [watching for watching in optimizer.monitors if watching is not self.monitor]
@@ -109,13 +175,10 @@ class EDQCallback(TrainerCallback):
 
         A callback is not told who calls it, hence the look at the frame. Not found: only the log history gains.
         """
-        frame = inspect.currentframe()
-        while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-            frame = frame.f_back
-        if frame is not None:
-            callbacks = frame.f_locals["self"].callbacks
-            if self in callbacks:
-                callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+        scope = _scope_of(CallbackHandler)
+        callbacks = scope["self"].callbacks if scope else []
+        if self in callbacks:
+            callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
 
 def logged(quality: Quality) -> dict[str, float]:
@@ -123,16 +186,28 @@ def logged(quality: Quality) -> dict[str, float]:
     return {name: value for name in LOGGED if (value := getattr(quality, name)) is not None}
 
 
-def _unwrapped(optimizer: Any) -> PrecisionOptimizer:
-    """The optimizer inside the wrappers of Accelerate."""
-    inner = optimizer
-    while not isinstance(inner, PrecisionOptimizer) and isinstance(
-        getattr(inner, "optimizer", None), torch.optim.Optimizer
-    ):
-        inner = inner.optimizer
-    if not isinstance(inner, PrecisionOptimizer):
-        raise TypeError(
-            f"EDQCallback: watches an optimizer of collage, got {type(inner).__name__}; give the Trainer one, "
-            "Trainer(..., optimizers=(collage.AdamW(model.named_parameters()), None))"
+def _scope_of(kind: type) -> dict[str, Any] | None:
+    """The local names of the innermost method that led here and whose object is of this kind."""
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
+        frame = frame.f_back
+    return frame and frame.f_locals
+
+
+def _require_trained(model: nn.Module, watched: torch.optim.Optimizer, stepped: torch.optim.Optimizer) -> None:
+    """Raise ValueError if a trainable parameter is in no optimizer, or none of the model's is in the one watched."""
+    fix = (
+        "it was made for another model, or before this one's parameters were replaced (an adapter loaded, also by "
+        "load_best_model_at_end; embeddings resized). Make it afterwards: so does a Trainer(..., "
+        "optimizer_cls_and_kwargs=by_name('collage-plus')), after trainer.optimizer = None if it has trained before"
+    )
+    ours, theirs = ({p for group in opt.param_groups for p in group["params"]} for opt in (watched, stepped))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, p in trained.items() if p not in ours | theirs]
+    if missing:
+        raise ValueError(
+            f"param '{missing[0]}': {len(missing)} of the model's {len(trained)} trainable parameters are not in the "
+            f"optimizer and would not train: {fix}. Freeze what is not to be trained: requires_grad_(False)"
         )
-    return inner
+    if ours.isdisjoint(model.parameters()):
+        raise ValueError(f"EDQCallback: the optimizer has none of the model's parameters: {fix}")
