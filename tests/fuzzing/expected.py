@@ -199,6 +199,7 @@ def judge(
         delta = -(q + w * start)
         delta_off = q_off + 5 * u * (w * start).abs() + 2 * u * delta.abs() + tiny
         off = delta_off + stored(strategy, "param", after) + TINY[after["param"].dtype]
+        off = off + 2.0**-50 * start.abs()  # float64 rounds too
         if "param_kahan" in after:
             moved = (after["param"].double() - hi).abs()
             off = off + 2 * u * (delta.abs() + (start - hi).abs() + moved + lo)

@@ -21,9 +21,9 @@ def recast(w, params, dtypes):
 
 
 def cast(w, p):
-    """One parameter alone may become float32, where its state suits: mixed models may have such."""
-    mixed = w.strategy_of(p).param == "bf16" and w.strategy_of(p).momentum == "fp32"
-    return recast(w, [p], (torch.float16, torch.float64, *(() if mixed else (F32, BF16))))
+    """Not between bfloat16 and float32 where the state suits both: a mixed model may have such parameters."""
+    both = () if w.group_of(p)["strategy"] == "fp32-states" else (F32, BF16)
+    return recast(w, [p], (torch.float16, torch.float64, *both))
 
 
 def cast_all(w, _):
