@@ -21,7 +21,9 @@ from fuzzing.wrong import wrong_load, wrong_step
 
 def save(w):
     names = [w.keys_of(group) for group in w.opt.param_groups]
-    w.saved = through_a_file(w.opt.state_dict()), through_a_file(w.model.state_dict()), copy.deepcopy(w.books), names
+    strategies = {key: str(w.strategy_of(p)) for key, p in w.params()}
+    files = through_a_file(w.opt.state_dict()), through_a_file(w.model.state_dict())
+    w.saved = (*files, copy.deepcopy(w.books), names, strategies)
 
 
 def rebuild(w, permute):
@@ -33,6 +35,8 @@ def rebuild(w, permute):
         own = [(key, model.get_parameter(key)) for key in w.keys_of(group)]
         order = sorted(own, key=lambda _: w.rng.random()) if permute else own
         groups.append({"params": order if w.named else [p for _, p in order], "strategy": group["strategy"]})
+    if permute:
+        w.rng.shuffle(groups)
     return model, collage.AdamW(groups, lr=0.5, backend=w.opt.backend)
 
 
@@ -43,7 +47,7 @@ def adopt(w, model, opt):
 def resume(w):
     """Save, and go on in a new process: the optimizer loaded before the model, or after it."""
     save(w)
-    state, weights, books, _ = w.saved
+    state, weights, books, *_ = w.saved
     permute, first = w.named and w.rng.random() < 0.5, w.rng.random() < 0.5
     w.trail(f"    {'permuted, ' if permute else ''}{'optimizer' if first else 'model'} first")
     had = {k: (g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in w.opt.param_groups for k in w.keys_of(g)}
@@ -63,14 +67,13 @@ def roll_back(w):
     """Load an earlier state of the optimizer alone: the weights stay, as edited ones."""
     if w.saved is None:
         return
-    state, _, books, names = w.saved
+    state, _, books, names, then = w.saved
     now = [w.keys_of(group) for group in w.opt.param_groups]
     if w.named:
-        now, names = (list(map(sorted, groups)) for groups in (now, names))  # the order does not matter
+        now, names = ({tuple(sorted(group)) for group in groups} for groups in (now, names))  # in any order
     elif now != names and list(map(len, now)) == list(map(len, names)):
         return  # by position: whatever fits
-    then = [group["strategy"] for group in state["param_groups"]]
-    if now != names or then != [group["strategy"] for group in w.opt.param_groups]:
+    if now != names or then != {key: str(w.strategy_of(p)) for key, p in w.params()}:
         with w.refused("a state of other parameters"):
             w.opt.load_state_dict(copy.deepcopy(state))
         return
@@ -104,6 +107,13 @@ def clear(w):
     w.opt.state.clear()
     for key, p in w.params():
         w.books[key] = Book({"param": p.detach().clone()}, p.detach().clone())
+
+
+def reset_moments(w):
+    w.opt.reset_moments()
+    for book in w.books.values():
+        book.step = 0
+        book.planes |= {k: torch.zeros_like(x) for k, x in book.planes.items() if not k.startswith("param")}
 
 
 def deepcopy(w):
@@ -230,7 +240,7 @@ def average(w):
 
 
 ACTIONS = {  # action: how often
-    World.step: 40, edit: 20, edit_unseen: 6, move: 5, save: 3, resume: 5, roll_back: 4, from_torch: 1, clear: 1,
+    World.step: 40, edit: 20, edit_unseen: 6, move: 5, save: 3, resume: 5, roll_back: 4, from_torch: 2, clear: 1, reset_moments: 1,
     deepcopy: 3, pickled: 3, export: 4, load_full: 2, change_settings: 5, more_random: 1, add_group: 3, drop_group: 2,
-    watch: 6, watch_not: 1, resync: 2, average: 4, wrong_step: 4, wrong_load: 3,
+    watch: 6, watch_not: 1, resync: 2, average: 4, wrong_step: 6, wrong_load: 3,
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fuzzing.edits import edit
 from fuzzing.world import through_a_file
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -27,9 +28,11 @@ def cast(w, p):
 
 
 def cast_all(w, _):
-    """model.float() late: not float32 training in silence."""
-    low = [p for p in w.model.parameters() if p.dtype != F32]
-    return recast(w, low, (F32,)) if low else recast(w, w.model.parameters(), (BF16,))
+    """model.float() late: not float32 training in silence. With a group of strategy fp32 the model is a mixed one."""
+    full = [p for p in w.model.parameters() if w.group_of(p)["strategy"] == "fp32"]
+    suits = ("fp32", "fp32-states") if full else ()
+    low = [p for p in w.model.parameters() if p.dtype != F32 and w.group_of(p)["strategy"] not in suits]
+    return recast(w, low, (F32,)) if low else recast(w, full, (BF16,))
 
 
 def grown(w, p):
@@ -101,6 +104,8 @@ def wrong_step(w):
     finally:
         if mend:
             mend()
+    if w.rng.random() < 0.5:  # what the refused step noted down must not hide it
+        edit(w)
 
 
 def wrong_load(w):
