@@ -32,6 +32,7 @@ def cast_all(w, _):
     full = [p for p in w.model.parameters() if w.group_of(p)["strategy"] == "fp32"]
     suits = ("fp32", "fp32-states") if full else ()
     low = [p for p in w.model.parameters() if p.dtype != F32 and w.group_of(p)["strategy"] not in suits]
+    low = [p for p in low if w.opt.state.get(p)] if full else low
     return recast(w, low, (F32,)) if low else recast(w, full, (BF16,))
 
 
@@ -104,6 +105,7 @@ def wrong_step(w):
     finally:
         if mend:
             mend()
+    w.check()
     if w.rng.random() < 0.5:  # what the refused step noted down must not hide it
         edit(w)
 
