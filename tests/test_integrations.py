@@ -240,9 +240,6 @@ class Spoiled(TrainerCallback):
                 group["lr"] = 1.0
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="kind 3 of the issue: a step adopts weights that others changed"
-)
 @pytest.mark.parametrize("strategy", ["collage-plus", "fp32-master"])
 def test_training_goes_on_from_the_best_model(tmp_path: Path, strategy: str) -> None:
     settings = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
@@ -255,7 +252,8 @@ def test_training_goes_on_from_the_best_model(tmp_path: Path, strategy: str) -> 
     best = {name: p.detach().clone() for name, p in built.named_parameters()}
     edq = EDQCallback(every=1)
     run.add_callback(edq)
-    run.train()
+    with pytest.warns(RuntimeWarning, match="changed outside the optimizer: .* was another model loaded"):
+        run.train()
     assert edq.report().total.edq_ratio == pytest.approx(1.0, abs=0.01)
     for name, p in built.named_parameters():
         # nine steps of at most lr (1 - beta1) / sqrt(1 - beta2) = 0.0032; the spoiled weights are 1.0 away

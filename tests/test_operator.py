@@ -18,8 +18,8 @@ def arguments(measured: bool) -> tuple:
     steps = [torch.tensor(3), torch.tensor(0)]
     sums = torch.zeros(2 if measured else 0, 5, dtype=torch.float64)
     return (
-        planes, grads, steps, sums, torch.tensor(1e-3), "adamw", "collage-plus-sr", "auto", [1, -2], [],
-        [0.9, 0.999, 1e-8, 0.1], 7, False, False,
+        planes, grads, steps, sums, torch.tensor(1e-3), torch.tensor([0.9, 0.999, 1e-8, 0.1], dtype=torch.float64),
+        "adamw", "collage-plus-sr", "auto", [1, -2], [], 7, False, False,
     )  # fmt: skip
 
 
@@ -37,9 +37,19 @@ def model(strategy: str) -> list[tuple[str, nn.Parameter]]:
     return list(params.items())
 
 
-def train(strategy: str, compiled: bool, steps: int = 20) -> tuple[list, collage.AdamW, int]:
+def decay_lr(group, _):
+    group["lr"].mul_(0.9)
+
+
+def one_cycle(group, t):
+    """What OneCycleLR moves, and a decay on a schedule of its own."""
+    group["lr"], group["betas"] = 1e-3 / (t + 2), (0.95 - 0.005 * t, 0.999)
+    group["weight_decay"] = 0.1 / (t + 2)
+
+
+def train(strategy: str, compiled: bool, steps: int = 20, lr=1e-3, schedule=one_cycle, edit=None):
     """(parameters, optimizer, compilations) after some steps on a schedule."""
-    params, lr = model(strategy), torch.tensor(1e-3)
+    params = model(strategy)
     opt = collage.AdamW(params, lr=lr, strategy=strategy, seed=2**63 + 5)
     graphs = []
 
@@ -51,26 +61,59 @@ def train(strategy: str, compiled: bool, steps: int = 20) -> tuple[list, collage
 
     step = torch.compile(opt.step, fullgraph=True, backend=count) if compiled else opt.step
     g = torch.Generator().manual_seed(1)
-    for _ in range(steps):
+    for t in range(steps):
         for _, p in params:
             p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
         step()
-        lr.mul_(0.9)
+        schedule(opt.param_groups[0], t)
+        if edit:
+            edit(params, t)
     return params, opt, len(graphs)
+
+
+def assert_same_runs(mine, theirs):
+    for (name, p), (_, q) in zip(mine[0], theirs[0], strict=True):
+        assert_same_bits(name, q.detach(), p.detach())
+        for key, value in mine[1].state[p].items():
+            assert_same_bits(f"{name}.{key}", theirs[1].state[q][key], value)
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.parametrize("strategy", ["collage-plus", "collage-plus-sr", "fp32-master", "paper-plus"])
-def test_a_compiled_step_has_eagers_bits_and_compiles_once_or_twice(strategy):
+@pytest.mark.parametrize("schedule", [decay_lr, one_cycle])
+def test_a_compiled_step_has_eagers_bits_and_compiles_once_or_twice(strategy, schedule):
+    """Whatever a schedule moves: lr as a tensor or a float, betas, decay."""
     torch._dynamo.reset()
-    eager, opt, _ = train(strategy, compiled=False)
-    compiled, other, compilations = train(strategy, compiled=True)
-    assert 1 <= compilations <= 2
-    for (name, p), (_, q) in zip(eager, compiled, strict=True):
-        assert_same_bits(name, q.detach(), p.detach())
-        for key, value in opt.state[p].items():
-            assert_same_bits(f"{name}.{key}", other.state[q][key], value)
-    assert int(other.state[compiled[0][1]]["step"]) == 20
+    lr = torch.tensor(1e-3) if schedule is decay_lr else 1e-3
+    eager, compiled = (
+        train(strategy, compiled, lr=lr if schedule is one_cycle else lr.clone(), schedule=schedule)
+        for compiled in (False, True)
+    )
+    assert 1 <= compiled[2] <= 2
+    assert_same_runs(eager, compiled)
+    assert int(compiled[1].state[compiled[0][0][1]]["step"]) == 20
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore:changed outside the optimizer")
+def test_a_compiled_step_sees_edits_and_looks_at_nothing_else(monkeypatch):
+    """It counts versions up before it runs, and learns by how much."""
+    from collage import edits
+
+    def edit(params, t):
+        if t in (3, 7):
+            with torch.no_grad():
+                params[t % 2][1].mul_(2.0**-10)
+
+    looked = []
+    misfits = edits._misfits
+    monkeypatch.setattr(edits, "_misfits", lambda *a: looked.append(list(a[3])) or misfits(*a))
+    torch._dynamo.reset()
+    eager = train("collage-plus", compiled=False, steps=10, edit=edit)
+    expected = looked.copy()
+    looked.clear()
+    assert_same_runs(eager, train("collage-plus", compiled=True, steps=10, edit=edit))
+    assert looked == expected == [[0, 1, 2, 3], [0], [1], [1]]  # all when they are new, then the edited one
 
 
 def test_views_of_one_buffer_are_refused_when_compiled_and_right_when_not():
@@ -101,12 +144,12 @@ def test_a_monitored_step_does_not_compile_silently():
 
 
 def test_without_kernels_auto_warns_once_and_steps_on_the_reference(monkeypatch):
-    from collage import optim
+    from collage import admission
     from collage.backends import cpu
 
     p = nn.Parameter(torch.ones(8).bfloat16())
     monkeypatch.setattr(cpu, "native", None)
-    optim._warn.cache_clear()
+    admission.warn.cache_clear()
     with pytest.warns(RuntimeWarning, match="slow reference backend.*compiler"):
         opt = collage.AdamW([p], lr=0.1)
     collage.AdamW([p])  # no second warning: here it would be an error

@@ -239,7 +239,7 @@ def test_a_wrong_argument_is_named(kwargs, error, message):
             torch.float32,
             "collage-plus",
             ValueError,
-            "all 4 trainable parameters are float32.*Load the model in bfloat16.*'fp32'",
+            "all 4 trainable parameters are float32.*Say cast=True.*load the model in bfloat16.*'fp32'",
         ),
         (
             torch.float16,

@@ -13,7 +13,7 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"mcf", "rng", "accumulators", "formats", "strategies", "constants"}
 STEP = NUMBERS | {"rules", "backends", "sharding", "state", "loading", "shadow", "monitor"}
-LIBRARY = STEP | {"edits", "optim", "adamw", "casting", "checkpoint", "ema", "wrap", "gradients"}
+LIBRARY = STEP | {"admission", "edits", "optim", "adamw", "casting", "checkpoint", "ema", "wrap", "gradients"}
 ALLOWED = {
     "mcf": set(),
     "rng": set(),
@@ -30,7 +30,8 @@ ALLOWED = {
     "monitor": NUMBERS | {"rules", "backends", "shadow", "state"},
     "edits": NUMBERS | {"backends"},
     "calls": STEP | {"edits"},
-    "optim": STEP | {"calls", "edits"},
+    "admission": STEP,
+    "optim": STEP | {"admission", "calls", "edits"},
     "adamw": STEP | {"optim"},
     "casting": {"sharding"},
     "ema": STEP | {"edits", "optim"},

@@ -32,6 +32,8 @@ class AdamW(PrecisionOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled.
         strategy: a name in ``collage.STRATEGIES``, or a ``collage.Strategy``.
+        cast: whether to cast the float32 parameters that train to the strategy's dtype, in place and one at a time;
+            what the cast cuts off goes to their low components. Their gradients are dropped.
         maximize: ascend instead of descend.
         seed: of stochastic rounding.
         capturable: for CUDA graphs: counts steps on the parameters' device, and reads them and a tensor lr there.
@@ -61,6 +63,7 @@ class AdamW(PrecisionOptimizer):
         weight_decay: float = 1e-2,
         strategy: str | Strategy = "collage-plus",
         *,
+        cast: bool = False,
         maximize: bool = False,
         seed: int = 0,
         capturable: bool = False,
@@ -74,7 +77,7 @@ class AdamW(PrecisionOptimizer):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "strategy": strategy,
             "maximize": maximize, "seed": seed, "capturable": capturable,
         }  # fmt: skip
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, cast)
 
     def _validate(self, group: Group) -> None:
         super()._validate(group)
@@ -91,6 +94,5 @@ class AdamW(PrecisionOptimizer):
             raise ValueError(f"betas: needs two numbers in [0, 1), got {group['betas']}")
         group["betas"] = betas
 
-    def _hyper(self, group: Group) -> list[float]:
-        beta1, beta2 = group["betas"]
-        return [float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])]
+    def _hyper(self, group: Group) -> list[float | Tensor]:
+        return [*group["betas"], group["eps"], group["weight_decay"]]

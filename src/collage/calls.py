@@ -109,14 +109,16 @@ class Roster:
         self.thetas = self.planes[:: width - 1]
         was = [seen.get(param, Seen(0, edits.UNSEEN, 0)) for param in params]
         moved = zip(was, self._facts[0][:: width - 1], strict=True)
-        versions = [edits.UNSEEN if last.address != address else last.version for last, address in moved]
-        self.seen = torch.tensor([versions, [last.told for last in was]], dtype=torch.int64, device="cpu").T
+        self.seen = torch.tensor(
+            [[edits.UNSEEN if last.address != at else last.version, last.told, edits.UNSEEN, 0] for last, at in moved],
+            dtype=torch.int64, device="cpu",
+        )  # fmt: skip
 
     def known(self) -> Iterator[tuple[Tensor, Seen]]:
         """What is known of each parameter after its last step."""
         width = len(self.planes) // max(len(self.entries), 1)
         for entry, address, row in zip(self.entries, self._facts[0][::width], self.seen.tolist(), strict=True):
-            yield entry.param, Seen(address, *row)
+            yield entry.param, Seen(address, row[edits.VERSION], row[edits.TOLD])
 
     def holds(self, strategy: Strategy, first: int, params: Sequence[Tensor], gathered: list[Any]) -> bool:
         """Whether these are the tensors that were checked, where they were."""
@@ -172,6 +174,17 @@ def _regions(params: Sequence[Tensor]) -> list[int]:
         for place in map(region, params):
             numbers += [len(place.sizes), *place.sizes, *place.starts, *place.strides]
     return numbers
+
+
+def numbers(settings: Sequence[float | Tensor]) -> Tensor:
+    """Settings as a float64 tensor on the CPU.
+
+    In a graph they are added to a constant, which torch.compile leaves open for the values of later steps; it would
+    compile anew for each value of a tensor made of them.
+    """
+    if torch.compiler.is_compiling():
+        return torch.stack([torch.zeros((), dtype=torch.float64, device="cpu") + x for x in settings])
+    return torch.tensor(list(map(float, settings)), dtype=torch.float64, device="cpu")
 
 
 def require_compilable(planes: Sequence[Tensor], monitored: bool) -> None:

@@ -23,6 +23,7 @@ log = logging.getLogger("collage")
 _version = attrgetter("_version")
 
 UNSEEN = -1
+VERSION, TOLD, TRACED, AHEAD = range(4)  # columns of `seen`
 NAME = "collage::adopt_"
 SCHEMA = "(Tensor(a!)[] planes, Tensor(b!) seen, str[] names, str strategy, str backend) -> ()"
 
@@ -32,11 +33,12 @@ LENT: dict[int, Callable[[], Tensor]] = {}
 
 def adopt(
     planes: Sequence[Tensor],  # of every parameter in turn: those of theta, then of the rule's other slots
-    seen: Tensor,  # [parameters, 2] int64: the version that theta had after its last step; whether an edit was told
+    seen: Tensor,  # [parameters, 4] int64: the version that theta had after its last step; whether an edit was told
     names: Sequence[str],
     strategy: str,
     backend: str,
     every: bool = False,  # look at all parameters: some writes no counter sees
+    compiled: bool = False,  # a compiled step counts versions up before it runs, by as much as `seen` says
 ) -> dict[int, int]:
     """Derive theta's other planes anew where they do not fit. Before a step, which will add 1 to each version.
 
@@ -45,9 +47,10 @@ def adopt(
     """
     width = len(planes) // max(len(names), 1)
     versions = list(map(_version, planes[::width])) if names else []
-    expected = seen[:, 0].tolist()
+    ahead = seen[:, AHEAD] * compiled
+    expected = (seen[:, VERSION] + ahead).tolist()
     if versions == expected and not every:
-        seen[:, 0] += 1
+        seen[:, VERSION] += ahead + 1
         return {}
     known = Strategy.parse(strategy)
     thetas = [planes[k : k + len(known.formats[0].dtypes)] for k in range(0, len(planes), width)]
@@ -58,11 +61,28 @@ def adopt(
         for piece in pieces(thetas[k]) if count else ():
             for plane, value in zip(piece[1:], fitted(known.formats[0], piece)[0][1:], strict=True):
                 plane.copy_(value)
-    new = [k for k, count in counts.items() if count and not seen[k, 1]]
+    new = [k for k, count in counts.items() if count and not seen[k, TOLD]]
     tell([(names[k], counts[k], thetas[k][0].numel()) for k in new])
-    seen[new, 1] = 1
-    seen[:, 0] = torch.tensor(versions, device="cpu") + 1
+    seen[new, TOLD] = 1
+    seen[:, VERSION] = _column(versions) + 1
     return counts
+
+
+def _column(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def traced(thetas: Sequence[Tensor], seen: Tensor) -> None:
+    """Note the versions while a step is being compiled: its first run follows with no edit in between."""
+    seen[:, TRACED] = _column(list(map(_version, thetas)))
+
+
+def _adopt_(planes: Sequence[Tensor], seen: Tensor, names: Sequence[str], strategy: str, backend: str) -> None:
+    """`adopt` in a compiled step. By how much it counts versions up before it runs shows when it runs first."""
+    if bool((seen[:, TRACED] >= 0).all()):
+        now = _column(list(map(_version, planes[:: len(planes) // len(names)])))
+        seen[:, AHEAD], seen[:, TRACED] = now - seen[:, TRACED], UNSEEN
+    adopt(planes, seen, names, strategy, backend, compiled=True)
 
 
 def _misfits(strategy: Strategy, backend: str, thetas: Sequence[Planes], looked: Iterable[int]) -> dict[int, int]:
@@ -99,10 +119,6 @@ def require_own(params: Iterable[Tensor], what: str) -> None:
     """Raise RuntimeError while an average stands in for one of the parameters."""
     if LENT and any(id(param) in LENT for param in params):
         raise RuntimeError(f"{what} inside averaged(): the model has the average now; do it after the with block")
-
-
-def _adopt_(planes: Sequence[Tensor], seen: Tensor, names: Sequence[str], strategy: str, backend: str) -> None:
-    adopt(planes, seen, names, strategy, backend)
 
 
 torch.library.define(NAME, SCHEMA)

@@ -57,7 +57,7 @@ class EMA:
         self.steps += 1
         for name, param in self.params.items():
             theta = local(param.detach()).float()
-            weight = torch.tensor(rounded(1.0 - self.decay, torch.float32), device=theta.device)
+            weight = torch.tensor(rounded(1.0 - self.decay, torch.float32), dtype=torch.float32, device=theta.device)
             average = self.format.load(self.planes[name], torch.float32)
             moved = average.grown(weight * (theta - average.value))
             bits = None

@@ -96,9 +96,9 @@ def adopt(
             continue
         strategy, name = strategy_of(entry), entry.name
         if saved_name != name:
-            name += f"' (saved as '{saved_name})"
+            name += f" (saved as {saved_name})"
         if isinstance(theirs.get("step"), int | float):  # so in old releases of torch, and by hand
-            theirs = {**theirs, "step": torch.tensor(theirs["step"], device="cpu")}
+            theirs = {**theirs, "step": torch.tensor(theirs["step"], dtype=torch.float64, device="cpu")}
         if "strategy" not in saved["param_groups"][entry.group_index]:
             theirs = state.from_torch(rule, strategy, entry.param, theirs, (live or {}).get(entry.param, {}), name)
         state.check(rule, strategy, entry.param, theirs, name)

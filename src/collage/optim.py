@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, ClassVar
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from collage import backends, calls, edits, loading, state
+from collage import admission, backends, calls, edits, loading, state
 from collage.backends import operator  # noqa: F401  (defines torch.ops.collage.step_)
 from collage.calls import Call, Roster, Seen
 from collage.monitor import Monitor
@@ -22,11 +18,7 @@ from collage.rules import Rule
 from collage.shadow import Item
 from collage.sharding import local, local_gradients, placed
 from collage.state import Entry, Group
-from collage.strategies import STRATEGIES, Strategy
-
-log = logging.getLogger("collage")
-
-_stepped_last: dict[int, Callable[[], PrecisionOptimizer | None]] = {}  # by seed: of those with unnamed parameters
+from collage.strategies import Strategy
 
 
 class PrecisionOptimizer(torch.optim.Optimizer):
@@ -35,69 +27,27 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     rule: ClassVar[Rule]
     _in_float32: int | None = None  # how many parameters were, when they were last looked at
 
-    def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
+    def __init__(self, params: Any, defaults: dict[str, Any], backend: str, cast: bool) -> None:
         self.backend = backend
+        self._cast = False
         self.monitors: list[Monitor] = []
         self._forget()
         backends.require(backend)
         super().__init__(params, defaults)
-        self._require_low_precision()
+        if cast:
+            admission.cast(self.rule, admission.to_be_cast(list(self.entries())), self.state)
+            self._cast = True
+        self._in_float32 = admission.require_low_precision(list(self.entries()), before=None)
         self._warn_of_fallback()
+
+    def _warn_of_fallback(self) -> None:
+        if self.backend == "auto":
+            admission.warn_of_fallback({entry.param.device for entry in self.entries()})
 
     def _forget(self) -> None:
         """Check every tensor anew at the next step."""
         self._rosters: dict[tuple[int, bool], Roster] = {}
         self._seen: MutableMapping[Tensor, Seen] = WeakIdKeyDictionary()
-
-    def _require_low_precision(self) -> None:
-        """Raise ValueError if the strategy has no weight to work on: now, or when dtypes have changed since."""
-        trained = [entry for entry in self.entries() if entry.param.requires_grad]
-        full = [e for e in trained if self.strategy_of(e).dtype != Strategy.parse(e.group["strategy"]).dtype]
-        if full and len(full) == len(trained):
-            self._refuse_float32(full)
-        elif len(full) != self._in_float32:
-            log.info("%d of %d parameters are float32 and are updated in float32", len(full), len(trained))
-        self._in_float32 = len(full)
-
-    def _refuse_float32(self, full: Sequence[Entry]) -> None:
-        strategy, low = full[0].group["strategy"], state.name_of(Strategy.parse(full[0].group["strategy"]).dtype)
-        frozen = {entry.param.dtype for entry in self.entries() if not entry.param.requires_grad} - {torch.float32}
-        what = f"all {len(full)} trainable parameters are float32, and strategy '{strategy}' trains {low} ones"
-        if frozen:  # adapters
-            _warn(
-                f"{what}: they are updated in float32. For adapters in {low} cast them (PEFT: "
-                "autocast_adapter_dtype=False), or say strategy='fp32'"
-            )
-        elif self._in_float32 is None:
-            raise ValueError(
-                f"params: {what}. Load the model in {low} (from_pretrained(..., dtype=torch.{low})), cast it (p.data = "
-                f"p.data.to(torch.{low}); PEFT's adapters: autocast_adapter_dtype=False), or use strategy='fp32'"
-            )
-        else:
-            raise ValueError(
-                f"params: {what}. They were cast after the optimizer was made: model.float(), or a framework that "
-                f"prepares models in mixed precision (Accelerate: mixed_precision='no'). Keep them in {low}, or use "
-                "strategy='fp32'"
-            )
-
-    def _warn_of_fallback(self) -> None:
-        for device in {entry.param.device for entry in self.entries()} if self.backend == "auto" else ():
-            reason = backends.missing(backends.fastest(device))
-            if reason:
-                _warn(f"no kernels for {device.type}, so steps take the slow reference backend: {reason}")
-
-    def _warn_of_shared_bits(self) -> None:
-        """Unnamed parameters draw random bits by position: optimizers that step in turns draw the same."""
-        for group in self.param_groups:
-            if group.get("param_names") or not Strategy.parse(group["strategy"]).stochastic:
-                continue
-            last = _stepped_last.get(group["seed"], lambda: None)()
-            if last not in (None, self) and self._rosters:
-                _warn(
-                    "unnamed parameters of two optimizers round stochastically with one seed, so they draw the same "
-                    "random bits; give names (model.named_parameters(), or [(name, p)] for one), or a seed to each"
-                )
-            _stepped_last[group["seed"]] = ref(self)
 
     def entries(self) -> Iterator[Entry]:
         """Every parameter, in order, with its name (or position) and group."""
@@ -110,14 +60,10 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         return state.named(index, sum(len(earlier["params"]) for earlier in self.param_groups[:index]), group)
 
-    def strategy_of(self, entry: Entry) -> Strategy:
+    @staticmethod
+    def strategy_of(entry: Entry) -> Strategy:
         """The group's strategy; float32 parameters are updated in float32. Raises TypeError for any other dtype."""
-        strategy = Strategy.parse(entry.group["strategy"])
-        if entry.param.dtype == strategy.dtype:
-            return strategy
-        if entry.param.dtype == torch.float32:
-            return STRATEGIES["fp32"]
-        raise state.wrong_dtype(entry, strategy)
+        return admission.strategy_of(entry)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may have a strategy of its own. Raises before anything is added."""
@@ -132,9 +78,11 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                 if entry.param.requires_grad:  # of a frozen one nothing is asked until it has a gradient
                     self.strategy_of(entry)
             state.require_unique(entry.name for entry in self.entries())
+            wide = admission.to_be_cast(list(self._entries_of(group))) if self._cast else []
         except BaseException:
             self.param_groups.pop()
             raise
+        admission.cast(self.rule, wide, self.state)
 
     def _validate(self, group: Group) -> None:
         """Raise, naming the setting, for one out of range; numbers of other kinds (NumPy's) become Python's."""
@@ -159,7 +107,10 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         if not torch.compiler.is_compiling():
             calls.require_capturable(self.param_groups)
             edits.require_own((param for group in self.param_groups for param in group["params"]), "step()")
-            self._warn_of_shared_bits()
+            admission.warn_of_shared_bits(self, self.param_groups, first=not self._rosters)
+            present = set(map(id, self.param_groups))
+            for gone in [key for key in self._rosters if key[0] not in present]:
+                del self._rosters[gone]
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -185,7 +136,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                     todo.append(Call(group, in_float32, strategy, planes, grads, steps, keys, regions, seen, names))
             first += len(group["params"])
         if len(todo) == 0 and not torch.compiler.is_compiling():
-            _warn("step(): no parameter has a gradient, so nothing was updated; call backward() first")
+            admission.warn("step(): no parameter has a gradient, so nothing was updated; call backward() first")
         if len(self.monitors) > 0:
             self._step_measured(todo)
         else:
@@ -205,9 +156,9 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         lr = call.group["lr"]
         torch.ops.collage.step_(
             call.planes, call.grads, call.steps, sums,
-            lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
-            self.rule.name, call.strategy, self.backend, call.keys, call.regions, self._hyper(call.group),
-            signed(call.group["seed"]), call.group["maximize"], call.group["capturable"],
+            lr if isinstance(lr, Tensor) else calls.numbers([lr])[0], calls.numbers(self._hyper(call.group)),
+            self.rule.name, call.strategy, self.backend, call.keys, call.regions, signed(call.group["seed"]),
+            call.group["maximize"], call.group["capturable"],
         )  # fmt: skip
 
     def _step_measured(self, todo: list[Call]) -> None:
@@ -218,7 +169,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         changed: dict[str, int] = {}
         for call, rows in zip(todo, sums, strict=True):
             roster = self._rosters[id(call.group), call.in_float32]
-            items += calls.items(call, roster, self._hyper(call.group), list(rows))
+            items += calls.items(call, roster, list(map(float, self._hyper(call.group))), list(rows))
             changed |= {call.names[k]: count for k, count in self._adopt(call, every=due).items()}
         for monitor in self.monitors:
             monitor.before(items, changed)
@@ -258,14 +209,16 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             and state.accept(roster.thetas, own_grads, strategy.dtype)
         ):
             if in_float32:
-                self._require_low_precision()
+                self._in_float32 = admission.require_low_precision(list(self.entries()), self._in_float32)
             checked = self._check(group, strategy, params, own_grads)
             if roster:
                 self._seen.update(roster.known())
-            self._warn_of_cleared(strategy, fresh)
+            lost = {id(p) for p in fresh if p in self._seen and self._seen[p].address == local(p).data_ptr()}
+            admission.warn_of_cleared(strategy, [entry.name for entry in checked if id(entry.param) in lost])
             roster = self._rosters[id(group), in_float32] = Roster(strategy, first, gathered, checked, self._seen)
         if compiling:
             calls.require_compilable(gathered, len(self.monitors) > 0)
+            edits.traced(roster.thetas, roster.seen)
         planes += roster.planes
         grads += own_grads
         steps += roster.steps
@@ -302,17 +255,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             state.check_counter(values["step"], entry.name)
         return entries
 
-    def _warn_of_cleared(self, strategy: Strategy, fresh: Sequence[Tensor]) -> None:
-        """Where a state was taken away after steps, but the weights stayed, the low components went with it."""
-        lost = [p for p in fresh if p in self._seen and self._seen[p].address == local(p).data_ptr()]
-        if lost and len(strategy.formats[0].dtypes) > 1:
-            name = next(entry.name for entry in self.entries() if entry.param is lost[0])
-            _warn(
-                f"the optimizer state of '{name}' and {len(lost) - 1} more parameters was cleared after steps, and "
-                "with it the low components of these weights; opt.reset_moments() starts moments anew and keeps weights"
-            )
-
-    def _hyper(self, group: Group) -> list[float]:
+    def _hyper(self, group: Group) -> list[float | Tensor]:
         """The rule's hyper-parameters but lr, in the order that its `fold` takes them."""
         raise NotImplementedError
 
@@ -387,18 +330,14 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             monitor.meet_anew()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        return {**super().__getstate__(), "backend": self.backend, "_cast": self._cast}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_cast", False)  # saved before there was one
         self.__dict__.setdefault("monitors", [])  # torch calls this in load_state_dict too
         self._forget()
         for group in self.param_groups:
             group.setdefault("capturable", False)  # saved before there was one
         backends.require(self.backend)
         self._warn_of_fallback()
-
-
-@cache  # once for each text
-def _warn(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=5)

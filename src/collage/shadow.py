@@ -174,7 +174,7 @@ class Shadow:
             if delta is not None:
                 sampled |= self._compare(batch, delta, self._before[k])
             for run in self._beside:
-                sums = torch.zeros(1, len(reference.SUMS), dtype=torch.float64)
+                sums = torch.zeros(1, len(reference.SUMS), dtype=torch.float64, device="cpu")
                 run.step(batch, g, list(sums) if due else [])
                 if due:
                     old, sample = beside.get(str(run.strategy), ([0.0] * len(reference.SUMS), Sampled()))
@@ -195,8 +195,8 @@ class Shadow:
         values = [fmt.value(planes) for fmt, planes in zip(formats, slots, strict=True)]
         intended = delta.double()
         terms = torch.cat([self._moments(values, batch), torch.stack([intended * arrived, intended * intended])])
-        sizes = torch.tensor([self._sample(item.share.grad).numel() for item in batch], device=delta.device)
-        owner = torch.repeat_interleave(torch.arange(len(batch), device=delta.device), sizes)
+        sizes = [self._sample(item.share.grad).numel() for item in batch]
+        owner = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device=delta.device))
         totals = torch.zeros(len(terms), len(batch), dtype=torch.float64, device=delta.device)
         totals.index_add_(1, owner, terms)
         return {item.name: Sampled(*own) for item, own in zip(batch, totals.T.tolist(), strict=True)}

@@ -93,6 +93,15 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     state |= fresh
 
 
+def cast(rule: Rule, strategy: Strategy, param: Tensor, state: State, capturable: bool) -> None:
+    """Cast a float32 parameter to the strategy's dtype, in place; its other planes keep what that cuts off."""
+    full = param.detach()
+    param.data, param.grad = torch.empty_like(full, dtype=strategy.dtype), None
+    initialise(rule, strategy, param, state, capturable)
+    for source, *planes in pieces((full, *slots(rule, strategy, param, state)[0])):
+        write(planes, split(strategy.formats[0], source))
+
+
 def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> int:
     """Derive theta's other planes from the parameter as it is now. Returns how many elements that changed."""
     changed = 0
@@ -186,21 +195,6 @@ def name_of(dtype: torch.dtype) -> str:
 
 def dtype_of(tensor: Tensor) -> str:
     return name_of(tensor.dtype)
-
-
-def wrong_dtype(entry: Entry, strategy: Strategy) -> TypeError:
-    """What to do about a parameter that trains, and that no strategy of its group can update."""
-    found, wanted = entry.param.dtype, name_of(strategy.dtype)
-    cast = f"cast it, p.data = p.data.to(torch.{wanted})"
-    if found.is_complex:
-        fix = "no strategy takes complex numbers; leave it to an optimizer of torch"
-    elif found.itemsize == 1:
-        fix = "is it a quantised weight? Then freeze it, p.requires_grad_(False), and train adapters"
-    elif found == torch.float64:
-        fix = f"{cast}, which drops most of its bits, or leave it to an optimizer of torch"
-    else:
-        fix = f"{cast}, or choose a strategy for {name_of(found)}"
-    return TypeError(f"param '{entry.name}': strategy '{strategy}' needs {wanted}, got {name_of(found)}; {fix}")
 
 
 def number(key: str, x: Any) -> float:

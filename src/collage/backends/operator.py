@@ -1,7 +1,7 @@
 """The torch operator that every step goes through: ``torch.ops.collage.step_``.
 
-It reads ``step`` and ``lr`` from tensors and folds the constants itself, so that a compiled step is one opaque call
-that neither breaks the graph nor, with a tensor ``lr``, compiles anew when the learning rate moves.
+It reads ``step``, ``lr`` and the rule's other settings from tensors and folds the constants itself, so that a compiled
+step is one opaque call that neither breaks the graph nor compiles anew when a schedule moves them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ _device, _dtype, _is_cpu = map(attrgetter, ("device", "dtype", "is_cpu"))
 
 NAME = "collage::step_"
 SCHEMA = (
-    "(Tensor(a!)[] planes, Tensor[] grads, Tensor(b!)[] steps, Tensor(c!) sums, Tensor lr, str rule, "
-    "str strategy, str backend, int[] keys, int[] regions, float[] hyper, int seed, bool maximize, "
-    "bool capturable) -> ()"
+    "(Tensor(a!)[] planes, Tensor[] grads, Tensor(b!)[] steps, Tensor(c!) sums, Tensor lr, Tensor hyper, str rule, "
+    "str strategy, str backend, int[] keys, int[] regions, int seed, bool maximize, bool capturable) -> ()"
 )
 
 
@@ -36,12 +35,12 @@ def step_(
     steps: Sequence[Tensor],  # 0-d int64: how many each parameter has made; counted up
     sums: Tensor,  # [parameters, 5] float64: reference.SUMS are added; [0, 5]: not measured
     lr: Tensor,  # 0-d
+    hyper: Tensor,  # [rule's] float64, on the CPU
     rule: str,
     strategy: str,
     backend: str,
     keys: Sequence[int],  # of the parameters' random bits, as signed 64-bit; or none
     regions: Sequence[int],  # per parameter: dims, sizes, starts, strides; or none, where nothing is sharded
-    hyper: Sequence[float],
     seed: int,  # signed 64-bit
     maximize: bool,
     capturable: bool,  # read t and lr where they are, if the backend can: nothing waits for the device
@@ -52,7 +51,7 @@ def step_(
     on_device = capturable and all(chosen.FOLDS_ON_DEVICE for chosen in backends.values())
     numbers = _count_up(steps, on_device)
     whole = Batch(
-        RULES[rule], Strategy.parse(strategy), lr if on_device else float(lr), tuple(hyper), maximize, seed % 2**64,
+        RULES[rule], Strategy.parse(strategy), lr if on_device else float(lr), hyper.tolist(), maximize, seed % 2**64,
         planes, grads, numbers, [key % 2**64 for key in keys], _regions(regions),
         list(sums), steps if on_device else (),
     )  # fmt: skip

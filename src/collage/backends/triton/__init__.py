@@ -50,7 +50,7 @@ def step(batch: Batch) -> None:
     if measured:
         totals = _to(device, torch.stack(list(batch.sums)))
         with _current(device):
-            walk.add_up[(len(batch.grads),)](sums, _to(device, torch.tensor(first)), totals)
+            walk.add_up[(len(batch.grads),)](sums, _to(device, _table_of(first)), totals)
         for own, total in zip(batch.sums, totals.cpu(), strict=True):
             own.copy_(total)
 
@@ -110,7 +110,7 @@ def _kept_owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
 
 
 def _make_owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
-    return _to(device, torch.repeat_interleave(torch.tensor(first).diff()).to(torch.int32))
+    return _to(device, torch.repeat_interleave(_table_of(first).diff()).to(torch.int32))
 
 
 def _compiled_for(batch: Batch, *wanted: str) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def _folded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     rows = {step: batch.constants(step).row() for step in set(batch.steps)}
     streams = bases(batch.seed, batch.steps, batch.keys) if batch.keys else []
     return (
-        _to(device, torch.tensor([rows[step] for step in batch.steps], dtype=torch.float32)),
-        _to(device, torch.tensor(list(map(signed, streams)), dtype=torch.int64)),
+        _to(device, _table_of([rows[step] for step in batch.steps], torch.float32)),
+        _to(device, _table_of(list(map(signed, streams)))),
     )
 
 
@@ -140,11 +140,11 @@ def _fold(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     constants = torch.empty(n, batch.rule.constants, dtype=torch.float32, device=device)
     streams = torch.empty(n if batch.keys else 0, dtype=torch.int64, device=device)
     tables = (
-        torch.tensor([counter.data_ptr() for counter in batch.counters]),
-        torch.tensor(list(map(signed, batch.keys)), dtype=torch.int64),
-        torch.tensor([signed(mix64(batch.seed))]),
-        torch.as_tensor(batch.lr, dtype=torch.float64),
-        torch.tensor(list(batch.hyper), dtype=torch.float64),
+        _table_of([counter.data_ptr() for counter in batch.counters]),
+        _table_of(list(map(signed, batch.keys))),
+        _table_of([signed(mix64(batch.seed))]),
+        batch.lr.double() if isinstance(batch.lr, Tensor) else _table_of(batch.lr, torch.float64),
+        _table_of(list(batch.hyper), torch.float64),
     )
     with _current(device):
         fold.fold[(n,)](
@@ -159,19 +159,19 @@ def _table(batch: Batch, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     n, formats = len(batch.grads), batch.strategy.formats
     columns = [2 * slot + plane for slot, fmt in enumerate(formats) for plane in range(len(fmt.dtypes))]
     columns = columns[: len(batch.planes) // n]  # of theta alone, if there are no more
-    rows = torch.zeros(n, walk.COLUMNS.value, dtype=torch.int64)
-    rows[:, columns] = torch.tensor(list(map(Tensor.data_ptr, batch.planes))).view(n, len(columns))
-    rows[:, GRAD] = torch.tensor(list(map(Tensor.data_ptr, batch.grads)))
-    rows[:, NUMEL] = torch.tensor(list(map(Tensor.numel, batch.grads)))
-    rows[:, FIRST] = torch.tensor(first[:-1])
-    rows[:, ROW] = torch.arange(n)
+    rows = torch.zeros(n, walk.COLUMNS.value, dtype=torch.int64, device="cpu")
+    rows[:, columns] = _table_of(list(map(Tensor.data_ptr, batch.planes))).view(n, len(columns))
+    rows[:, GRAD] = _table_of(list(map(Tensor.data_ptr, batch.grads)))
+    rows[:, NUMEL] = _table_of(list(map(Tensor.numel, batch.grads)))
+    rows[:, FIRST] = _table_of(first[:-1])
+    rows[:, ROW] = _table_of(range(n))
     rows[:, ALIGNED] = (rows[:, : GRAD + 1] % 16 == 0).all(1).long()
     shapes: list[int] = [0]
     if batch.regions or not all(map(Tensor.is_contiguous, (*batch.planes, *batch.grads))):
         for k, row in enumerate(rows):
             in_memory, region = _layout(batch, k, columns), batch.regions[k] if batch.regions else None
             _describe(row, in_memory, *(_place(region) if region else (0, [])), shapes)
-    return rows, torch.tensor(shapes)
+    return rows, _table_of(shapes)
 
 
 def _describe(row: Tensor, layout: list[int], offset: int, place: list[int], shapes: list[int]) -> None:
@@ -226,6 +226,11 @@ def _capturing(device: torch.device) -> bool:
 
 
 _kept: list[Tensor] = []  # what captured graphs read again at every replay
+
+
+def _table_of(numbers: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A table on the host, whatever torch's default device and dtype are."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 
 def _to(device: torch.device, table: Tensor) -> Tensor:

@@ -1,0 +1,154 @@
+"""What an optimizer lets in: weights of which dtypes, cast or not, and what it says of those it finds strange."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import cache
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from collage import backends, state
+from collage.rules import Rule
+from collage.sharding import any_dtensor
+from collage.state import Entry, Group, State
+from collage.strategies import STRATEGIES, Strategy
+
+log = logging.getLogger("collage")
+
+_stepped_last: dict[int, Callable[[], object]] = {}  # by seed: the optimizer with unnamed parameters that did
+
+
+def strategy_of(entry: Entry) -> Strategy:
+    """The group's strategy; float32 parameters are updated in float32. Raises TypeError for any other dtype."""
+    strategy = Strategy.parse(entry.group["strategy"])
+    if entry.param.dtype == strategy.dtype:
+        return strategy
+    if entry.param.dtype == torch.float32:
+        return STRATEGIES["fp32"]
+    raise _wrong_dtype(entry, strategy)
+
+
+def _wrong_dtype(entry: Entry, strategy: Strategy) -> TypeError:
+    found, wanted = entry.param.dtype, state.name_of(strategy.dtype)
+    cast = f"cast it, p.data = p.data.to(torch.{wanted})"
+    if found.is_complex:
+        fix = "no strategy takes complex numbers; leave it to an optimizer of torch"
+    elif found.itemsize == 1:
+        fix = "is it a quantised weight? Then freeze it, p.requires_grad_(False), and train adapters"
+    elif found == torch.float64:
+        fix = f"{cast}, which drops most of its bits, or leave it to an optimizer of torch"
+    else:
+        fix = f"{cast}, or choose a strategy for {state.name_of(found)}"
+    return TypeError(f"param '{entry.name}': strategy '{strategy}' needs {wanted}, got {state.name_of(found)}; {fix}")
+
+
+def require_low_precision(entries: Sequence[Entry], before: int | None) -> int:
+    """How many of the parameters that train are float32 under a strategy for narrower ones.
+
+    Args:
+        before: how many there were when this was last asked; None: never.
+
+    Raises:
+        ValueError: all are, so that the strategy has nothing to work on. (Beside frozen low ones it is a warning.)
+    """
+    trained = [entry for entry in entries if entry.param.requires_grad]
+    full = [entry for entry in trained if strategy_of(entry).dtype != Strategy.parse(entry.group["strategy"]).dtype]
+    if full and len(full) == len(trained):
+        _refuse_float32(full, {e.param.dtype for e in entries if not e.param.requires_grad}, later=before is not None)
+    elif len(full) != (before or 0):
+        log.info("%d of %d parameters are float32 and are updated in float32", len(full), len(trained))
+    return len(full)
+
+
+def _refuse_float32(full: Sequence[Entry], frozen: set[torch.dtype], later: bool) -> None:
+    strategy = Strategy.parse(full[0].group["strategy"])
+    low = state.name_of(strategy.dtype)
+    what = f"all {len(full)} trainable parameters are float32, and strategy '{strategy}' trains {low} ones"
+    if frozen - {torch.float32}:
+        warn(
+            f"{what}: they are updated in float32. For adapters in {low} cast them (autocast_adapter_dtype=False), "
+            "or say cast=True; for float32 ones say strategy='fp32'"
+        )
+    elif later:
+        raise ValueError(
+            f"params: {what}. They were cast after the optimizer was made: model.float(), or a framework that prepares "
+            f"models in mixed precision (Accelerate: mixed_precision='no'). Keep them in {low}, or use strategy='fp32'"
+        )
+    else:
+        raise ValueError(
+            f"params: {what}. Say cast=True, which keeps what the cast cuts off; or load the model in {low} "
+            f"(from_pretrained(..., dtype=torch.{low}); PEFT's adapters: autocast_adapter_dtype=False), or use "
+            "strategy='fp32'"
+        )
+
+
+def to_be_cast(entries: Sequence[Entry]) -> list[Entry]:
+    """The float32 parameters that train under a strategy for narrower ones. Raises ValueError if one cannot be cast."""
+    wide = [
+        entry
+        for entry in entries
+        if entry.param.requires_grad
+        and entry.param.dtype == torch.float32 != Strategy.parse(entry.group["strategy"]).dtype
+    ]
+    places: dict[int, str] = {}
+    for name, param in ((entry.name, entry.param) for entry in wide):
+        if any_dtensor([param]):
+            raise ValueError(
+                f"param '{name}': cast=True cannot cast a DTensor; cast the model before it is sharded, "
+                "collage.to_bf16(model), and then collage.load_high_precision_state_dict(model, optimizer, full)"
+            )
+        other = places.setdefault(param.untyped_storage().data_ptr(), name) if param.numel() else name
+        if other != name:
+            raise ValueError(
+                f"param '{name}': cast=True would part it from '{other}', with which it shares memory; give them "
+                "memory of their own, p.data = p.data.clone(), or use collage.to_bf16(model)"
+            )
+    return wide
+
+
+def cast(rule: Rule, wide: Sequence[Entry], states: MutableMapping[Tensor, State]) -> None:
+    """Cast these parameters, one at a time."""
+    for entry in wide:
+        strategy = Strategy.parse(entry.group["strategy"])
+        state.cast(rule, strategy, entry.param, states[entry.param], entry.group["capturable"])
+
+
+def warn_of_fallback(devices: set[torch.device]) -> None:
+    """Say where there are no kernels."""
+    for device in devices:
+        reason = backends.missing(backends.fastest(device))
+        if reason:
+            warn(f"no kernels for {device.type}, so steps take the slow reference backend: {reason}")
+
+
+def warn_of_shared_bits(optimizer: object, groups: Sequence[Group], first: bool) -> None:
+    """Unnamed parameters draw random bits by position: optimizers that step in turns draw the same."""
+    for group in groups:
+        if group.get("param_names") or not Strategy.parse(group["strategy"]).stochastic:
+            continue
+        last = _stepped_last.get(group["seed"], lambda: None)()
+        if last not in (None, optimizer) and not first:
+            warn(
+                "unnamed parameters of two optimizers round stochastically with one seed, so they draw the same "
+                "random bits; give names (model.named_parameters(), or [(name, p)] for one), or a seed to each"
+            )
+        _stepped_last[group["seed"]] = ref(optimizer)
+
+
+def warn_of_cleared(strategy: Strategy, lost: Sequence[str]) -> None:
+    """Where states were taken away after steps, and the weights stayed, their low components went with them."""
+    if lost and len(strategy.formats[0].dtypes) > 1:
+        warn(
+            f"the optimizer state of '{lost[0]}' and {len(lost) - 1} more parameters was cleared after steps, and with "
+            "it the low components of these weights; opt.reset_moments() starts moments anew and keeps weights"
+        )
+
+
+@cache  # once for each text
+def warn(text: str) -> None:
+    """Say it once."""
+    warnings.warn(text, RuntimeWarning, stacklevel=6)
