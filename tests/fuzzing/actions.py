@@ -162,7 +162,9 @@ def more_random(w):
 
 def add_group(w):
     if len(w.opt.param_groups) < 4:
-        w.opt.add_param_group(w.new_group())
+        group = w.new_group()
+        with w.casting():
+            w.opt.add_param_group(group)
         w.ema = None
 
 

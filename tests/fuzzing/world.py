@@ -15,7 +15,7 @@ from torch import nn
 import collage
 from collage.strategies import STRATEGIES, Strategy
 from fuzzing.edits import EDITS
-from fuzzing.expected import Book, Hyper, Sums, derived, judge
+from fuzzing.expected import Book, Hyper, Sums, derived, judge, require, stored, value
 
 SHAPES = [(), (1,), (5,), (8,), (64,), (0,), (0, 3), (3, 0), (7, 5), (3, 4, 5), (33, 31), (1025,), (2049,)]
 LARGE = (150, 301)  # more than one chunk of the reference and than one thread's share of a kernel
@@ -31,8 +31,10 @@ class World:
         self.named, self.made = rng.random() < 0.8, 0
         self.model, self.books, self.saved, self.ema = nn.Module(), {}, None, None
         self.mon = self.calls = self.every = self.sums = None
-        groups = [self.new_group() for _ in range(rng.choice([1, 1, 2]))]
-        self.opt = collage.AdamW(groups, backend=rng.choice(["auto", "auto", "reference"]), **settings(rng))
+        cast, backend = rng.random() < 0.15, rng.choice(["auto", "auto", "reference"])
+        groups = [self.new_group(cast) for _ in range(rng.choice([1, 1, 2]))]
+        with self.casting():
+            self.opt = collage.AdamW(groups, backend=backend, cast=cast, **settings(rng))
         trail(", ".join(f"{g['strategy']} {[tuple(p.shape) for p in g['params']]}" for g in self.opt.param_groups))
 
     # ---- parameters
@@ -40,19 +42,32 @@ class World:
     def normal(self, shape, scale=1.0):
         return torch.randn(shape, generator=self.g) * scale
 
-    def new_group(self):
+    @contextmanager
+    def casting(self):
+        """What the body casts keeps its value, as well as its format can hold it."""
+        wide = {key: p.detach().double() for key, p in self.params() if p.dtype == F32}
+        yield
+        for key, want in wide.items():
+            p = self.model.get_parameter(key)
+            if p.dtype != F32:
+                now = self.planes(p)
+                off = stored(self.strategy_of(p), "param", now)
+                require(key, "cast value", value("param", now), want, off, want.isfinite())
+                self.wrote(key)
+
+    def new_group(self, wide=False):
         """A group of one to three parameters, laid out in one of several ways, as the constructor takes it."""
         name = self.rng.choice(list(STRATEGIES))
         shapes = [self.rng.choice(SHAPES) for _ in range(self.rng.randint(1, 3))]
         shapes += [LARGE] * (self.rng.random() < 0.05)
         scale = self.rng.choice([1.0, 1.0, 0.02, 1e-4, 100.0, 0.0])
-        data = [self.normal(shape, scale).to(STRATEGIES[name].dtype) for shape in shapes]
+        data = [self.normal(shape, scale).to(F32 if wide else STRATEGIES[name].dtype) for shape in shapes]
         layout = self.rng.choice(["plain", "plain", "turned", "gaps", "flat", "ones"])
         if layout == "turned":
             data = [x.t().contiguous().t() if x.dim() == 2 else x for x in data]
         elif layout == "gaps":
             data = [torch.stack([x, x], dim=-1)[..., 0] for x in data]
-        elif layout == "flat":
+        elif layout == "flat" and not wide:
             whole, sizes = torch.cat([x.flatten() for x in data]), [x.numel() for x in data]
             data = [part.view(x.shape) for part, x in zip(whole.split(sizes), data, strict=True)]
         elif layout == "ones":
