@@ -3,6 +3,7 @@
 PYTHON ?= python3
 JOBS   ?= 2
 T      ?=
+SECONDS ?= 60
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,7 +16,7 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses $(JOBS)
 
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all sanitize bench gpu lint check fix clean
+.PHONY: help setup demo test test-all fuzz sanitize bench gpu lint check fix clean
 
 help: ## list these targets
 	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,17 +33,21 @@ test: $(READY) ## run the tests that CI runs
 test-all: $(READY) ## run all tests, the slow and exhaustive ones too
 	$(PYTEST) -m "" $(T)
 
+fuzz: $(READY) ## run random sequences of steps, edits, loads and moves against a float64 model (SECONDS=60)
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
+
 lint: $(READY) ## check format, lint and types; edits nothing
 	$(BIN)/ruff format --check --quiet . || { echo "make fix formats these"; exit 1; }
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --no-error-summary
 
-sanitize: $(READY) ## run the kernels' tests under AddressSanitizer and UBSan
+sanitize: $(READY) ## run the kernels' tests and the fuzzer under AddressSanitizer and UBSan
 	cmake -S . -B $(SANITIZED) -DCOLLAGE_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
 	cmake --build $(SANITIZED) --parallel $(JOBS) > /dev/null
-	COLLAGE_NATIVE=$(SANITIZED) LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest tests/test_backends.py $(T)
+	export COLLAGE_NATIVE=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"; \
+		$(BIN)/python -m pytest tests/test_backends.py $(T) && $(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 bench: $(READY) ## time a step of the optimizer against others and against the memory's limit
 	$(BIN)/collage bench
