@@ -81,14 +81,14 @@ def gather(
 class Seen(NamedTuple):
     """A parameter after its last step: where it lay, its version, and whether an edit of it was told."""
 
-    memory: Any  # a weak reference to its storage, whose address another storage may have by now
-    address: int
-    version: int
-    told: int
+    memory: Any = None  # a weak reference to its storage, whose address another storage may have by now
+    address: int = 0
+    version: int = edits.UNSEEN
+    told: int = 0
 
     def lies_in(self, tensor: Tensor) -> bool:
         """Whether a tensor is where the parameter was."""
-        return self.address == tensor.data_ptr() and not self.memory.expired()
+        return self.memory is not None and self.address == tensor.data_ptr() and not self.memory.expired()
 
 
 class Roster:
@@ -116,9 +116,8 @@ class Roster:
         self.thetas = self.planes[:: width - 1]
         rows: list[list[int]] = []
         for param, theta in zip(params, self.thetas, strict=True):
-            last = seen.get(param)
-            version = last.version if last and last.lies_in(theta) else edits.UNSEEN
-            rows.append([version, last.told if last else 0, edits.UNSEEN, 0])
+            last = seen.get(param, Seen())
+            rows.append([last.version if last.lies_in(theta) else edits.UNSEEN, last.told, edits.UNSEEN, 0])
         self.seen = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
         self._memory = [_weak(theta.untyped_storage()) for theta in self.thetas]
 

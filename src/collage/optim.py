@@ -285,7 +285,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         rows = {e.param: row for r in self._rosters.values() for e, row in zip(r.entries, r.seen, strict=True)}
         new = []
         for entry, count, numel in found:
-            last, row = self._seen.get(entry.param, Seen(0, edits.UNSEEN, 0)), rows.get(entry.param)
+            last, row = self._seen.get(entry.param, Seen()), rows.get(entry.param)
             if not (last.told if row is None else row[edits.TOLD]):
                 new.append((entry.name, count, numel))
             if row is not None:
@@ -301,8 +301,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         anew what no longer fits. It is for writes that no version counter sees (``p.data.mul_()``, a replayed CUDA
         graph), and for dropping every low component on purpose. A monitor counts them as ``edited``.
         """
+        edits.require_own((entry.param for entry in self.entries()), "resync()")
         entries = [entry for entry in self.entries() if self.state.get(entry.param)]
-        edits.require_own((entry.param for entry in entries), "resync()")
         changed = {
             entry.name: state.resync(self.rule, self.strategy_of(entry), entry.param, self.state[entry.param])
             for entry in entries
