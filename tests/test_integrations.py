@@ -260,6 +260,19 @@ def test_training_goes_on_from_the_best_model(tmp_path: Path, strategy: str) -> 
         assert (p.detach() - best[name]).abs().max() < 0.05, name
 
 
+def test_a_trainer_casts_a_float32_model_and_keeps_what_the_cast_cuts_off(tmp_path: Path) -> None:
+    built = model().float()
+    for p in built.parameters():
+        p.data += 2.0**-12 * p.data  # bits that bfloat16 has no room for
+    full = {name: p.detach().clone() for name, p in built.named_parameters()}
+    run = trainer(tmp_path, by_name("fp32-master", cast=True, lr=0.0), built)
+    run.train()
+    assert {p.dtype for p in built.parameters()} == {torch.bfloat16}
+    kept = collage.high_precision_state_dict(built, run.optimizer)
+    for name, value in full.items():
+        assert torch.equal(kept[name], value), name
+
+
 def test_a_parameter_that_no_optimizer_has_is_refused(tmp_path: Path) -> None:
     """A resumed adapter, or a resized embedding, is another tensor than the optimizer's."""
     built = model()

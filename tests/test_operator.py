@@ -143,6 +143,20 @@ def test_a_monitored_step_does_not_compile_silently():
         torch.compile(opt.step, fullgraph=True, backend="eager")()
 
 
+def test_a_refusal_inside_a_compiled_step_stands_in_the_first_line():
+    """torch wraps what an optimizer raises while it is traced; what to do must not be looked for."""
+    p = nn.Parameter(torch.ones(8).bfloat16())
+    opt = collage.AdamW([("w", p)])
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.state[p]["exp_avg"] = torch.zeros(8)
+    for fullgraph in (True, False):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="exp_avg") as refused:
+            torch.compile(opt.step, fullgraph=fullgraph, backend="eager")()
+        assert "ValueError: param 'w': strategy 'collage-plus' keeps" in str(refused.value).splitlines()[0]
+
+
 def test_without_kernels_auto_warns_once_and_steps_on_the_reference(monkeypatch):
     from collage import admission
     from collage.backends import cpu

@@ -115,9 +115,12 @@ class Roster:
         self.names = [entry.name for entry in entries]
         self.thetas = self.planes[:: width - 1]
         rows: list[list[int]] = []
+        self.stayed: set[int] = set()  # ids of the parameters that are where they were at their last step
         for param, theta in zip(params, self.thetas, strict=True):
             last = seen.get(param, Seen())
-            rows.append([last.version if last.lies_in(theta) else edits.UNSEEN, last.told, edits.UNSEEN, 0])
+            if last.lies_in(theta):
+                self.stayed.add(id(param))
+            rows.append([last.version if id(param) in self.stayed else edits.UNSEEN, last.told, edits.UNSEEN, 0])
         self.seen = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
         self._memory = [_weak(theta.untyped_storage()) for theta in self.thetas]
 

@@ -16,7 +16,7 @@ from collage.monitor import Monitor
 from collage.rng import signed
 from collage.rules import Rule
 from collage.shadow import Item
-from collage.sharding import local, local_gradients, placed
+from collage.sharding import local_gradients, placed
 from collage.state import Entry, Group
 from collage.strategies import Strategy
 
@@ -111,7 +111,6 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """
         if not torch.compiler.is_compiling():
             calls.require_capturable(self.param_groups)
-            self._fresh = []
             edits.require_own((param for group in self.param_groups for param in group["params"]), "step()")
             admission.warn_of_shared_bits(self, self.param_groups, first=not self._rosters)
             present = set(map(id, self.param_groups))
@@ -203,6 +202,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
         torch.compile knows this method's name: it runs it where it would trace another, and guards what it returned.
         """
+        if not first and not in_float32:  # the first call of a step
+            self._fresh = []
         strategy = calls.strategy_of(group, in_float32)
         params = calls.chosen(group, in_float32) if strategy else []
         if strategy is None or not params:
@@ -218,18 +219,17 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         ):
             try:
                 wide = admission.require_low_precision(list(self.entries()), self._in_float32) if in_float32 else 0
-                checked = self._check(group, strategy, params, own_grads)
+                entries = self._check(group, strategy, params, own_grads)
+                self._seen.update(roster.known() if roster else {})
+                roster = Roster(strategy, first, gathered, entries, self._seen)
             except BaseException:
                 for param in self._fresh:  # a refused step leaves no state behind
                     self.state.pop(param, None)
                 raise
-            if in_float32:
-                self._count_float32(wide)
-            if roster:
-                self._seen.update(roster.known())
-            lost = {id(p) for p in fresh if p in self._seen and self._seen[p].lies_in(local(p))}
-            admission.warn_of_cleared(strategy, [entry.name for entry in checked if id(entry.param) in lost])
-            roster = self._rosters[id(group), in_float32] = Roster(strategy, first, gathered, checked, self._seen)
+            self._rosters[id(group), in_float32] = roster
+            self._count_float32(wide if in_float32 else self._in_float32 or 0)
+            lost = roster.stayed & set(map(id, fresh))
+            admission.warn_of_cleared(strategy, [entry.name for entry in entries if id(entry.param) in lost])
         if compiling:
             calls.require_compilable(gathered, len(self.monitors) > 0)
             edits.traced(roster.thetas, roster.seen)
