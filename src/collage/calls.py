@@ -121,13 +121,13 @@ class Roster:
             if last.lies_in(theta):
                 self.stayed.add(id(param))
             rows.append([last.version if id(param) in self.stayed else edits.UNSEEN, last.told, edits.UNSEEN, 0])
-        self.seen = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
+        self.seen = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4).T.contiguous()
         self._memory = [_weak(theta.untyped_storage()) for theta in self.thetas]
 
     def known(self) -> Iterator[tuple[Tensor, Seen]]:
         """What is known of each parameter after its last step."""
         width = len(self.planes) // max(len(self.entries), 1)
-        columns = self.entries, self._memory, self._facts[0][::width], self.seen.tolist()
+        columns = self.entries, self._memory, self._facts[0][::width], self.seen.T.tolist()
         for entry, memory, address, row in zip(*columns, strict=True):
             yield entry.param, Seen(memory, address, row[edits.VERSION], row[edits.TOLD])
 

@@ -23,7 +23,7 @@ log = logging.getLogger("collage")
 _version = attrgetter("_version")
 
 UNSEEN = -1
-VERSION, TOLD, TRACED, AHEAD = range(4)  # columns of `seen`
+VERSION, TOLD, TRACED, AHEAD = range(4)  # rows of `seen`
 NAME = "collage::adopt_"
 SCHEMA = "(Tensor(a!)[] planes, Tensor(b!) seen, str[] names, str strategy, str backend) -> ()"
 
@@ -34,7 +34,7 @@ LENT_AT: set[int] = set()  # where those parameters lie, which is all that a com
 
 def adopt(
     planes: Sequence[Tensor],  # of every parameter in turn: those of theta, then of the rule's other slots
-    seen: Tensor,  # [parameters, 4] int64: the version that theta had after its last step; whether an edit was told
+    seen: Tensor,  # [4, parameters] int64: the version that theta had after its last step; whether an edit was told
     names: Sequence[str],
     strategy: str,
     backend: str,
@@ -48,10 +48,10 @@ def adopt(
     """
     width = len(planes) // max(len(names), 1)
     versions = list(map(_version, planes[::width])) if names else []
-    ahead = seen[:, AHEAD] * compiled
-    expected = (seen[:, VERSION] + ahead).tolist()
+    expected = (seen[VERSION] + seen[AHEAD] if compiled else seen[VERSION]).tolist()
     if versions == expected and not every:
-        seen[:, VERSION] += ahead
+        if compiled:
+            seen[VERSION].add_(seen[AHEAD])
         return {}
     known = Strategy.parse(strategy)
     thetas = [planes[k : k + len(known.formats[0].dtypes)] for k in range(0, len(planes), width)]
@@ -62,34 +62,34 @@ def adopt(
         for piece in pieces(thetas[k]) if count else ():
             for plane, value in zip(piece[1:], fitted(known.formats[0], piece)[0][1:], strict=True):
                 plane.copy_(value)
-    new = [k for k, count in counts.items() if count and not seen[k, TOLD]]
+    new = [k for k, count in counts.items() if count and not seen[TOLD, k]]
     tell([(names[k], counts[k], thetas[k][0].numel()) for k in new])
-    seen[new, TOLD] = 1
-    seen[:, VERSION] = _column(versions)
+    seen[TOLD, new] = 1
+    seen[VERSION] = _row(versions)
     return counts
 
 
 def advance(seen: Tensor) -> None:
     """After a step that was made: it has added 1 to each version."""
-    seen[:, VERSION] += 1
+    seen[VERSION].add_(1)
 
 
-def _column(numbers: Sequence[int]) -> Tensor:
+def _row(numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def traced(thetas: Sequence[Tensor], seen: Tensor) -> None:
     """Note the versions while a step is being compiled: its first run follows with no edit in between."""
-    seen[:, TRACED] = _column(list(map(_version, thetas)))
+    seen[TRACED] = _row(list(map(_version, thetas)))
 
 
 def _adopt_(planes: Sequence[Tensor], seen: Tensor, names: Sequence[str], strategy: str, backend: str) -> None:
     """`adopt` in a compiled step. By how much it counts versions up before it runs shows when it runs first."""
     if LENT_AT and not LENT_AT.isdisjoint(map(Tensor.data_ptr, planes)):
         raise RuntimeError(_LENT.format("step()"))
-    if bool((seen[:, TRACED] >= 0).all()):
-        now = _column(list(map(_version, planes[:: len(planes) // len(names)])))
-        seen[:, AHEAD], seen[:, TRACED] = now - seen[:, TRACED], UNSEEN
+    if bool((seen[TRACED] >= 0).all()):
+        now = _row(list(map(_version, planes[:: len(planes) // len(names)])))
+        seen[AHEAD], seen[TRACED] = now - seen[TRACED], UNSEEN
     adopt(planes, seen, names, strategy, backend, compiled=True)
 
 

@@ -282,7 +282,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def tell(self, found: Iterable[tuple[Entry, int, int]]) -> None:
         """Say of which parameters others changed (so many elements of so many); of each once, steps included."""
-        rows = {e.param: row for r in self._rosters.values() for e, row in zip(r.entries, r.seen, strict=True)}
+        rows = {e.param: row for r in self._rosters.values() for e, row in zip(r.entries, r.seen.T, strict=True)}
         new = []
         for entry, count, numel in found:
             last, row = self._seen.get(entry.param, Seen()), rows.get(entry.param)
