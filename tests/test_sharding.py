@@ -30,6 +30,11 @@ def train(made: nn.Module, backend: str, strategy: str) -> tuple[collage.AdamW, 
         made(x).square().mean().backward()
         opt.step()
         opt.zero_grad()
+        if step == 2:  # an edit is seen by the version of the local tensor
+            with torch.no_grad():
+                made[0].weight.mul_(2.0**-10)
+    edited = monitor.report().by_parameter["0.weight"].edited
+    assert edited > 0, "the edit was not seen"
     return opt, monitor.report().total.edq_ratio
 
 
