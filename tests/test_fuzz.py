@@ -59,6 +59,7 @@ def test_the_model_knows_a_right_step_from_a_wrong_one(strategy):
             judge("w", STRATEGIES[strategy], book, after | planes, grad, HYPER, looked=True, sums=None)
 
 
+@pytest.mark.filterwarnings("ignore")  # what a sequence does is worth a warning
 def test_a_planted_bug_is_found(monkeypatch):
     """A step that does not look whether others have changed the weights."""
     monkeypatch.setattr(edits, "adopt", lambda *_: {})
@@ -72,6 +73,7 @@ def test_a_planted_bug_is_found(monkeypatch):
         search()
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_sequence_is_its_seed():
     """The same actions and the same bits, however often."""
     trails = [[], []]
