@@ -146,6 +146,23 @@ class Roster:
         )  # fmt: skip
 
 
+def check(rule: Rule, strategy: Strategy, entry: Entry, grad: Tensor, values: State) -> None:
+    """Raise, naming the parameter, what is wrong with its gradient (this rank's part) or its state."""
+    state.check_gradient(entry, grad)
+    if not suits(rule, strategy, entry.param, values):
+        changed = (
+            "; was its dtype or its strategy changed since it last stepped? Change it back, or make a new optimizer"
+        )
+        if values:
+            state.check(rule, strategy, entry.param, values, entry.name, hint=changed)
+        raise ValueError(
+            f"param '{entry.name}': it and its optimizer state need memory on one device ({entry.param.device}), "
+            "placed alike, every element its own; some of it is elsewhere, freed, or expanded. "
+            "opt.load_state_dict(opt.state_dict()) moves a state to its parameter"
+        )
+    state.check_counter(values["step"], entry.name)
+
+
 def suits(rule: Rule, strategy: Strategy, param: Tensor, values: State) -> bool:
     """Whether a parameter and its state are this strategy's, with memory on one device, every element its own."""
     keys, dtypes = _layout(rule, strategy)

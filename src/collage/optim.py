@@ -248,25 +248,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         entries = [entry for entry in self._entries_of(group) if id(entry.param) in stepping]
         for entry, grad in zip(entries, grads, strict=True):
             self.strategy_of(entry)
-            state.check_gradient(entry, grad)
-            values = self.state[entry.param]
-            if not calls.suits(self.rule, strategy, entry.param, values):
-                if values:
-                    state.check(
-                        self.rule,
-                        strategy,
-                        entry.param,
-                        values,
-                        entry.name,
-                        "; was its dtype or its "
-                        "strategy changed since it last stepped? Change it back, or make a new optimizer",
-                    )
-                raise ValueError(
-                    f"param '{entry.name}': it and its optimizer state need memory on one device "
-                    f"({entry.param.device}), placed alike, every element its own; some of it is elsewhere, freed, or "
-                    "expanded. opt.load_state_dict(opt.state_dict()) moves a state to its parameter"
-                )
-            state.check_counter(values["step"], entry.name)
+            calls.check(self.rule, strategy, entry, grad, self.state[entry.param])
         return entries
 
     def _hyper(self, group: Group) -> list[float | Tensor]:

@@ -95,11 +95,13 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
 
 def cast(rule: Rule, strategy: Strategy, param: Tensor, state: State, capturable: bool) -> None:
     """Cast a float32 parameter to the strategy's dtype, in place; its other planes keep what that cuts off."""
-    full = param.detach()
-    param.data, param.grad = torch.empty_like(full, dtype=strategy.dtype), None
-    initialise(rule, strategy, param, state, capturable)
-    for source, *planes in pieces((full, *slots(rule, strategy, param, state)[0])):
+    low = torch.empty_like(param.detach(), dtype=strategy.dtype)
+    fresh: State = {}
+    initialise(rule, strategy, low, fresh, capturable)
+    for source, *planes in pieces((param.detach(), *slots(rule, strategy, low, fresh)[0])):
         write(planes, split(strategy.formats[0], source))
+    param.data, param.grad = low, None
+    state |= fresh
 
 
 def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> int:
