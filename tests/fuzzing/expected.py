@@ -196,8 +196,9 @@ def judge(
     starts = (value("param", before), value("param", derived(before)))
     found = []
     for start in starts:
-        delta = -(q + w * start)
-        delta_off = q_off + 5 * u * (w * start).abs() + 2 * u * delta.abs() + tiny
+        read = hi if paper else start  # in bf16 arithmetic the rule reads theta's high component
+        delta = -(q + w * read)
+        delta_off = q_off + 5 * u * (w * read).abs() + 2 * u * delta.abs() + tiny
         off = delta_off + stored(strategy, "param", after) + TINY[after["param"].dtype]
         off = off + 2.0**-50 * start.abs()  # float64 rounds too
         if "param_kahan" in after:
