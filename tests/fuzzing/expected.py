@@ -206,6 +206,7 @@ def judge(
             off = off + 2 * u * (delta.abs() + (start - hi).abs() + moved + lo)
         elif not paper or "param_lo" in after:
             off = off + 4 * (u * u if paper else u) * (start.abs() + delta.abs())
+            off = off + (2 * u * (start - hi).abs() if paper else 0)  # lo + e rounds, and lo may be an old one
         found.append((start + delta, off, delta, delta_off))
     kept, fresh = found
     take = allowed[0] & (((new - kept[0]).abs() <= kept[1]) | ~allowed[1])
