@@ -93,7 +93,7 @@ def test_a_weight_beyond_the_range_is_refused():
     model = nn.Linear(4, 2)
     with torch.no_grad():
         model.bias[1] = -7e4
-    with pytest.raises(ValueError, match=r"param 'bias': -70000 is beyond float16's .*, 65504; use collage.to_bf16"):
+    with pytest.raises(ValueError, match=r"param 'bias': -70000 is beyond float16's .*, 65504; use bfloat16"):
         collage.to_fp16(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with torch.no_grad():

@@ -412,8 +412,11 @@ def test_several_optimizers():
 def test_trained_weights_without_an_optimizer_do_not_lose_their_tails_in_silence(caplog):
     model = model_of()
     opt = collage.AdamW([(n, p) for n, p in model.named_parameters() if n.startswith("2.")])
+    with pytest.raises(ValueError, match=r"has none of '0.weight' and 3 more, which are trained, .* give every optim"):
+        collage.high_precision_state_dict(model, opt)
+    rest = collage.AdamW([(n, p) for n, p in model.named_parameters() if not n.startswith("2.")])
     full = {key: value * (1 + 2.0**-12) if value.is_floating_point() else value for key, value in
-            collage.high_precision_state_dict(model, opt).items()}  # fmt: skip
+            collage.high_precision_state_dict(model, [opt, rest]).items()}  # fmt: skip
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"has none of '0.weight' and 2 more, which are trained, .* give every optim"):
         collage.load_high_precision_state_dict(model, opt, full)

@@ -186,6 +186,19 @@ def test_another_memory_at_the_same_address_is_another_memory():
     assert (w.detach().float() - 5.0).abs().max() < 0.05
 
 
+def test_another_order_of_the_same_memory_is_an_edit():
+    """Transposed in place: neither address nor version moves, and the low components are of other elements."""
+    w = nn.Parameter(torch.tensor([[1.0, 1.001], [1e-6, 1.0]]))
+    opt = collage.AdamW([("w", w)], lr=0.0, cast=True)
+    w.grad = torch.ones_like(w)
+    opt.step()
+    w.data, w.grad = w.data.t(), None
+    w.grad = torch.ones_like(w)
+    before = w.detach().clone()
+    opt.step()
+    assert (w.detach()[0, 1] - before[0, 1]).abs() < 1e-8
+
+
 def test_the_shadow_follows_an_edit():
     """Otherwise its decay would go on from the old weights, and edq_shadow with it."""
     params, opt = setup("fp32-master", lr=1e-3, weight_decay=0.5)

@@ -14,7 +14,7 @@ from oracle import assert_same_bits
 from torch import nn
 
 import collage
-from collage import admission
+from collage import saying
 from collage.strategies import STRATEGIES
 
 LOW = [name for name, s in STRATEGIES.items() if s.dtype == torch.bfloat16]
@@ -22,7 +22,7 @@ LOW = [name for name, s in STRATEGIES.items() if s.dtype == torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def _say_everything_again():
-    admission.warn.cache_clear()
+    saying.warn_once.cache_clear()
 
 
 def weight(shape=(8,), dtype=torch.bfloat16, seed=0, **kwargs):
@@ -212,13 +212,46 @@ def test_cast_takes_groups_added_later_ties_and_strides_and_leaves_the_rest():
 def test_cast_refuses_before_anything_is_cast():
     buffer = torch.zeros(10)
     x, y, z = nn.Parameter(buffer[:5]), nn.Parameter(buffer[5:]), weight(dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"param 'y': cast=True would part it from 'x', with which it shares memory"):
+    with pytest.raises(ValueError, match=r"param 'x': cast=True would part it from 'y', with which it shares memory"):
         collage.AdamW([("z", z), ("x", x), ("y", y)], cast=True)
     with pytest.raises(ValueError, match="eps"):
         collage.AdamW([{"params": [("z", z)]}, {"params": [("x", x)], "eps": -1}], cast=True)
     with pytest.raises(TypeError, match="got float64"):
         collage.AdamW([("z", z), ("x", weight(dtype=torch.float64))], cast=True)
     assert {p.dtype for p in (x, y, z)} == {torch.float32}
+
+
+def test_cast_refuses_what_it_would_part_or_make_infinite_and_is_no_setting_of_a_group():
+    shared = torch.zeros(4)
+    x, frozen = nn.Parameter(shared), nn.Parameter(shared, requires_grad=False)
+    with pytest.raises(ValueError, match=r"param 'x': cast=True would part it from 'frozen'"):
+        collage.AdamW([("x", x), ("frozen", frozen)], cast=True)
+    huge, halves = nn.Parameter(torch.tensor([1.0, 3.4e38])), collage.Strategy("fp16", "fp32", "fp32")
+    with pytest.raises(ValueError, match=r"param 'w': 3.4e\+38 is beyond bfloat16's largest number"):
+        collage.AdamW([("w", huge)], cast=True)
+    with pytest.raises(ValueError, match=r"param 'w': 100000 is beyond float16's largest number, 65504; use bfloat16"):
+        collage.AdamW([("w", nn.Parameter(torch.tensor([1e5])))], cast=True, strategy=halves)
+    for cast in (True, False):
+        with pytest.raises(ValueError, match="cast: one for the whole optimizer"):
+            collage.AdamW([{"params": [("w", weight())], "cast": cast}])
+    assert {p.dtype for p in (x, frozen, huge)} == {torch.float32}
+
+
+@pytest.mark.parametrize("state", ["torch's", "without this parameter"])
+def test_a_state_without_steps_leaves_what_a_cast_cut_off(state):
+    """Neither side has stepped with the parameter: the low components stay, as when torch's state has steps."""
+    w, x = nn.Parameter(torch.full((4,), 1.001)), weight(dtype=torch.float32)
+    theirs = torch.optim.AdamW([("w", w), ("x", x)]).state_dict()
+    if state != "torch's":
+        other = collage.AdamW([("w", weight((4,))), ("x", (y := weight()))])
+        give(y)
+        other.step()
+        theirs = other.state_dict()
+        assert list(theirs["state"]) == [1]
+    opt = collage.AdamW([("w", w), ("x", x)], cast=True)
+    opt.load_state_dict(theirs)
+    full = collage.high_precision_state_dict(nn.ParameterDict({"w": w, "x": x}), opt)
+    assert full["w"][0].item() == pytest.approx(1.001, rel=2.0**-16)  # half an ulp of the pair
 
 
 # States by name
@@ -357,6 +390,23 @@ def test_a_state_without_a_later_setting_and_with_an_int_step_loads():
     other.step()
 
 
+@pytest.mark.parametrize("start", [1 / 3, 0.1])
+def test_a_schedule_may_end_a_rounding_below_zero(start):
+    """LinearLR multiplies its way down to end_factor=0, and ends at -1e-20 as often as not."""
+    w = weight()
+    opt = collage.AdamW([("w", w)], lr=1e-3)
+    below = 0
+    for total in range(2, 60):
+        opt.param_groups[0]["lr"] = opt.param_groups[0]["initial_lr"] = 1e-3
+        schedule = torch.optim.lr_scheduler.LinearLR(opt, start_factor=start, end_factor=0.0, total_iters=total)
+        for _ in range(total + 1):
+            give(w)
+            opt.step()
+            schedule.step()
+        below += opt.param_groups[0]["lr"] < 0
+    assert below > 0
+
+
 def test_a_step_without_any_gradient_says_so_once():
     opt = collage.AdamW([("w", weight())])
     with pytest.warns(RuntimeWarning, match="no parameter has a gradient"):
@@ -407,6 +457,29 @@ def test_a_layer_taken_out_of_a_group_is_an_error_that_says_how():
         opt.step()
     del opt.param_groups[0]["param_names"][0]
     opt.step()
+
+
+def test_a_resized_weight_is_named_by_all_that_read_its_state():
+    emb = nn.Embedding(4, 8).bfloat16()
+    opt = collage.AdamW(emb.named_parameters())
+    give(emb.weight)
+    opt.step()
+    emb.weight.data, emb.weight.grad = torch.ones(6, 8).bfloat16(), None
+    for read in (
+        opt.resync,
+        lambda: collage.high_precision_state_dict(emb, opt),
+        lambda: collage.load_high_precision_state_dict(emb, opt, {"weight": torch.ones(6, 8)}),
+        lambda: collage.EMA(emb, 0.9, optimizer=opt),
+    ):
+        with pytest.raises(ValueError, match=r"param 'weight': param_lo has shape \(4, 8\), .* start its state anew"):
+            read()
+
+
+def test_warnings_point_at_the_users_line():
+    opt = collage.AdamW([("w", weight())])
+    with pytest.warns(RuntimeWarning, match="no parameter has a gradient") as told:
+        opt.step()
+    assert told[0].filename == __file__
 
 
 # One optimizer per parameter

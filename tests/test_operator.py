@@ -95,6 +95,55 @@ def test_a_compiled_step_has_eagers_bits_and_compiles_once_or_twice(strategy, sc
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("strategy", ["collage-plus", "fp32"])
+def test_a_compiled_step_refuses_other_dtypes_and_sizes_than_it_was_compiled_for(strategy):
+    """torch looks at sizes (an AssertionError of its own) and not at dtypes, and kernels read raw memory."""
+    dtype = STRATEGIES[strategy].dtype
+    p = nn.Parameter(torch.ones(64, 64).to(dtype))
+    opt = collage.AdamW([("w", p)], strategy=strategy)
+    torch._dynamo.reset()
+    step = torch.compile(opt.step)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        step()
+    others = (p.data.bfloat16() if dtype == torch.float32 else p.data.float(), p.data[:, :7].clone(), p.data[:8])
+    for other in others:
+        kept, p.grad = p.data, None
+        p.data = other
+        p.grad = torch.ones_like(p)
+        before = p.detach().clone()
+        cast = other.dtype != dtype
+        with pytest.raises(ValueError if cast else AssertionError, match=r"param 'w': .* cast" if cast else "size"):
+            step()
+        assert_same_bits("w", p.detach(), before)
+        p.grad, p.data = None, kept
+    p.grad = torch.ones_like(p)
+    step()
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore:changed outside the optimizer")
+def test_a_compiled_step_sees_another_address():
+    """Pruning and vector_to_parameters write `p.data = ...`, which moves no version."""
+    results = []
+    for compiled in (False, True):
+        w = nn.Parameter(torch.full((4,), 1.001))
+        opt = collage.AdamW([("w", w)], lr=1e-9, cast=True)
+        torch._dynamo.reset()
+        step = torch.compile(opt.step) if compiled else opt.step
+        for t in range(6):
+            w.grad = torch.ones_like(w)
+            if t in (2, 4):
+                kept = w.data  # so that the address is another
+                w.data = torch.full_like(w.data, 1e-6)
+            step()
+        results.append(w.detach())
+        del kept
+    assert_same_bits("w", *results)
+    assert (results[0] < 1e-5).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.filterwarnings("ignore:changed outside the optimizer")
 def test_a_compiled_step_sees_edits_and_looks_at_nothing_else(monkeypatch):
     """It counts versions up before it runs, and learns by how much."""
@@ -158,12 +207,12 @@ def test_a_refusal_inside_a_compiled_step_stands_in_the_first_line():
 
 
 def test_without_kernels_auto_warns_once_and_steps_on_the_reference(monkeypatch):
-    from collage import admission
+    from collage import saying
     from collage.backends import cpu
 
     p = nn.Parameter(torch.ones(8).bfloat16())
     monkeypatch.setattr(cpu, "native", None)
-    admission.warn.cache_clear()
+    saying.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="slow reference backend.*compiler"):
         opt = collage.AdamW([p], lr=0.1)
     collage.AdamW([p])  # no second warning: here it would be an error

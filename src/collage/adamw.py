@@ -13,6 +13,8 @@ from collage.rules.adamw import ADAMW
 from collage.state import Group, number, without_foreign
 from collage.strategies import Strategy
 
+ROUNDED = 1e-12  # what a schedule may end below 0 (LinearLR to end_factor=0, by its recursion): it moves nothing
+
 
 class AdamW(PrecisionOptimizer):
     """AdamW on low-precision weights without a float32 copy: Collage (Yu et al. 2024), Algorithm 2.
@@ -25,8 +27,8 @@ class AdamW(PrecisionOptimizer):
 
     Args:
         params: ``model.named_parameters()`` (names make reports and errors readable), ``model.parameters()``, or
-            groups, each of which may set any argument below but ``backend``. Bfloat16; float32 ones among them are
-            updated in float32.
+            groups, each of which may set any argument below but ``cast`` and ``backend``. Bfloat16; float32 ones among
+            them are updated in float32.
         lr: learning rate, a float or a 0-d tensor.
         betas: decay rates of the two moments, in [0, 1).
         eps: added to the root of the second moment.
@@ -87,7 +89,8 @@ class AdamW(PrecisionOptimizer):
             if isinstance(group[key], Tensor) and group[key].numel() != 1:
                 raise ValueError(f"{key}: a tensor needs one element, got shape {tuple(group[key].shape)}")
             elsewhere = isinstance(group[key], Tensor) and group[key].device.type != "cpu"  # reading it would wait
-            if not elsewhere and not 0.0 <= float(group[key]) < math.inf:
+            least = -ROUNDED if key == "lr" else 0.0
+            if not elsewhere and not least <= float(group[key]) < math.inf:
                 raise ValueError(f"{key}: needs a finite number >= 0, got {group[key]}")
         betas = tuple(beta if isinstance(beta, Tensor) else number("betas", beta) for beta in group["betas"])
         if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):

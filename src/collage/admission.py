@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, MutableMapping, Sequence
-from functools import cache
 from weakref import ref
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from collage import backends, state
 from collage.rules import Rule
+from collage.saying import several, warn_once
 from collage.sharding import any_dtensor
 from collage.state import Entry, Group, State
 from collage.strategies import STRATEGIES, Strategy
@@ -67,7 +66,10 @@ def tell_of_float32(now: int, before: int | None) -> None:
     if before is None and now:
         log.info("%d parameters are float32 and are updated in float32", now)
     elif now > (before or 0):
-        warn(f"{now} parameters are float32 and are updated in float32; there were {before}: did a framework cast?")
+        warn_once(
+            f"{now} parameters are float32 and are updated in float32; there were {before}: did a "
+            "framework cast some, or were they unfrozen? cast=True casts what trains when it is added"
+        )
 
 
 def _refuse_float32(full: Sequence[Entry], frozen: set[torch.dtype], later: bool) -> None:
@@ -75,7 +77,7 @@ def _refuse_float32(full: Sequence[Entry], frozen: set[torch.dtype], later: bool
     low = state.name_of(strategy.dtype)
     what = f"all {len(full)} trainable parameters are float32, and strategy '{strategy}' trains {low} ones"
     if frozen - {torch.float32}:
-        warn(
+        warn_once(
             f"{what}: they are updated in float32. For adapters in {low} cast them (autocast_adapter_dtype=False), "
             "or say cast=True; for float32 ones say strategy='fp32'"
         )
@@ -93,26 +95,33 @@ def _refuse_float32(full: Sequence[Entry], frozen: set[torch.dtype], later: bool
 
 
 def to_be_cast(entries: Sequence[Entry]) -> list[Entry]:
-    """The float32 parameters that train under a strategy for narrower ones. Raises ValueError if one cannot be cast."""
+    """The float32 parameters that train under a strategy for narrower ones. Raises ValueError if one cannot be cast.
+
+    entries: all of the optimizer's that are there so far.
+    """
     wide = [
         entry
         for entry in entries
         if entry.param.requires_grad
         and entry.param.dtype == torch.float32 != Strategy.parse(entry.group["strategy"]).dtype
     ]
-    places: dict[int, str] = {}
-    for name, param in ((entry.name, entry.param) for entry in wide):
+    users: dict[int, list[Entry]] = {}
+    for entry in entries:
+        if not any_dtensor([entry.param]) and entry.param.numel():
+            users.setdefault(entry.param.untyped_storage().data_ptr(), []).append(entry)
+    for name, param, group in ((entry.name, entry.param, entry.group) for entry in wide):
         if any_dtensor([param]):
             raise ValueError(
                 f"param '{name}': cast=True cannot cast a DTensor; cast the model before it is sharded, "
                 "collage.to_bf16(model), and then collage.load_high_precision_state_dict(model, optimizer, full)"
             )
-        other = places.setdefault(param.untyped_storage().data_ptr(), name) if param.numel() else name
-        if other != name:
+        sharing = users[param.untyped_storage().data_ptr()] if param.numel() else []
+        for other in (other for other in sharing if other.param is not param):
             raise ValueError(
-                f"param '{name}': cast=True would part it from '{other}', with which it shares memory; give them "
+                f"param '{name}': cast=True would part it from '{other.name}', with which it shares memory; give them "
                 "memory of their own, p.data = p.data.clone(), or use collage.to_bf16(model)"
             )
+        state.require_finite(name, param.detach(), Strategy.parse(group["strategy"]).dtype)
     return wide
 
 
@@ -128,7 +137,7 @@ def warn_of_fallback(devices: set[torch.device]) -> None:
     for device in devices:
         reason = backends.missing(backends.fastest(device))
         if reason:
-            warn(f"no kernels for {device.type}, so steps take the slow reference backend: {reason}")
+            warn_once(f"no kernels for {device.type}, so steps take the slow reference backend: {reason}")
 
 
 def warn_of_shared_bits(optimizer: object, groups: Sequence[Group], first: bool) -> None:
@@ -138,7 +147,7 @@ def warn_of_shared_bits(optimizer: object, groups: Sequence[Group], first: bool)
             continue
         last = _stepped_last.get(group["seed"], lambda: None)()
         if last not in (None, optimizer) and not first:
-            warn(
+            warn_once(
                 "unnamed parameters of two optimizers round stochastically with one seed, so they draw the same "
                 "random bits; give names (model.named_parameters(), or [(name, p)] for one), or a seed to each"
             )
@@ -148,13 +157,7 @@ def warn_of_shared_bits(optimizer: object, groups: Sequence[Group], first: bool)
 def warn_of_cleared(strategy: Strategy, lost: Sequence[str]) -> None:
     """Where states were taken away after steps, and the weights stayed, their low components went with them."""
     if lost and len(strategy.formats[0].dtypes) > 1:
-        warn(
-            f"the optimizer state of '{lost[0]}' and {len(lost) - 1} more parameters was cleared after steps, and with "
-            "it the low components of these weights; opt.reset_moments() starts moments anew and keeps weights"
+        warn_once(
+            f"the optimizer state of {several(list(lost), 'parameters')} was cleared after steps, and with it the low "
+            "components of these weights; opt.reset_moments() starts moments anew and keeps weights"
         )
-
-
-@cache  # once for each text
-def warn(text: str) -> None:
-    """Say it once."""
-    warnings.warn(text, RuntimeWarning, stacklevel=6)

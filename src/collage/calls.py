@@ -82,13 +82,17 @@ class Seen(NamedTuple):
     """A parameter after its last step: where it lay, its version, and whether an edit of it was told."""
 
     memory: Any = None  # a weak reference to its storage, whose address another storage may have by now
-    address: int = 0
+    place: tuple[Any, ...] = ()
     version: int = edits.UNSEEN
     told: int = 0
 
     def lies_in(self, tensor: Tensor) -> bool:
         """Whether a tensor is where the parameter was."""
-        return self.memory is not None and self.address == tensor.data_ptr() and not self.memory.expired()
+        return self.memory is not None and self.place == _place(tensor) and not self.memory.expired()
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 class Roster:
@@ -120,22 +124,20 @@ class Roster:
             last = seen.get(param, Seen())
             if last.lies_in(theta):
                 self.stayed.add(id(param))
-            rows.append([last.version if id(param) in self.stayed else edits.UNSEEN, last.told, edits.UNSEEN, 0])
-        self.seen = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4).T.contiguous()
-        self._memory = [_weak(theta.untyped_storage()) for theta in self.thetas]
+            rows.append([last.version if id(param) in self.stayed else edits.UNSEEN, last.told, edits.UNSEEN, 0, 0])
+        self.seen = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 5).T.contiguous()
+        self._memory = [(_weak(theta.untyped_storage()), _place(theta)) for theta in self.thetas]
 
     def known(self) -> Iterator[tuple[Tensor, Seen]]:
         """What is known of each parameter after its last step."""
-        width = len(self.planes) // max(len(self.entries), 1)
-        columns = self.entries, self._memory, self._facts[0][::width], self.seen.T.tolist()
-        for entry, memory, address, row in zip(*columns, strict=True):
-            yield entry.param, Seen(memory, address, row[edits.VERSION], row[edits.TOLD])
+        for entry, memory, row in zip(self.entries, self._memory, self.seen.T.tolist(), strict=True):
+            yield entry.param, Seen(*memory, row[edits.VERSION], row[edits.TOLD])
 
     def holds(self, strategy: Strategy, first: int, params: Sequence[Tensor], gathered: list[Any]) -> bool:
         """Whether these are the tensors that were checked, where they were."""
         same = (strategy, first) == self._of and len(gathered) == len(self._gathered)
         same = same and all(map(is_, gathered, self._gathered)) and self._now(params) == self._facts
-        return same and not any(map(_weak.expired, self._memory))
+        return same and not any(memory.expired() for memory, _ in self._memory)
 
     def _now(self, params: Sequence[Tensor]) -> tuple[list[Any], ...]:
         in_order = list(map(Tensor.is_contiguous, self.planes))

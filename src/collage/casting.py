@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from collage.sharding import any_dtensor, local
+from collage.state import require_finite
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
@@ -55,7 +56,8 @@ def to_fp16(model: nn.Module) -> nn.Module:
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     params = {name: p for name, p in model.named_parameters() if p.dtype in _FLOATS - {dtype} and _is_plain(p)}
     for name, param in params.items():
-        _require_finite(name, param, dtype)
+        if not is_lazy(param):
+            require_finite(name, local(param.detach()), dtype)
     views = _views(model, params, dtype)
     for param in params.values():
         param.grad = None
@@ -78,19 +80,6 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _is_plain(param: nn.Parameter) -> bool:
     """Whether its numbers are its dtype's: a subclass other than DTensor may say bfloat16 and hold int4."""
     return is_lazy(param) or type(param.data) is Tensor or any_dtensor([param])
-
-
-def _require_finite(name: str, param: nn.Parameter, dtype: torch.dtype) -> None:
-    if is_lazy(param) or param.is_meta:
-        return
-    values = local(param.detach())
-    broken = values[values.to(dtype).isinf() & values.isfinite()]
-    if broken.numel():
-        short = str(dtype).removeprefix("torch.")
-        raise ValueError(
-            f"param '{name}': {broken[0].item():.6g} is beyond {short}'s largest number, {torch.finfo(dtype).max:g}"
-            + ("; use collage.to_bf16" if dtype == torch.float16 else "")
-        )
 
 
 def _views(model: nn.Module, params: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[Tensor, Tensor]:

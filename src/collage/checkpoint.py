@@ -35,7 +35,8 @@ def high_precision_state_dict(model: nn.Module, optimizer: Optimizers) -> dict[s
 
     Raises:
         TypeError: an optimizer of somewhere else.
-        ValueError: an optimizer of another model; trained weights that ``model.state_dict()`` does not show.
+        ValueError: an optimizer of another model; trained weights that no optimizer given has, or that
+            ``model.state_dict()`` does not show.
 
     >>> import collage
     >>> model = torch.nn.Linear(2, 1).bfloat16()
@@ -47,6 +48,12 @@ def high_precision_state_dict(model: nn.Module, optimizer: Optimizers) -> dict[s
     owned = owners(model, optimizer)
     shown = model.state_dict(keep_vars=True)
     _require_shown(model, owned, [p for p, owner in owned.items() if owner.optimizer.state.get(p)], shown)
+    alone = [name for name, p in model.named_parameters() if _may_lose(p) and p not in owned]
+    if alone:
+        raise ValueError(
+            f"optimizer: has none of {_some(alone)}, which are trained, so that what another one keeps beside them "
+            "would be left out; give every optimizer, [a, b], or freeze what none trains (requires_grad_(False))"
+        )
     misfits: dict[Tensor, int] = {}
 
     def export(param: Tensor, result: Tensor) -> None:
@@ -190,6 +197,9 @@ def _require_same(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None
         if not isinstance(value, Tensor) or value.is_floating_point() != tensor.is_floating_point():
             got = state.dtype_of(value) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"state_dict['{key}']: is {got}, the model's is {state.dtype_of(tensor)}")
+        if value.layout != torch.strided or value.is_meta:
+            kind = "on the meta device" if value.is_meta else str(value.layout)
+            raise ValueError(f"state_dict['{key}']: is {kind}; give dense numbers")
         if value.shape != tensor.shape:
             raise ValueError(
                 f"state_dict['{key}']: has shape {tuple(value.shape)}, the model's is {tuple(tensor.shape)}"

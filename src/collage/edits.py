@@ -7,7 +7,6 @@ Then the elements whose planes no longer fit (`Format.broken`) take the weight a
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from collage.backends import choose
 from collage.formats import Planes, fitted, pieces
+from collage.saying import warn
 from collage.strategies import Strategy
 
 log = logging.getLogger("collage")
@@ -23,7 +23,7 @@ log = logging.getLogger("collage")
 _version = attrgetter("_version")
 
 UNSEEN = -1
-VERSION, TOLD, TRACED, AHEAD = range(4)  # rows of `seen`
+VERSION, TOLD, TRACED, AHEAD, ADDRESS = range(5)  # rows of `seen`
 NAME = "collage::adopt_"
 SCHEMA = "(Tensor(a!)[] planes, Tensor(b!) seen, str[] names, str strategy, str backend) -> ()"
 
@@ -34,7 +34,7 @@ LENT_AT: set[int] = set()  # where those parameters lie, which is all that a com
 
 def adopt(
     planes: Sequence[Tensor],  # of every parameter in turn: those of theta, then of the rule's other slots
-    seen: Tensor,  # [4, parameters] int64: the version that theta had after its last step; whether an edit was told
+    seen: Tensor,  # [5, parameters] int64: the version that theta had after its last step; whether an edit was told
     names: Sequence[str],
     strategy: str,
     backend: str,
@@ -81,16 +81,37 @@ def _row(numbers: Sequence[int]) -> Tensor:
 def traced(thetas: Sequence[Tensor], seen: Tensor) -> None:
     """Note the versions while a step is being compiled: its first run follows with no edit in between."""
     seen[TRACED] = _row(list(map(_version, thetas)))
+    seen[ADDRESS] = _row(list(map(Tensor.data_ptr, thetas)))
 
 
 def _adopt_(planes: Sequence[Tensor], seen: Tensor, names: Sequence[str], strategy: str, backend: str) -> None:
     """`adopt` in a compiled step. By how much it counts versions up before it runs shows when it runs first."""
+    _require_as_compiled(planes, names, Strategy.parse(strategy))
+    thetas = planes[:: len(planes) // len(names)]
     if LENT_AT and not LENT_AT.isdisjoint(map(Tensor.data_ptr, planes)):
         raise RuntimeError(_LENT.format("step()"))
     if bool((seen[TRACED] >= 0).all()):
-        now = _row(list(map(_version, planes[:: len(planes) // len(names)])))
-        seen[AHEAD], seen[TRACED] = now - seen[TRACED], UNSEEN
+        seen[AHEAD], seen[TRACED] = _row(list(map(_version, thetas))) - seen[TRACED], UNSEEN
+    now = _row(list(map(Tensor.data_ptr, thetas)))
+    seen[VERSION] = torch.where(seen[ADDRESS] == now, seen[VERSION], UNSEEN)  # another place: who knows
+    seen[ADDRESS] = now
     adopt(planes, seen, names, strategy, backend, compiled=True)
+
+
+def _require_as_compiled(planes: Sequence[Tensor], names: Sequence[str], strategy: Strategy) -> None:
+    """Raise ValueError where a compiled step is run on other tensors than it was compiled for: torch does not look."""
+    dtypes = [dtype for fmt in strategy.formats for dtype in fmt.dtypes]
+    found, shapes = list(map(attrgetter("dtype"), planes)), list(map(attrgetter("shape"), planes))
+    width = len(dtypes)
+    wanted = [shape for shape in shapes[::width] for _ in dtypes]
+    if found == dtypes * len(names) and shapes == wanted:
+        return
+    k = next(k for k in range(len(planes)) if found[k] != dtypes[k % width] or shapes[k] != wanted[k])
+    raise ValueError(
+        f"param '{names[k // width]}': it or its state is {found[k]} of shape {tuple(shapes[k])}, and the step was "
+        f"compiled for {dtypes[k % width]} of shape {tuple(wanted[k])}: it was cast or resized since. Cast it back, or "
+        "make a new optimizer and compile its step"
+    )
 
 
 def _misfits(strategy: Strategy, backend: str, thetas: Sequence[Planes], looked: Iterable[int]) -> dict[int, int]:
@@ -113,11 +134,9 @@ def tell(found: Sequence[tuple[str, int, int]]) -> None:
     shown = ", ".join(f"'{name}' ({count} of {numel} weights)" for name, count, numel in found[:3])
     text = f"changed outside the optimizer: {shown}" + (f" and {len(found) - 3} more parameters" if found[3:] else "")
     if any(2 * count > numel for _, count, numel in found):
-        warnings.warn(
+        warn(
             f"{text}. These weights are taken as they are now, their low components derived anew; was another model "
-            "loaded, or a model cast, after the optimizer's state?",
-            RuntimeWarning,
-            stacklevel=2,
+            "loaded, or a model cast, after the optimizer's state?"
         )
     else:
         log.info("%s; taken as they are now", text)

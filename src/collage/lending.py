@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collage.edits import LENT, LENT_AT
+from collage.saying import warn
 from collage.sharding import local, reshard
 
 log = logging.getLogger("collage")
@@ -76,7 +76,7 @@ class _Loan:
         count = int((part != expected).sum()) if part.shape == expected.shape else part.numel()
         text = f"param '{self.name}': {count} of its {part.numel()} weights were written to inside averaged()"
         if 2 * count > part.numel():
-            warnings.warn(f"{text}; this is dropped, its own are back", RuntimeWarning, stacklevel=2)
+            warn(f"{text}; this is dropped, its own are back")
         elif count:
             log.info("%s; this is dropped", text)
 

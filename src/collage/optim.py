@@ -15,6 +15,7 @@ from collage.calls import Call, Roster, Seen
 from collage.monitor import Monitor
 from collage.rng import signed
 from collage.rules import Rule
+from collage.saying import warn_once
 from collage.shadow import Item
 from collage.sharding import local_gradients, placed
 from collage.state import Entry, Group
@@ -72,8 +73,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it may have a strategy of its own. Raises before anything is added."""
-        if "backend" in param_group:
-            raise ValueError("backend: one for the whole optimizer; give it to the constructor, not to a group")
+        for key in {"backend", "cast"} & param_group.keys():
+            raise ValueError(f"{key}: one for the whole optimizer; give it to the constructor, not to a group")
         super().add_param_group(state.without_foreign(param_group, type(self).__name__))
         group = self.param_groups[-1]
         try:
@@ -83,7 +84,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                 if entry.param.requires_grad:  # of a frozen one nothing is asked until it has a gradient
                     self.strategy_of(entry)
             state.require_unique(entry.name for entry in self.entries())
-            wide = admission.to_be_cast(list(self._entries_of(group))) if self._cast else []
+            wide = admission.to_be_cast(list(self.entries())) if self._cast else []
+            wide = [entry for entry in wide if entry.group is group]
         except BaseException:
             self.param_groups.pop()
             raise
@@ -141,7 +143,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                     todo.append(Call(group, in_float32, strategy, planes, grads, steps, keys, regions, seen, names))
             first += len(group["params"])
         if len(todo) == 0 and not torch.compiler.is_compiling():
-            admission.warn("step(): no parameter has a gradient, so nothing was updated; call backward() first")
+            warn_once("step(): no parameter has a gradient, so nothing was updated; call backward() first")
         if len(self.monitors) > 0:
             self._step_measured(todo)
         else:
@@ -260,6 +262,9 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         strategy = strategy or self.strategy_of(entry)
         if not self.state[entry.param]:
             state.initialise(self.rule, strategy, entry.param, self.state[entry.param], entry.group["capturable"])
+        for key, plane in self.state[entry.param].items():
+            if key != "step":
+                state.require_shape(key, plane, entry.param, entry.name)
         return state.slots(self.rule, strategy, entry.param, self.state[entry.param])
 
     def tell(self, found: Iterable[tuple[Entry, int, int]]) -> None:
@@ -284,7 +289,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         graph), and for dropping every low component on purpose. A monitor counts them as ``edited``.
         """
         edits.require_own((entry.param for entry in self.entries()), "resync()")
-        entries = [entry for entry in self.entries() if self.state.get(entry.param)]
+        entries = [entry for entry in self.entries() if self.state.get(entry.param) and self.planes(entry)]
         changed = {
             entry.name: state.resync(self.rule, self.strategy_of(entry), entry.param, self.state[entry.param])
             for entry in entries
@@ -317,6 +322,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """
         edits.require_own((entry.param for entry in self.entries()), "load_state_dict()")
         adopted: dict[str, Any] = {}
+        unused = {param: values for param, values in self.state.items() if values and int(values["step"]) == 0}
 
         def adopt(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             entries = list(self.entries())
@@ -335,6 +341,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                     key: placed(value.detach().to(device if own or key != "step" else "cpu", copy=True), entry.param)
                     for key, value in adopted["state"][saved_id].items()
                 }
+            elif entry.param in unused:  # it has made no step, here or there: keep what a cast has cut off
+                self.state[entry.param] = unused[entry.param]
         self._forget()
         for monitor in self.monitors:
             monitor.meet_anew()

@@ -93,6 +93,19 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     state |= fresh
 
 
+def require_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError, naming the parameter, for a finite number that would become infinite in dtype."""
+    if values.is_meta or (dtype.itemsize >= values.dtype.itemsize and dtype != torch.float16):
+        return
+    for (part,) in pieces([values]):
+        broken = part[part.to(dtype).isinf() & part.isfinite()]
+        if broken.numel():
+            raise ValueError(
+                f"param '{name}': {broken[0].item():.6g} is beyond {name_of(dtype)}'s largest number, "
+                f"{torch.finfo(dtype).max:g}" + ("; use bfloat16" if dtype == torch.float16 else "")
+            )
+
+
 def cast(rule: Rule, strategy: Strategy, param: Tensor, state: State, capturable: bool) -> None:
     """Cast a float32 parameter to the strategy's dtype, in place; its other planes keep what that cuts off."""
     low = torch.empty_like(param.detach(), dtype=strategy.dtype)

@@ -209,7 +209,8 @@ def judge(
             off = off + (2 * u * (start - hi).abs() if paper else 0)  # lo + e rounds, and lo may be an old one
         found.append((start + delta, off, delta, delta_off))
     kept, fresh = found
-    take = allowed[0] & (((new - kept[0]).abs() <= kept[1]) | ~allowed[1])
+    near = ((new - kept[0]).abs() <= kept[1]) | (new.isnan() & kept[0].isnan())
+    take = allowed[0] & (near | ~allowed[1])
     want, off, delta, delta_off = (torch.where(take, *pair) for pair in zip(kept, fresh, strict=True))
     wild |= ~(want.abs() < HUGE)
     require(name, "value", new, want, off, ~wild)

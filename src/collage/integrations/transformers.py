@@ -20,7 +20,7 @@ from collage.strategies import Strategy
 
 NEVER = 2**62  # calls of a monitor
 
-LOGGED = tuple(f.name for f in fields(Quality) if f.name not in ("steps", "nonzero"))
+LOGGED = tuple(f.name for f in fields(Quality) if f.name not in ("steps", "nonzero", "edited"))
 
 
 def by_name(strategy: str | Strategy = "collage-plus", **settings: Any) -> tuple[type[AdamW], dict[str, Any]]:
