@@ -13,7 +13,7 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"mcf", "rng", "accumulators", "formats", "strategies", "constants"}
 STEP = NUMBERS | {"rules", "backends", "sharding", "state", "loading", "shadow", "monitor"}
-LIBRARY = STEP | {"saying", "admission", "edits", "optim", "adamw", "casting", "wrap", "gradients"}
+LIBRARY = STEP | {"saying", "settings", "admission", "edits", "optim", "adamw", "casting", "wrap", "gradients"}
 LIBRARY |= {"owners", "checkpoint", "lending", "ema"}
 ALLOWED = {
     "mcf": set(),
@@ -26,15 +26,16 @@ ALLOWED = {
     "backends": NUMBERS | {"rules"},
     "sharding": {"backends"},
     "state": NUMBERS | {"rules", "sharding"},
-    "loading": NUMBERS | {"rules", "state"},
+    "loading": NUMBERS | {"rules", "settings", "state"},
     "shadow": NUMBERS | {"rules", "backends"},
     "monitor": NUMBERS | {"rules", "backends", "shadow", "state"},
     "saying": set(),
+    "settings": set(),
     "edits": NUMBERS | {"backends", "saying"},
     "calls": STEP | {"edits"},
     "admission": STEP | {"saying"},
-    "optim": STEP | {"admission", "calls", "edits", "saying"},
-    "adamw": STEP | {"optim"},
+    "optim": STEP | {"admission", "calls", "edits", "saying", "settings"},
+    "adamw": STEP | {"optim", "settings"},
     "casting": {"sharding", "state"},
     "lending": {"edits", "saying", "sharding"},
     "ema": STEP | {"edits", "lending", "owners", "checkpoint"},

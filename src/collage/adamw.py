@@ -10,7 +10,8 @@ from torch import Tensor
 
 from collage.optim import PrecisionOptimizer
 from collage.rules.adamw import ADAMW
-from collage.state import Group, number, without_foreign
+from collage.settings import number, without_foreign
+from collage.state import Group
 from collage.strategies import Strategy
 
 ROUNDED = 1e-12  # what a schedule may end below 0 (LinearLR to end_factor=0, by its recursion): it moves nothing

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from collage import state
 from collage.rules import Rule
+from collage.settings import FOREIGN
 from collage.state import Entry, Group, State
 from collage.strategies import Strategy
 
 # What torch's optimizers keep in a group and this one does not: dropped when their state is loaded.
-_TORCH_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+_TORCH_ONLY = (*FOREIGN, "capturable", "decoupled_weight_decay")
 
 
 def paired(entries: Iterable[Entry], saved: dict[str, Any]) -> list[tuple[Entry, int, str]]:

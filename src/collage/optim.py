@@ -16,6 +16,7 @@ from collage.monitor import Monitor
 from collage.rng import signed
 from collage.rules import Rule
 from collage.saying import warn_once
+from collage.settings import without_foreign
 from collage.shadow import Item
 from collage.sharding import local_gradients, placed
 from collage.state import Entry, Group
@@ -75,7 +76,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """Add a group; it may have a strategy of its own. Raises before anything is added."""
         for key in {"backend", "cast"} & param_group.keys():
             raise ValueError(f"{key}: one for the whole optimizer; give it to the constructor, not to a group")
-        super().add_param_group(state.without_foreign(param_group, type(self).__name__))
+        super().add_param_group(without_foreign(param_group, type(self).__name__))
         group = self.param_groups[-1]
         try:
             group["strategy"] = str(Strategy.parse(group["strategy"]))
@@ -219,19 +220,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             and roster.holds(strategy, first, params, gathered)
             and state.accept(roster.thetas, own_grads, strategy.dtype)
         ):
-            try:
-                wide = admission.require_low_precision(list(self.entries()), self._in_float32) if in_float32 else 0
-                entries = self._check(group, strategy, params, own_grads)
-                self._seen.update(roster.known() if roster else {})
-                roster = Roster(strategy, first, gathered, entries, self._seen)
-            except BaseException:
-                for param in self._fresh:  # a refused step leaves no state behind
-                    self.state.pop(param, None)
-                raise
-            self._rosters[id(group), in_float32] = roster
-            self._count_float32(wide if in_float32 else self._in_float32 or 0)
-            lost = roster.stayed & set(map(id, fresh))
-            admission.warn_of_cleared(strategy, [entry.name for entry in entries if id(entry.param) in lost])
+            roster = self._renew(group, first, in_float32, strategy, gathered, own_grads, roster)
         if compiling:
             calls.require_compilable(gathered, len(self.monitors) > 0)
             edits.traced(roster.thetas, roster.seen)
@@ -243,6 +232,32 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         seen.append(roster.seen)
         names += roster.names
         return str(strategy)
+
+    def _renew(
+        self,
+        group: Group,
+        first: int,
+        in_float32: bool,
+        strategy: Strategy,
+        gathered: list[Any],
+        grads: list[Tensor],
+        before: Roster | None,
+    ) -> Roster:
+        """Look at a group's parameters anew. Raises what is wrong with them, and then leaves no state behind."""
+        params = gathered[:: len(gathered) // len(grads)]
+        try:
+            wide = admission.require_low_precision(list(self.entries()), self._in_float32) if in_float32 else 0
+            entries = self._check(group, strategy, params, grads)
+            self._seen.update(before.known() if before else {})
+            roster = self._rosters[id(group), in_float32] = Roster(strategy, first, gathered, entries, self._seen)
+        except BaseException:
+            for param in self._fresh:
+                self.state.pop(param, None)
+            raise
+        self._count_float32(wide if in_float32 else self._in_float32 or 0)
+        lost = roster.stayed & set(map(id, self._fresh))
+        admission.warn_of_cleared(strategy, [entry.name for entry in entries if id(entry.param) in lost])
+        return roster
 
     def _check(self, group: Group, strategy: Strategy, params: list[Tensor], grads: list[Tensor]) -> list[Entry]:
         """Raise what is wrong with a parameter, its gradient or its state, before anything is changed."""
