@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from collage import admission, backends, calls, edits, loading, state
-from collage.backends import operator  # noqa: F401  (defines torch.ops.collage.step_)
+from collage.backends import operator
 from collage.calls import Call, Roster, Seen
 from collage.monitor import Monitor
 from collage.rng import signed
@@ -162,7 +162,9 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def _step(self, call: Call, sums: Tensor) -> None:
         lr = call.group["lr"]
-        torch.ops.collage.step_(
+        # The dispatcher converts lists of thousands of tensors, and only a compiler has to see an operator.
+        step = torch.ops.collage.step_ if torch.compiler.is_compiling() else operator.step_
+        step(
             call.planes, call.grads, call.steps, sums,
             lr if isinstance(lr, Tensor) else calls.numbers([lr])[0], calls.numbers(self._hyper(call.group)),
             self.rule.name, call.strategy, self.backend, call.keys, call.regions, signed(call.group["seed"]),

@@ -1,4 +1,4 @@
-"""The torch operator that every step goes through: ``torch.ops.collage.step_``.
+"""What every step goes through, and the torch operator that a compiled one sees: ``torch.ops.collage.step_``.
 
 It reads ``step``, ``lr`` and the rule's other settings from tensors and folds the constants itself, so that a compiled
 step is one opaque call that neither breaks the graph nor compiles anew when a schedule moves them.
