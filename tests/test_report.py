@@ -14,10 +14,10 @@ from typing import Any
 import matplotlib
 import pytest
 
-from collage.harness.plots_inside import below, by_family, edges
-from collage.harness.plotting import DARK, LIGHT, LOOKS, balanced, look, spread
-from collage.harness.report import COLUMNS, NONE, PLOTS, write_report
-from collage.harness.results import mean, percent, smooth
+from collage.harness.report.page import COLUMNS, NONE, PLOTS, write_report
+from collage.harness.report.plots_inside import below, by_family, edges
+from collage.harness.report.plotting import DARK, LIGHT, LOOKS, balanced, look, spread
+from collage.harness.report.results import mean, percent, smooth
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", "fp32-master")
 KEEPS = {"bf16": 0.07, "collage-light": 0.9931, "collage-plus": 0.9982, "fp32-master": 1.0}  # of the improvement

@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from collage import STRATEGIES
-from collage.harness import building, checkpoints, recipes, train
 from collage.harness.cli import main
-from collage.harness.config import RunConfig
-from collage.harness.recipes import RECIPES
-from collage.harness.recording import label, to_json
-from collage.harness.trainer import PrecisionTrainer, arguments
-from collage.harness.weights import read
+from collage.harness.tasks import recipes
+from collage.harness.tasks.recipes import RECIPES
+from collage.harness.tasks.weights import read
+from collage.harness.train import building, checkpoints, training
+from collage.harness.train.config import RunConfig
+from collage.harness.train.recording import label, to_json
+from collage.harness.train.trainer import PrecisionTrainer, arguments
 
 TINY = ("tiny-llama", "tiny-gpt", "tiny-bert", "tiny-roberta")
 
@@ -182,7 +183,7 @@ def test_wrong_settings_are_named(given: dict[str, Any], message: str) -> None:
 def test_a_run_learns_and_tells_all(text: str, tmp_path: Path, model: str) -> None:
     records: list[dict[str, Any]] = []
     run = config(text, tmp_path / "run", model, steps=8, eval_every=4, save_every=4, micro_batch=2)
-    result = train.run(run, record=records.append, histogram=True)
+    result = training.run(run, record=records.append, histogram=True)
     assert result.val_loss < result.initial_loss
     assert list(result.curve) == [0, 4, 8]
     assert result.to_dict()["bytes_per_param"] == STRATEGIES["collage-plus"].bytes_per_param()
@@ -201,13 +202,13 @@ def test_bytes_of_every_strategy_are_those_of_the_table(text: str, tmp_path: Pat
     run = config(text, tmp_path)
     corpus = run.corpus()
     for name, strategy in STRATEGIES.items():
-        result = train.run(config(text, tmp_path / name, strategy=name, steps=1, eval_sequences=4), corpus)
+        result = training.run(config(text, tmp_path / name, strategy=name, steps=1, eval_sequences=4), corpus)
         assert result.to_dict()["bytes_per_param"] == strategy.bytes_per_param(), name
 
 
 def test_the_monitor_does_not_change_the_run(text: str, tmp_path: Path) -> None:
     runs = [
-        train.run(config(text, tmp_path / str(k), "tiny-bert", **given)).weights
+        training.run(config(text, tmp_path / str(k), "tiny-bert", **given)).weights
         for k, given in enumerate([{"every": 1, "beside": ("bf16",)}, {"every": 50, "shadow": 0}])
     ]
     assert_identical(*runs)
@@ -216,7 +217,7 @@ def test_the_monitor_does_not_change_the_run(text: str, tmp_path: Path) -> None:
 def test_weights_to_start_from(text: str, tmp_path: Path) -> None:
     """A file of `collage train` and a transformers folder; a model of another shape is refused."""
     run = config(text, tmp_path / "a", "tiny-gpt", strategy="bf16", steps=2, save_every=2)
-    result = train.run(run)
+    result = training.run(run)
     folder = str(tmp_path / "a" / "checkpoint-2")
     again = building.model_of(run, run.corpus(), building.read_weights(folder))
     for name, p in again.named_parameters():
@@ -257,13 +258,13 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
 def test_resume_is_bit_exact(text: str, tmp_path: Path, strategy: str) -> None:
     straight = config(text, tmp_path / "straight", strategy=strategy, steps=6, save_every=3, keep=9)
     corpus = straight.corpus()
-    train.run(straight, corpus)
+    training.run(straight, corpus)
     resumed = config(text, tmp_path / "resumed", strategy=strategy, steps=6, save_every=3, resume=True, every=5)
     shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     start, skipped = checkpoints.newest_complete(resumed.out)
     assert start is not None
     assert skipped == []
-    train.run(resumed, corpus, resume=start)
+    training.run(resumed, corpus, resume=start)
     assert_identical(tensors(straight.out / "checkpoint-6"), tensors(resumed.out / "checkpoint-6"))
 
 
@@ -349,7 +350,7 @@ def test_an_unfinished_write_is_neither_resumed_from_nor_counted(text: str, tmp_
     left.mkdir(parents=True)
     (left / "model.safetensors").write_text("half")
     assert checkpoints.newest_complete(run.out) == (None, [])
-    train.run(run)
+    training.run(run)
     assert [path.name for path in checkpoints.all_in(run.out)] == ["checkpoint-3", "checkpoint-4"]
     assert not left.parent.exists()
 

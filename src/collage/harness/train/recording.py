@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from collage.harness.config import RunConfig
+from collage.harness.train.config import RunConfig
 from collage.integrations.transformers import LOGGED, EDQCallback
 from collage.monitor import Quality, jsonable
 

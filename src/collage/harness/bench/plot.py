@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from collage.harness import plotting
-from collage.harness.plotting import LIGHT, look
+from collage.harness.report import plotting
+from collage.harness.report.plotting import LIGHT, look
 
 CROP = 4.0  # bars are cut at so many times the slowest of ours
 

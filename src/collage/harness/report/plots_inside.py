@@ -12,9 +12,9 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from collage.harness.plots import STEPS, best_and_worst, draw_curves, setting
-from collage.harness.plotting import Theme, figure, label_ends, legible, look
-from collage.harness.results import REFERENCE, ULP_AT_ONE, Comparison, number, percent
+from collage.harness.report.plots import STEPS, best_and_worst, draw_curves, setting
+from collage.harness.report.plotting import Theme, figure, label_ends, legible, look
+from collage.harness.report.results import REFERENCE, ULP_AT_ONE, Comparison, number, percent
 
 ROW = 0.16  # inches, of one named row of a heat map
 FLOOR = "#d55e00"

@@ -16,12 +16,16 @@ from rich.progress import Progress
 from torch import Tensor
 
 import collage
-from collage.harness import building, checkpoints, console, options, train, train_command, verdict
-from collage.harness.config import FINETUNE_LR, RunConfig
-from collage.harness.data import Corpus, read_corpus
+from collage.harness import console, options
+from collage.harness.compare import shown, verdict
 from collage.harness.machine import machine
-from collage.harness.recording import to_json
-from collage.harness.results import METRICS, REFERENCE, SUMMARY
+from collage.harness.report.results import METRICS, REFERENCE, SUMMARY
+from collage.harness.tasks.data import Corpus, read_corpus
+from collage.harness.train import building, checkpoints, training
+from collage.harness.train.command import SETTINGS
+from collage.harness.train.config import FINETUNE_LR, RunConfig
+from collage.harness.train.options import add_run_arguments, run_config
+from collage.harness.train.recording import to_json
 from collage.strategies import STRATEGIES
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", REFERENCE)
@@ -57,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds, from --seed on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: runs/MODEL-REGIME)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison in --out")
-    options.add_run_arguments(parser)
+    add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
             results = _train_all(plan, corpora, metrics, bars)
         summary = summarise(plan, results)
         checkpoints.write_whole(out / SUMMARY, to_json(summary, indent=1))
-        console.print_comparison(screen, summary)
-        from collage.harness.report import write_report  # matplotlib takes a second
+        shown.print_comparison(screen, summary)
+        from collage.harness.report.page import write_report  # matplotlib takes a second
 
         screen.print(f"report: {write_report(out)}", highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _replaced(out: Path, overwrite: bool) -> list[Path]:
     """The files of an earlier comparison in the folder. Raises ValueError if they, or a run there, are to stay."""
-    if (out / train_command.SETTINGS).exists():
+    if (out / SETTINGS).exists():
         raise ValueError(f"--out '{out}': holds a run of collage train; choose another folder")
     found = [path for path in (out / SUMMARY, out / METRICS) if path.exists() and path.stat().st_size]
     if found and not overwrite:
@@ -114,7 +118,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     regime = "finetune" if args.finetune else "scratch"
     out = args.out or Path("runs") / f"{args.model}-{regime}"
     steps = args.steps or (FINETUNE_STEPS if args.finetune else STEPS)
-    run = options.run_config(args, out, steps=steps, eval_every=max(1, steps // 4))
+    run = run_config(args, out, steps=steps, eval_every=max(1, steps // 4))
     warm = _warm_up(args, run) if args.finetune else None
     if warm is not None:
         run = replace(run, data=tuple(args.finetune_data or ()))
@@ -159,32 +163,32 @@ def _corpora(plan: Plan, finetune_data: list[str] | None) -> tuple[Corpus, Corpu
 
 def _train_all(
     plan: Plan, corpora: tuple[Corpus, Corpus | None], metrics: TextIO, bars: Progress
-) -> list[train.RunResult]:
+) -> list[training.RunResult]:
     def record(row: dict[str, Any]) -> None:
         metrics.write(to_json(row))
         metrics.flush()
 
     corpus, warm_corpus = corpora
-    results: list[train.RunResult] = []
+    results: list[training.RunResult] = []
     measured = REFERENCE if REFERENCE in plan.strategies else plan.strategies[0]
     for seed in plan.seeds:
         where = f", seed {seed}" if len(plan.seeds) > 1 else ""
         init: Mapping[str, Tensor] | None = None
         if plan.warm is not None:
             tick = console.bar(bars, f"warm-up{where}", plan.warm.steps)
-            init = train.run(replace(plan.warm, seed=seed), warm_corpus, tick=tick).weights
+            init = training.run(replace(plan.warm, seed=seed), warm_corpus, tick=tick).weights
         for strategy in plan.strategies:
             config = replace(plan.run, strategy=strategy, seed=seed)
             tick = console.bar(bars, f"{strategy}{where}", config.steps)
             first = strategy == measured and seed == plan.seeds[0]
-            result = train.run(config, corpus, init=init, record=record, tick=tick, histogram=first)
+            result = training.run(config, corpus, init=init, record=record, tick=tick, histogram=first)
             results.append(replace(result, weights={}))
     return results
 
 
-def summarise(plan: Plan, results: list[train.RunResult]) -> dict[str, Any]:
+def summarise(plan: Plan, results: list[training.RunResult]) -> dict[str, Any]:
     """summary.json."""
-    from collage.harness.floors import floors_table
+    from collage.floors import floors_table
 
     config, runs = plan.run, [result.to_dict() for result in results]
     rows = verdict.table(plan.strategies, runs)

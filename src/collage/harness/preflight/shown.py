@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from collage.harness.floors import THETA_FORMATS, decay_floor, floor, register_of
-from collage.harness.preflight import Preflight, Tally
+from collage.floors import THETA_FORMATS, decay_floor, floor, register_of
+from collage.harness.preflight.examine import Preflight, Tally
 from collage.strategies import STRATEGIES
 
 NAMES = {"embedding": "embedding", "attention": "attention", "mlp": "mlp", "norm": "norm weights", "bias": "biases",

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from collage.harness.plotting import Theme, figure, label_ends, legible, look
-from collage.harness.results import REFERENCE, Comparison, Points, mean, percent, smooth
+from collage.harness.report.plotting import Theme, figure, label_ends, legible, look
+from collage.harness.report.results import REFERENCE, Comparison, Points, mean, percent, smooth
 
 Ends = dict[str, tuple[float, str]]  # name -> last value, colour
 

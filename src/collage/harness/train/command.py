@@ -12,9 +12,11 @@ from rich.console import Console
 from torch import Tensor
 
 import collage
-from collage.harness import building, checkpoints, console, options, train
-from collage.harness.config import RunConfig
-from collage.harness.recording import to_json
+from collage.harness import console, options
+from collage.harness.train import building, checkpoints, training
+from collage.harness.train.config import RunConfig
+from collage.harness.train.options import add_run_arguments, run_config
+from collage.harness.train.recording import to_json
 
 SETTINGS, METRICS, RESULT, WEIGHTS = "settings.json", "metrics.jsonl", "result.json", "weights.safetensors"
 
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     keeping.add_argument("--save-every", type=int, default=100, metavar="N", help="steps (default: 100; 0: never)")
     keeping.add_argument("--keep", type=int, metavar="N", help="the newest N (default: 2)")
     keeping.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
-    options.add_run_arguments(parser)
+    add_run_arguments(parser)
     parser.add_argument(
         "--beside", nargs="+", metavar="STRATEGY", help="also tell what these would have lost on this very run"
     )
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train. Writes checkpoints, metrics.jsonl, TensorBoard logs, result.json and the weights into --out."""
-    config = options.run_config(args, args.out, eval_every=100)
+    config = run_config(args, args.out, eval_every=100)
     screen = Console()
     if config.resume and (config.out / RESULT).exists():
         return _already_finished(config, screen)
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
                     bars.console.print(_line(row), highlight=False)
 
             tick = console.bar(bars, config.strategy, config.steps)
-            result = train.run(
+            result = training.run(
                 config, corpus, init=init, resume=start, record=record, tick=tick, report_to="tensorboard"
             )
     except KeyboardInterrupt:
@@ -101,7 +103,7 @@ def _line(row: dict[str, Any]) -> str:
     return f"step {row['step']:>6}  loss {row['loss']:.4f}  lr {row['lr']:.2e}{measured}"
 
 
-def _verdict(result: train.RunResult) -> str:
+def _verdict(result: training.RunResult) -> str:
     total, frozen = result.report.total, len(result.report.frozen)
     since = f"since step {result.since_step} alone: " if result.since_step else ""
     edq = "no EDQ" if total.edq_ratio is None else f"EDQ ratio {total.edq_ratio:.4f}, lost {total.lost or 0:.2%}"
@@ -155,7 +157,7 @@ def _forget_after(metrics: Path, step: int | None) -> None:
     checkpoints.write_whole(metrics, "".join(kept))
 
 
-def _save(result: train.RunResult, out: Path) -> None:
+def _save(result: training.RunResult, out: Path) -> None:
     """The weights in float32 with all that their components hold, each tied one under one name; last, result.json."""
     from safetensors.torch import save_file
 

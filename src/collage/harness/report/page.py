@@ -11,9 +11,9 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from collage.harness import plots, plots_inside
-from collage.harness.plotting import DARK, LIGHT, Theme, embedded, look, save, style
-from collage.harness.results import ULP_AT_ONE, Comparison, number, percent
+from collage.harness.report import plots, plots_inside
+from collage.harness.report.plotting import DARK, LIGHT, Theme, embedded, look, save, style
+from collage.harness.report.results import ULP_AT_ONE, Comparison, number, percent
 
 NONE = "–"
 SMALL = 100_000_000  # parameters; below, a model is a toy to those who train language models
@@ -232,7 +232,7 @@ def write_report(out: Path) -> Path:
     folder = out / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     c = Comparison.read(out)
-    source = (resources.files("collage.harness") / "report.html").read_text(encoding="utf-8")
+    source = (resources.files("collage.harness.report") / "page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = out / "report.html"
     page.write_text(environment.from_string(source).render(context(c, folder)), encoding="utf-8")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from collage.harness.results import REFERENCE
+from collage.harness.report.results import REFERENCE
 
 Row = dict[str, Any]
 

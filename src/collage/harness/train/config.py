@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from collage.harness.data import (
+from collage.harness.tasks.data import (
     Corpus,
     Tokens,
     byte_tokens,
@@ -19,8 +19,8 @@ from collage.harness.data import (
     read_corpus,
     tokenizer_tokens,
 )
-from collage.harness.recipes import Recipe, get_recipe
-from collage.harness.recipes import Schedule as RecipeSchedule
+from collage.harness.tasks.recipes import Recipe, get_recipe
+from collage.harness.tasks.recipes import Schedule as RecipeSchedule
 from collage.strategies import Strategy
 
 SCHEDULES = (*get_args(RecipeSchedule), "constant")
