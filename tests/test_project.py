@@ -54,14 +54,15 @@ HARNESS = {
     "cli": set(),
     "machine": set(),
     "options": set(),
-    "console": set(),
+    "text": set(),
+    "console": {"text"},
     "tasks": set(),
-    "report": set(),
-    "train": {"console", "options", "tasks"},
-    "compare": {"console", "machine", "options", "report", "tasks", "train"},
-    "preflight": {"tasks"},
-    "bench": {"console", "machine", "options", "report", "tasks"},
-    "info": set(),
+    "report": {"text"},
+    "train": {"console", "options", "tasks", "text"},
+    "compare": {"console", "machine", "options", "report", "tasks", "text", "train"},
+    "preflight": {"console", "tasks", "text"},
+    "bench": {"console", "machine", "options", "report", "tasks", "text"},
+    "info": {"console"},
 }
 BELOW_HARNESS = LIBRARY | {"collage", "integrations"}
 ALLOWED |= {f"harness.{room}": BELOW_HARNESS | {f"harness.{r}" for r in rooms} for room, rooms in HARNESS.items()}

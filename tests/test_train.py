@@ -22,9 +22,10 @@ from collage.harness.cli import main
 from collage.harness.tasks import recipes
 from collage.harness.tasks.recipes import RECIPES
 from collage.harness.tasks.weights import read
+from collage.harness.text import to_json
 from collage.harness.train import building, checkpoints, training
 from collage.harness.train.config import RunConfig
-from collage.harness.train.recording import label, to_json
+from collage.harness.train.recording import label
 from collage.harness.train.trainer import PrecisionTrainer, arguments
 
 TINY = ("tiny-llama", "tiny-gpt", "tiny-bert", "tiny-roberta")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,9 +16,10 @@ from collage.harness.bench import plot
 from collage.harness.bench.measure import measure
 from collage.harness.bench.rows import DEFAULT, Row, Shapes, rows
 from collage.harness.bench.shown import show, show_plan
+from collage.harness.console import say
 from collage.harness.options import open_folder
 from collage.harness.tasks.recipes import build
-from collage.monitor import jsonable
+from collage.harness.text import size, to_json
 from collage.strategies import Strategy
 
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
@@ -101,10 +101,10 @@ def run(args: argparse.Namespace) -> int:
         f"collage bench --device {args.device} --params {args.params} --shapes {args.shapes} "
         f"--threads {result['machine']['threads']} --strategies {args.strategies} --rounds {args.rounds}"
     )
-    (args.out / "bench.json").write_text(json.dumps(jsonable(result), indent=1) + "\n", encoding="utf-8")
+    (args.out / "bench.json").write_text(to_json(result, indent=1), encoding="utf-8")
     plot.draw(result, args.out / "bench.png")
     show(result, screen)
-    screen.print(f"numbers and picture: {args.out}/bench.json, bench.png", highlight=False, soft_wrap=True)
+    say(screen, f"numbers and picture: {args.out}/bench.json, bench.png")
     return 0
 
 
@@ -127,6 +127,6 @@ def require_memory(lines: Sequence[Row], numel: int, device: torch.device) -> No
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if needed > 0.9 * free:
         raise ValueError(
-            f"--params: all rows together need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; take fewer "
+            f"--params: all rows together need {size(needed)}, {size(free)} are free; take fewer "
             "parameters, fewer --strategies, --no-monitor or --no-others"
         )

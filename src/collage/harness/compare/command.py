@@ -21,11 +21,11 @@ from collage.harness.compare import shown, verdict
 from collage.harness.machine import machine
 from collage.harness.report.results import METRICS, REFERENCE, SUMMARY
 from collage.harness.tasks.data import Corpus, read_corpus
+from collage.harness.text import to_json
 from collage.harness.train import building, checkpoints, training
 from collage.harness.train.command import SETTINGS
 from collage.harness.train.config import FINETUNE_LR, RunConfig
 from collage.harness.train.options import add_run_arguments, run_config
-from collage.harness.train.recording import to_json
 from collage.strategies import STRATEGIES
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", REFERENCE)
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
         shown.print_comparison(screen, summary)
         from collage.harness.report.page import write_report  # matplotlib takes a second
 
-        screen.print(f"report: {write_report(out)}", highlight=False, soft_wrap=True)
+        console.say(screen, f"report: {write_report(out)}")
     except KeyboardInterrupt:
-        screen.print(f"interrupted; what was measured so far is in {out / METRICS}", soft_wrap=True)
+        console.say(screen, f"interrupted; what was measured so far is in {out / METRICS}")
         return 130
     return 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from collage.harness.console import say
 from collage.harness.preflight import shown
 from collage.harness.preflight.examine import examine
 from collage.harness.tasks.weights import ACCEPTED
@@ -32,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
     shown.show(found, screen)
     if args.json:
         args.json.write_text(json.dumps(shown.to_dict(found), indent=1) + "\n", encoding="utf-8")
-        screen.print(f"Every number: {args.json}", soft_wrap=True, highlight=False, markup=False)
+        say(screen, f"Every number: {args.json}")
     return 0
