@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from collage.harness.tasks.recipes import RECIPES
 from collage.harness.tasks.weights import read
 from collage.harness.text import to_json
 from collage.harness.train import building, checkpoints, training
+from collage.harness.train.command import add_arguments
 from collage.harness.train.config import RunConfig
 from collage.harness.train.recording import label
 from collage.harness.train.trainer import PrecisionTrainer, arguments
@@ -175,6 +178,19 @@ def test_schedules() -> None:
 def test_wrong_settings_are_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         RunConfig.of("tiny-llama", "x", **given)
+
+
+def test_every_setting_is_an_option_and_its_default_the_recipes() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    flags = {action.dest for action in parser._actions if action.help} - {"help"}
+    assert flags == {f.name for f in fields(RunConfig)}
+    nothing_given = RunConfig.from_options(parser.parse_args([]))
+    assert nothing_given == RunConfig.of("tiny-llama", "runs/train", save_every=100, eval_every=100)
+    all_kinds = ["--betas", "0.8", "0.9", "--data", "a", "b", "--init", "w", "--beside", "A", "--lr", "2", "--resume"]
+    found = RunConfig.from_options(parser.parse_args(all_kinds))
+    assert (found.betas, found.data, found.init, found.beside) == ((0.8, 0.9), ("a", "b"), "w", ("paper-bf16",))
+    assert (found.lr, found.resume, found.finetune) == (2.0, True, False)
 
 
 # Running

@@ -21,11 +21,10 @@ from collage.harness.compare import shown, verdict
 from collage.harness.machine import machine
 from collage.harness.report.results import METRICS, REFERENCE, SUMMARY
 from collage.harness.tasks.data import Corpus, read_corpus
-from collage.harness.text import to_json
+from collage.harness.text import short, to_json
 from collage.harness.train import building, checkpoints, training
 from collage.harness.train.command import SETTINGS
-from collage.harness.train.config import FINETUNE_LR, RunConfig
-from collage.harness.train.options import add_run_arguments, run_config
+from collage.harness.train.config import FINETUNE_LR, RUNS, RunConfig
 from collage.strategies import STRATEGIES
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", REFERENCE)
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--finetune", action="store_true",
         help=f"one warm-up under {REFERENCE} on novels, then every strategy goes on with Python source at lr "
-        f"{FINETUNE_LR:g}: where plain bf16 fails most visibly",
+        f"{short(FINETUNE_LR)}: where plain bf16 fails most visibly",
     )  # fmt: skip
     parser.add_argument("--pretrain-steps", type=int, metavar="N", help=f"of that warm-up (default: {PRETRAIN_STEPS})")
     parser.add_argument(
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds, from --seed on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: runs/MODEL-REGIME)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison in --out")
-    add_run_arguments(parser)
+    options.add_options(parser, RunConfig, RUNS, eval_every=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,7 +117,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     regime = "finetune" if args.finetune else "scratch"
     out = args.out or Path("runs") / f"{args.model}-{regime}"
     steps = args.steps or (FINETUNE_STEPS if args.finetune else STEPS)
-    run = run_config(args, out, steps=steps, eval_every=max(1, steps // 4))
+    run = RunConfig.from_options(args, out=out, steps=steps, eval_every=max(1, steps // 4))
     warm = _warm_up(args, run) if args.finetune else None
     if warm is not None:
         run = replace(run, data=tuple(args.finetune_data or ()))

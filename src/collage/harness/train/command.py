@@ -15,37 +15,20 @@ import collage
 from collage.harness import console, options
 from collage.harness.text import fixed, percent, scientific, to_json
 from collage.harness.train import building, checkpoints, training
-from collage.harness.train.config import RunConfig
-from collage.harness.train.options import add_run_arguments, run_config
+from collage.harness.train.config import KEPT, OWN, RUNS, RunConfig
 
 SETTINGS, METRICS, RESULT, WEIGHTS = "settings.json", "metrics.jsonl", "result.json", "weights.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `collage train`."""
-    parser.add_argument(
-        "--strategy", default="collage-plus", metavar="NAME", help="as `collage info` lists them (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/train"), metavar="DIR", help="of everything (default: %(default)s)"
-    )
-    parser.add_argument("--init", metavar="PATH", help="weights to start from: a file or folder (default: random)")
-    parser.add_argument(
-        "--finetune", action="store_true", help="the embedded Python source instead of the novels, at lr 1e-5, constant"
-    )
-    keeping = parser.add_argument_group("checkpoints")
-    keeping.add_argument("--save-every", type=int, default=100, metavar="N", help="steps (default: 100; 0: never)")
-    keeping.add_argument("--keep", type=int, metavar="N", help="the newest N (default: 2)")
-    keeping.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
-    add_run_arguments(parser)
-    parser.add_argument(
-        "--beside", nargs="+", metavar="STRATEGY", help="also tell what these would have lost on this very run"
-    )
+    """The options of `collage train`: all fields of a RunConfig."""
+    settings: dict[str, Any] = {"out": Path("runs/train"), "save_every": 100, "eval_every": 100}
+    options.add_options(parser, RunConfig, (OWN, KEPT, *RUNS), **settings)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train. Writes checkpoints, metrics.jsonl, TensorBoard logs, result.json and the weights into --out."""
-    config = run_config(args, args.out, eval_every=100)
+    config = RunConfig.from_options(args)
     screen = Console()
     if config.resume and (config.out / RESULT).exists():
         return _already_finished(config, screen)
