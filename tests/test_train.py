@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import collage
 from collage import STRATEGIES
 from collage.harness.cli import main
 from collage.harness.tasks import recipes
@@ -28,8 +29,10 @@ from collage.harness.text import to_json
 from collage.harness.train import building, checkpoints, training
 from collage.harness.train.command import add_arguments
 from collage.harness.train.config import RunConfig
+from collage.harness.train.meters import UpdateSizes
 from collage.harness.train.recording import label
 from collage.harness.train.trainer import PrecisionTrainer, arguments
+from collage.shadow import Shadow
 
 TINY = ("tiny-llama", "tiny-gpt", "tiny-bert", "tiny-roberta")
 
@@ -213,6 +216,32 @@ def test_a_run_learns_and_tells_all(text: str, tmp_path: Path, model: str) -> No
     assert [r["step"] for r in measured] == [1, 2, 4, 6, 8]  # every logged step
     assert all(0.99 < r["edq_ratio"] < 1.01 and len(r["lost_by_layer"]) > 10 for r in measured)
     assert json.loads(json.dumps(result.to_dict()))["lost"] < 0.1
+
+
+@pytest.mark.parametrize("strategy", ["fp32", "collage-plus", "paper-plus", "collage-plus-sr"])
+def test_sizes_of_updates_are_those_that_the_rule_intends(strategy: str) -> None:
+    """Adam's first step is lr: 2**-10 at weights of 1.5, an eighth of bf16's ulp there, whatever arrives of it."""
+    w = nn.Parameter(torch.full((100,), 1.5, dtype=STRATEGIES[strategy].dtype))
+    opt = collage.AdamW([("w", w)], lr=2.0**-10, weight_decay=0.0, strategy=strategy)
+    sizes = UpdateSizes(opt, every=1, stride=10)
+    w.grad = torch.ones_like(w)
+    opt.step()
+    found = {edge: count for edge, count in zip(sizes.EDGES, sizes.counts.tolist(), strict=False) if count}
+    assert found.keys() <= {-3.5, -3.0}
+    assert sum(found.values()) == 10
+
+
+def test_a_monitors_own_time_is_not_the_optimizers(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpatched = Shadow.before
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.2)
+        unpatched(*args)
+
+    monkeypatch.setattr(Shadow, "before", slow)
+    result = training.run(config(text, tmp_path, every=3))
+    assert result.optimizer_ms is not None
+    assert 0 < result.optimizer_ms < 150
 
 
 def test_bytes_of_every_strategy_are_those_of_the_table(text: str, tmp_path: Path) -> None:
