@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from collage import STRATEGIES, __version__, floors
 from collage.harness.cli import COMMANDS, main
 from collage.harness.compare import command, verdict
+from collage.harness.machine import PLAIN
 from collage.harness.train import training
+from collage.harness.train.config import RunConfig
 
 SMALL = ["--batch-size", "4", "--seq-len", "16", "--every", "2", "--eval-sequences", "8", "--steps", "6"]
 
@@ -245,6 +247,13 @@ def test_advice_never_recommends_what_diverged() -> None:
     assert "Diverged (validation loss not finite): bf16, collage-light." in advised(runs(gone))
     assert "Diverged (validation loss not finite): fp32-master." in advised(runs({**LOSSES, "fp32-master": [nan, nan]}))
     assert advised(runs({name: [nan, nan] for name in LOSSES})).startswith("All of these strategies diverged")
+
+
+def test_caveats_name_the_kernels_that_were_timed() -> None:
+    run = RunConfig.of("tiny-gpt", "x")
+    with_kernels, without = (verdict.caveats(run, ["bf16"], 1, kernels) for kernels in ("avx512", PLAIN))
+    assert with_kernels[1].startswith("Optimizer times are of avx512 on this machine, at this model's size")
+    assert without[1].endswith("(`collage info` says why): they rank no strategy.")
 
 
 def test_a_comparison_that_diverges_is_told_and_stops_early(tmp_path: Path) -> None:

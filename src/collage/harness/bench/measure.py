@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from collage.backends import cpu
 from collage.harness.bench.rows import A, Contestant, D, Row, Shapes, arrived
 from collage.harness.console import bar, progress
 from collage.harness.machine import machine
@@ -55,7 +54,7 @@ def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, device: torch.dev
         line["edq_ratio"] = None if row.name.startswith("limit") else arrived(row, device)
     compare(table)
     return {
-        "machine": about_machine(device),
+        "machine": machine(torch.float32, device.type == "cuda"),
         "parameters": numel,
         "tensors": len(shapes),
         "rounds": rounds,
@@ -63,12 +62,6 @@ def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, device: torch.dev
         "rows": table,
         "failed": failed,
     }
-
-
-def about_machine(device: torch.device) -> dict[str, str]:
-    """What the rows ran on."""
-    on_gpu = device.type == "cuda"
-    return machine(torch.float32, on_gpu) | {"kernels": "triton" if on_gpu else cpu.instruction_set()}
 
 
 def seconds(call: Callable[[], Any], calls: int) -> float:

@@ -191,11 +191,12 @@ def summarise(plan: Plan, results: list[training.RunResult]) -> dict[str, Any]:
 
     config, runs = plan.run, [result.to_dict() for result in results]
     rows = verdict.table(plan.strategies, runs)
+    about = machine(config.compute_dtype())
     return {
         "title": f"{'Fine-tuning' if plan.warm else 'Training from scratch'}: {config.model}",
         "command": plan.command,
         "version": collage.__version__,
-        "machine": machine(config.compute_dtype()),
+        "machine": about,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "regime": "finetune" if plan.warm else "scratch",
         "model": config.model,
@@ -213,5 +214,5 @@ def summarise(plan: Plan, results: list[training.RunResult]) -> dict[str, Any]:
         "floors": {name: floor._asdict() for name, floor in floors_table().items()},
         "advice": verdict.advice(rows, runs, config.steps, config.betas[1]),
         "update_histogram": next((r.update_histogram for r in results if r.update_histogram), None),
-        "caveats": verdict.caveats(config, plan.strategies, len(plan.seeds)),
+        "caveats": verdict.caveats(config, plan.strategies, len(plan.seeds), about["kernels"]),
     }

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from collage.harness.machine import PLAIN
 from collage.harness.report.results import REFERENCE
 from collage.harness.text import fixed, short
 
@@ -137,12 +138,15 @@ def _unknown(rows: Sequence[Row], noise: float | None) -> str:
     return ""
 
 
-def caveats(config: Any, strategies: Sequence[str], seeds: int) -> list[str]:
+def caveats(config: Any, strategies: Sequence[str], seeds: int, kernels: str) -> list[str]:
     """What these runs do not show."""
+    slow = "for want of compiled kernels (`collage info` says why): they rank no strategy"
+    small = "at this model's size, where what surrounds a kernel counts too: `collage bench` tells what a step costs"
     found = [
         f"{config.model} for {config.steps} steps: another model, text or length may behave otherwise.",
-        "Optimizer times are those of the reference backend, plain PyTorch, on this machine; they rank no strategy.",
-        "Peak memory is of the whole process during a run: Python, libraries and activations dominate a small model.",
+        f"Optimizer times are of {kernels} on this machine, {slow if kernels == PLAIN else small}.",
+        "Peak memory is of the whole process during a run, or of torch's allocator on a GPU: activations, and on a CPU "
+        "Python and its libraries, dominate a small model.",
     ]
     if seeds == 1:
         found.append("One seed: small differences in loss may be noise.")

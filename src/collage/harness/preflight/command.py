@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from collage.harness.console import say
 from collage.harness.preflight import shown
 from collage.harness.preflight.examine import examine
 from collage.harness.tasks.weights import ACCEPTED
+from collage.harness.text import to_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +32,6 @@ def run(args: argparse.Namespace) -> int:
         found = examine(args.model, args.lr, args.weight_decay)
     shown.show(found, screen)
     if args.json:
-        args.json.write_text(json.dumps(shown.to_dict(found), indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(to_json(shown.to_dict(found), indent=1), encoding="utf-8")
         say(screen, f"Every number: {args.json}")
     return 0
