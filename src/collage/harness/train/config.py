@@ -115,11 +115,11 @@ class RunConfig:
             out: folder of the checkpoints and results.
             **given: any field; phase: which stretch of the recipe, from 1.
         """
-        recipe, phase = get_recipe(model), given.get("phase", cls.phase)
+        chosen = {key: value for key, value in given.items() if value is not None}
+        recipe, phase = get_recipe(model), chosen.get("phase", cls.phase)
         if not 1 <= phase <= len(recipe.phases):
             raise ValueError(f"phase: '{model}' has {len(recipe.phases)}, counted from 1, got {phase}")
         stage = recipe.phases[phase - 1]
-        chosen = {key: value for key, value in given.items() if value is not None}
         finetune = chosen.get("finetune", False)
         settings: dict[str, Any] = {
             "steps": stage.steps, "batch_size": stage.batch,
