@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from collage import STRATEGIES, __version__
-from collage.harness import compare, floors, train, verdict
+from collage import STRATEGIES, __version__, floors
 from collage.harness.cli import COMMANDS, main
+from collage.harness.compare import command, verdict
+from collage.harness.machine import PLAIN
+from collage.harness.train import training
+from collage.harness.train.config import RunConfig
 
 SMALL = ["--batch-size", "4", "--seq-len", "16", "--every", "2", "--eval-sequences", "8", "--steps", "6"]
 
@@ -31,7 +36,7 @@ def comparison(out: Path, *options: str) -> tuple[dict[str, Any], list[dict[str,
 
 def test_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary, metrics = comparison(tmp_path)
-    assert summary["strategies"] == list(compare.DEFAULT)
+    assert summary["strategies"] == list(command.DEFAULT)
     assert summary["regime"] == "scratch"
     assert summary["tokens_per_step"] == 64
     assert {run["initial_loss"] for run in summary["runs"]} == {summary["initial_loss"]}
@@ -42,7 +47,7 @@ def test_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert sum(summary["update_histogram"]["counts"]) > 1000
     assert len(summary["update_histogram"]["edges"]) == len(summary["update_histogram"]["counts"]) + 1
     assert set(summary["floors"]["bf16"]) == {"up", "down"}
-    for strategy in compare.DEFAULT:
+    for strategy in command.DEFAULT:
         mine = [record for record in metrics if record["strategy"] == strategy]
         assert [r["step"] for r in mine if r["kind"] == "eval"] == [0, 1, 2, 3, 4, 5, 6]
         assert [r["step"] for r in mine if r["kind"] == "train"] == [1, 2, 4, 6]
@@ -53,7 +58,7 @@ def test_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(list((tmp_path / "plots").glob("*.png"))) >= 7
     out = capsys.readouterr().out
     assert "One seed cannot show" in out
-    assert all(strategy in out for strategy in compare.DEFAULT)
+    assert all(strategy in out for strategy in command.DEFAULT)
 
 
 def test_finetune_over_two_seeds(tmp_path: Path) -> None:
@@ -166,7 +171,7 @@ def test_ctrl_c_says_where_the_results_are(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "run", interrupted)
+    monkeypatch.setattr(training, "run", interrupted)
     assert main(["compare", "--out", str(tmp_path), *SMALL]) == 130
     assert "metrics.jsonl" in capsys.readouterr().out
 
@@ -244,6 +249,13 @@ def test_advice_never_recommends_what_diverged() -> None:
     assert advised(runs({name: [nan, nan] for name in LOSSES})).startswith("All of these strategies diverged")
 
 
+def test_caveats_name_the_kernels_that_were_timed() -> None:
+    run = RunConfig.of("tiny-gpt", "x")
+    with_kernels, without = (verdict.caveats(run, ["bf16"], 1, kernels) for kernels in ("avx512", PLAIN))
+    assert with_kernels[1].startswith("Optimizer times are of avx512 on this machine, at this model's size")
+    assert without[1].endswith("(`collage info` says why): they rank no strategy.")
+
+
 def test_a_comparison_that_diverges_is_told_and_stops_early(tmp_path: Path) -> None:
     summary, metrics = comparison(tmp_path, "--lr", "1e9", "--strategies", "bf16,fp32-master")
     assert summary["advice"].startswith("All of these strategies diverged")
@@ -252,20 +264,20 @@ def test_a_comparison_that_diverges_is_told_and_stops_early(tmp_path: Path) -> N
 
 
 def test_specs_are_not_split_at_their_own_commas() -> None:
-    assert compare._split("bf16,param=bf16x2,variance=bf16x2,fp32") == ["bf16", "param=bf16x2,variance=bf16x2", "fp32"]
+    assert command._split("bf16,param=bf16x2,variance=bf16x2,fp32") == ["bf16", "param=bf16x2,variance=bf16x2", "fp32"]
 
 
 # The command
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ([], *([name] for name in COMMANDS)):
+    for chosen in ([], *([name] for name in COMMANDS)):
         with pytest.raises(SystemExit) as end:
-            main([*command, "--help"])
+            main([*chosen, "--help"])
         assert end.value.code == 0
         out = capsys.readouterr().out
         assert "collage" in out
-        assert not command or "examples:" in out
+        assert not chosen or "examples:" in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,12 +302,21 @@ def test_info_tells_the_floor_that_is_measured(capsys: pytest.CaptureFixture[str
     assert [round(math.log2(way)) for way in ways] == [-17, -18]
 
 
-@pytest.mark.parametrize("missing", ["rich", "transformers"])
-def test_a_missing_extra_is_named(missing: str) -> None:
-    code = (
-        "import sys; sys.modules[sys.argv[1]] = None; from collage.harness.cli import main; sys.exit(main(['compare']))"
-    )
-    run = subprocess.run([sys.executable, "-c", code, missing], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("missing", "argv"),
+    [
+        ("rich", ["compare"]),
+        ("transformers", ["compare"]),
+        ("rich", ["preflight", "w.safetensors", "--lr", "1e-5"]),
+        ("safetensors", ["preflight", "w.safetensors", "--lr", "1e-5"]),
+    ],
+)
+def test_a_missing_extra_is_named(missing: str, argv: list[str], tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
+    code = "import sys; sys.modules[sys.argv[1]] = None; from collage.harness.cli import main"
+    code += "; sys.exit(main(sys.argv[2:]))"
+    line = [sys.executable, "-c", code, missing, *argv]
+    run = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == 2
-    assert "pip install '.[train]'" in run.stderr
+    assert f"needs {missing}: pip install '.[train]'" in run.stderr
     assert run.stderr.count("\n") == 1

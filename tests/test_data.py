@@ -3,16 +3,15 @@
 import pytest
 import torch
 
-from collage.harness import data
-from collage.harness.data import (
-    CausalBlocks,
-    MaskedBlocks,
+from collage.harness.tasks import data
+from collage.harness.tasks.data import (
     byte_tokens,
     default_corpus,
     finetune_corpus,
     read_corpus,
     tokenizer_tokens,
 )
+from collage.harness.tasks.masks import CausalBlocks, MaskedBlocks
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune – ☃\n"
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import collage
+from collage import floors
+from collage.floors import THETA_FORMATS, DecayFloor, Floor, decay_floor, decay_floors, floor, floors_table
 from collage.formats import FORMATS, format_of, split
-from collage.harness import floors
-from collage.harness.floors import THETA_FORMATS, DecayFloor, Floor, decay_floor, decay_floors, floor, floors_table
 from collage.strategies import STRATEGIES
 
 NEAREST = [

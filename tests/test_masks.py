@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from collage.harness import data
-from collage.harness.data import CausalBlocks, MaskedBlocks, byte_tokens
+from collage.harness.tasks.data import byte_tokens
+from collage.harness.tasks.masks import IGNORED, CausalBlocks, MaskedBlocks
 
 
 @pytest.mark.parametrize("extra", [0, 1, 31])
@@ -17,7 +17,7 @@ def test_windows_cover_the_text_without_overlap(extra):
     masked = MaskedBlocks(ids, 32, byte_tokens())
     for i in range(5):
         sample = masked[i]
-        restored = torch.where(sample["labels"] == data.IGNORED, sample["input_ids"], sample["labels"])
+        restored = torch.where(sample["labels"] == IGNORED, sample["input_ids"], sample["labels"])
         assert torch.equal(restored, ids[32 * i : 32 * (i + 1)])
 
 
@@ -56,7 +56,7 @@ def test_masks_are_the_same_on_every_machine():
     blocks = masked_blocks(seed=5)
     blocks.set_epoch(2)
     sample = blocks[7]
-    chosen = (sample["labels"] != data.IGNORED).nonzero().flatten()
+    chosen = (sample["labels"] != IGNORED).nonzero().flatten()
     assert chosen.tolist() == [15, 26, 30, 34, 37, 48, 49, 53, 54, 62]
     assert sample["input_ids"][chosen].tolist() == [3, 3, 106, 3, 3, 100, 3, 100, 3, 3]
 
@@ -94,7 +94,7 @@ def test_masking_rule():
     original = 100
     blocks = MaskedBlocks(torch.full((length * windows,), original), length, tokens, seed=0)
     stacked = masks(blocks)
-    ids, chosen = stacked[:, :length], stacked[:, length:] != data.IGNORED
+    ids, chosen = stacked[:, :length], stacked[:, length:] != IGNORED
     assert bool((chosen.sum(1) == round(0.15 * length)).all())
     assert bool((ids[~chosen] == original).all())
     assert bool((stacked[:, length:][chosen] == original).all())
@@ -112,4 +112,4 @@ def test_masking_rule():
 
 def test_a_short_window_has_at_least_one_mask():
     blocks = MaskedBlocks(torch.full((40,), 100), 2, byte_tokens())
-    assert all(int((blocks[i]["labels"] != data.IGNORED).sum()) == 1 for i in range(len(blocks)))
+    assert all(int((blocks[i]["labels"] != IGNORED).sum()) == 1 for i in range(len(blocks)))

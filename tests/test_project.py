@@ -1,6 +1,7 @@
 """The shape of the project: which room may import which, and what `import collage` costs."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 NUMBERS = {"mcf", "rng", "accumulators", "formats", "strategies", "constants"}
 STEP = NUMBERS | {"rules", "backends", "sharding", "state", "loading", "shadow", "monitor"}
 LIBRARY = STEP | {"saying", "settings", "admission", "edits", "optim", "adamw", "casting", "wrap", "gradients"}
-LIBRARY |= {"owners", "checkpoint", "lending", "ema"}
+LIBRARY |= {"owners", "checkpoint", "lending", "ema", "floors"}
 ALLOWED = {
     "mcf": set(),
     "rng": set(),
@@ -22,6 +23,7 @@ ALLOWED = {
     "accumulators": {"mcf", "rng"},
     "formats": {"mcf", "rng", "accumulators"},
     "strategies": {"formats"},
+    "floors": {"formats", "strategies"},
     "rules": {"mcf", "accumulators", "constants"},
     "backends": NUMBERS | {"rules"},
     "sharding": {"backends"},
@@ -45,9 +47,27 @@ ALLOWED = {
     "wrap": STEP | {"optim"},
     "collage": LIBRARY,
     "integrations": LIBRARY | {"collage"},
-    "__main__": {"harness"},
-    "harness": LIBRARY | {"collage", "integrations"},
+    "__main__": {"harness.cli"},
 }
+
+# The same within the harness, whose rooms may import all below it. `cli` knows the commands by name alone.
+HARNESS = {
+    "__init__": set(),
+    "cli": set(),
+    "machine": set(),
+    "options": set(),
+    "text": set(),
+    "console": {"text"},
+    "tasks": set(),
+    "report": {"text"},
+    "train": {"console", "options", "tasks", "text"},
+    "compare": {"console", "machine", "options", "report", "tasks", "text", "train"},
+    "preflight": {"console", "tasks", "text"},
+    "bench": {"console", "machine", "options", "report", "tasks", "text"},
+    "info": {"console"},
+}
+BELOW_HARNESS = LIBRARY | {"collage", "integrations"}
+ALLOWED |= {f"harness.{room}": BELOW_HARNESS | {f"harness.{r}" for r in rooms} for room, rooms in HARNESS.items()}
 
 # Module from outside -> the only rooms that may import it. `sharding` exists to know DTensor.
 ABOVE = ALLOWED.keys() - STEP
@@ -57,7 +77,7 @@ RESERVED = {
     "torch.distributed": ABOVE | {"sharding"},
     "logging": ABOVE,
     "triton": {"backends"},
-    **{extra: {"harness", "integrations"} for extra in EXTRAS},
+    **{extra: {"integrations", *(f"harness.{room}" for room in HARNESS)} for extra in EXTRAS},
 }
 
 # What `import collage` must not bring in.
@@ -73,9 +93,9 @@ def within(name: str, modules: Iterable[str]) -> bool:
 
 
 def room_of(module: str) -> str:
-    """collage.rules.adamw -> rules; collage and its public names, collage.AdamW, -> collage."""
-    name = module.partition(".")[2].partition(".")[0]
-    return name if name in ALLOWED else "collage"
+    """collage.rules.adamw -> rules; collage.harness.cli -> harness.cli; collage and its public names -> collage."""
+    _, *parts = module.split(".")
+    return next((room for n in (2, 1) if (room := ".".join(parts[:n])) in ALLOWED), "collage")
 
 
 def imports(source: str, package: str) -> Iterator[str]:
@@ -107,7 +127,7 @@ def forbidden(room: str, source: str, package: str = "collage") -> list[str]:
 @pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda path: path.relative_to(SRC).as_posix())
 def test_rooms_depend_one_way(path: Path) -> None:
     parts = path.relative_to(SRC.parent).with_suffix("").parts
-    room = "collage" if path == SRC / "__init__.py" else parts[1]
+    room = "collage" if path == SRC / "__init__.py" else ".".join(parts[1 : 3 if parts[1] == "harness" else 2])
     found = forbidden(room, path.read_text(encoding="utf-8"), package=".".join(parts[:-1]))
     assert not found, f"room '{room}' must not import {', '.join(found)}"
 
@@ -127,11 +147,36 @@ def test_rooms_depend_one_way(path: Path) -> None:
         ("monitor", "collage", "from torch import distributed", ["torch.distributed"]),
         ("sharding", "collage", "from torch.distributed.tensor import DTensor\nimport logging", ["logging"]),
         ("optim", "collage", "import logging, rich.table, richer", ["rich.table"]),
-        ("harness", "collage.harness", "import rich, collage\nfrom ..optim import AdamW", []),
+        ("harness.info", "collage.harness", "import rich, collage\nfrom ..optim import AdamW", []),
+        (
+            "harness.train",
+            "collage.harness.train",
+            "from ..compare import verdict",
+            ["collage.harness.compare.verdict"],
+        ),
+        ("harness.options", "collage.harness", "from . import console, options", ["collage.harness.console"]),
     ],
 )
 def test_a_forbidden_import_is_found(room: str, package: str, source: str, found: list[str]) -> None:
     assert forbidden(room, source, package) == found
+
+
+def test_no_room_depends_on_itself_through_others() -> None:
+    graphlib.TopologicalSorter(ALLOWED).prepare()
+
+
+def neighbours(path: Path, modules: Iterable[str]) -> set[str]:
+    """The modules of the package that a module imports, anywhere in its code."""
+    package = ".".join(path.relative_to(SRC.parent).parts[:-1])
+    names = imports(path.read_text(encoding="utf-8"), package)
+    return {module for name in names for module in (name, name.rpartition(".")[0]) if module in modules}
+
+
+def test_no_module_of_the_harness_depends_on_itself_through_others() -> None:
+    paths = {".".join(p.relative_to(SRC.parent).with_suffix("").parts): p for p in (SRC / "harness").rglob("*.py")}
+    graph = {module: neighbours(path, paths) for module, path in paths.items()}
+    assert len([other for others in graph.values() for other in others]) > 50
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_import_is_light() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from collage.harness.recipes import RECIPES, build, get_recipe
+from collage.harness.tasks.recipes import RECIPES, build, get_recipe
 
 pytest.importorskip("transformers")
 

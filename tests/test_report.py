@@ -13,11 +13,15 @@ from typing import Any
 
 import matplotlib
 import pytest
+from rich.console import Console
 
-from collage.harness.plots_inside import below, by_family, edges
-from collage.harness.plotting import DARK, LIGHT, LOOKS, balanced, look, spread
-from collage.harness.report import COLUMNS, NONE, PLOTS, write_report
-from collage.harness.results import mean, percent, smooth
+from collage.harness.compare.shown import print_comparison
+from collage.harness.report.columns import COLUMNS
+from collage.harness.report.page import PLOTS, write_report
+from collage.harness.report.plots_inside import below, by_family, edges
+from collage.harness.report.plotting import DARK, LIGHT, LOOKS, balanced, look, spread
+from collage.harness.report.results import mean, smooth
+from collage.harness.text import MISSING, percent
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", "fp32-master")
 KEEPS = {"bf16": 0.07, "collage-light": 0.9931, "collage-plus": 0.9982, "fp32-master": 1.0}  # of the improvement
@@ -78,6 +82,7 @@ def table_row(strategy: str, seeds: int) -> dict[str, Any]:
         "edq_ratio": share,
         "lost": 1 - share,
         "frozen": 14 if strategy == "bf16" else 0,
+        "v_ratio": V_RATIO.get(strategy, 1.0001),
         "bytes_per_param": float(BYTES.get(strategy, 12)),
         "peak_memory_bytes": 1_234_567_890,
         "optimizer_ms": 12.34,
@@ -246,7 +251,7 @@ def test_numbers_come_from_the_summary(default: tuple[Path, str], tmp_path: Path
     row |= {"optimizer_ms": 98.76, "tokens_per_s": 1234.5}
     before, after = Page(default[1]), Page(write(tmp_path, summary, metrics))
     assert list(after.row("collage-plus").values()) == [
-        *("collage-plus", "1.2346", "−0.0457 ± 0.0089", "88 %", "0.9999", "0.04 %", "7", "13.5"),
+        *("collage-plus", "1.2346", "−0.0457 ± 0.0089", "88 %", "0.9999", "0.04 %", "7", "1.000", "13.5"),
         *("3 MiB", "98.8", "1,234"),
     ]
     assert after.tables[0][0] == ["Strategy", *(column.heading + column.unit for column in COLUMNS)]
@@ -286,7 +291,7 @@ def test_nulls_survive(tmp_path: Path) -> None:
     summary |= {"update_histogram": None, "advice": None, "floors": {"bf16": None}}
     html = write(tmp_path, summary, without_numbers(metrics))
     page = Page(html)
-    assert list(page.row("bf16").values()) == ["bf16", *[NONE] * len(COLUMNS)]
+    assert list(page.row("bf16").values()) == ["bf16", *[MISSING] * sum(not column.optional for column in COLUMNS)]
     assert len(page.images) == 1, "the headline alone"
     assert html.count("Not measured in this run.") == len(PLOTS) - 1
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"headline.png", "headline-dark.png"}
@@ -321,6 +326,7 @@ def test_looks_are_distinct() -> None:
         (1.0, "100 %"),
         (0.9982, "99.8 %"),
         (0.99994, "99.99 %"),
+        (0.999999, ">99.99 %"),
         (0.07, "7 %"),
         (0.004, "0.4 %"),
         (0.00001, "<0.01 %"),
@@ -331,6 +337,17 @@ def test_looks_are_distinct() -> None:
 )
 def test_percent(share: float, text: str) -> None:
     assert percent(share) == text
+
+
+@pytest.mark.parametrize("width", [200, 150, 100, 90])
+def test_the_terminal_shows_the_same_numbers_whole(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    summary, _ = comparison()
+    print_comparison(Console(width=width), summary)
+    told = capsys.readouterr().out
+    for row in summary["table"]:
+        assert all(column.cell(row) in told for column in COLUMNS)
+    assert "…" not in told
+    assert max(map(len, told.splitlines()[:15])) <= width
 
 
 def test_labels_keep_their_distance() -> None:

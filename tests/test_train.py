@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,20 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import collage
 from collage import STRATEGIES
-from collage.harness import building, checkpoints, recipes, train
 from collage.harness.cli import main
-from collage.harness.config import RunConfig
-from collage.harness.recipes import RECIPES
-from collage.harness.recording import label, to_json
-from collage.harness.trainer import PrecisionTrainer, arguments
-from collage.harness.weights import read
+from collage.harness.tasks import recipes
+from collage.harness.tasks.recipes import RECIPES
+from collage.harness.tasks.weights import read
+from collage.harness.text import to_json
+from collage.harness.train import building, checkpoints, training
+from collage.harness.train.command import add_arguments
+from collage.harness.train.config import RunConfig
+from collage.harness.train.meters import UpdateSizes
+from collage.harness.train.recording import label
+from collage.harness.train.trainer import PrecisionTrainer, arguments
+from collage.shadow import Shadow
 
 TINY = ("tiny-llama", "tiny-gpt", "tiny-bert", "tiny-roberta")
 
@@ -175,6 +183,19 @@ def test_wrong_settings_are_named(given: dict[str, Any], message: str) -> None:
         RunConfig.of("tiny-llama", "x", **given)
 
 
+def test_every_setting_is_an_option_and_its_default_the_recipes() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    flags = {action.dest for action in parser._actions if action.help} - {"help"}
+    assert flags == {f.name for f in fields(RunConfig)}
+    nothing_given = RunConfig.from_options(parser.parse_args([]))
+    assert nothing_given == RunConfig.of("tiny-llama", "runs/train", save_every=100, eval_every=100)
+    all_kinds = ["--betas", "0.8", "0.9", "--data", "a", "b", "--init", "w", "--beside", "A", "--lr", "2", "--resume"]
+    found = RunConfig.from_options(parser.parse_args(all_kinds))
+    assert (found.betas, found.data, found.init, found.beside) == ((0.8, 0.9), ("a", "b"), "w", ("paper-bf16",))
+    assert (found.lr, found.resume, found.finetune) == (2.0, True, False)
+
+
 # Running
 
 
@@ -182,7 +203,7 @@ def test_wrong_settings_are_named(given: dict[str, Any], message: str) -> None:
 def test_a_run_learns_and_tells_all(text: str, tmp_path: Path, model: str) -> None:
     records: list[dict[str, Any]] = []
     run = config(text, tmp_path / "run", model, steps=8, eval_every=4, save_every=4, micro_batch=2)
-    result = train.run(run, record=records.append, histogram=True)
+    result = training.run(run, record=records.append, histogram=True)
     assert result.val_loss < result.initial_loss
     assert list(result.curve) == [0, 4, 8]
     assert result.to_dict()["bytes_per_param"] == STRATEGIES["collage-plus"].bytes_per_param()
@@ -197,17 +218,43 @@ def test_a_run_learns_and_tells_all(text: str, tmp_path: Path, model: str) -> No
     assert json.loads(json.dumps(result.to_dict()))["lost"] < 0.1
 
 
+@pytest.mark.parametrize("strategy", ["fp32", "collage-plus", "paper-plus", "collage-plus-sr"])
+def test_sizes_of_updates_are_those_that_the_rule_intends(strategy: str) -> None:
+    """Adam's first step is lr: 2**-10 at weights of 1.5, an eighth of bf16's ulp there, whatever arrives of it."""
+    w = nn.Parameter(torch.full((100,), 1.5, dtype=STRATEGIES[strategy].dtype))
+    opt = collage.AdamW([("w", w)], lr=2.0**-10, weight_decay=0.0, strategy=strategy)
+    sizes = UpdateSizes(opt, every=1, stride=10)
+    w.grad = torch.ones_like(w)
+    opt.step()
+    found = {edge: count for edge, count in zip(sizes.EDGES, sizes.counts.tolist(), strict=False) if count}
+    assert found.keys() <= {-3.5, -3.0}
+    assert sum(found.values()) == 10
+
+
+def test_a_monitors_own_time_is_not_the_optimizers(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpatched = Shadow.before
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.2)
+        unpatched(*args)
+
+    monkeypatch.setattr(Shadow, "before", slow)
+    result = training.run(config(text, tmp_path, every=3))
+    assert result.optimizer_ms is not None
+    assert 0 < result.optimizer_ms < 150
+
+
 def test_bytes_of_every_strategy_are_those_of_the_table(text: str, tmp_path: Path) -> None:
     run = config(text, tmp_path)
     corpus = run.corpus()
     for name, strategy in STRATEGIES.items():
-        result = train.run(config(text, tmp_path / name, strategy=name, steps=1, eval_sequences=4), corpus)
+        result = training.run(config(text, tmp_path / name, strategy=name, steps=1, eval_sequences=4), corpus)
         assert result.to_dict()["bytes_per_param"] == strategy.bytes_per_param(), name
 
 
 def test_the_monitor_does_not_change_the_run(text: str, tmp_path: Path) -> None:
     runs = [
-        train.run(config(text, tmp_path / str(k), "tiny-bert", **given)).weights
+        training.run(config(text, tmp_path / str(k), "tiny-bert", **given)).weights
         for k, given in enumerate([{"every": 1, "beside": ("bf16",)}, {"every": 50, "shadow": 0}])
     ]
     assert_identical(*runs)
@@ -216,7 +263,7 @@ def test_the_monitor_does_not_change_the_run(text: str, tmp_path: Path) -> None:
 def test_weights_to_start_from(text: str, tmp_path: Path) -> None:
     """A file of `collage train` and a transformers folder; a model of another shape is refused."""
     run = config(text, tmp_path / "a", "tiny-gpt", strategy="bf16", steps=2, save_every=2)
-    result = train.run(run)
+    result = training.run(run)
     folder = str(tmp_path / "a" / "checkpoint-2")
     again = building.model_of(run, run.corpus(), building.read_weights(folder))
     for name, p in again.named_parameters():
@@ -257,13 +304,13 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
 def test_resume_is_bit_exact(text: str, tmp_path: Path, strategy: str) -> None:
     straight = config(text, tmp_path / "straight", strategy=strategy, steps=6, save_every=3, keep=9)
     corpus = straight.corpus()
-    train.run(straight, corpus)
+    training.run(straight, corpus)
     resumed = config(text, tmp_path / "resumed", strategy=strategy, steps=6, save_every=3, resume=True, every=5)
     shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     start, skipped = checkpoints.newest_complete(resumed.out)
     assert start is not None
     assert skipped == []
-    train.run(resumed, corpus, resume=start)
+    training.run(resumed, corpus, resume=start)
     assert_identical(tensors(straight.out / "checkpoint-6"), tensors(resumed.out / "checkpoint-6"))
 
 
@@ -349,7 +396,7 @@ def test_an_unfinished_write_is_neither_resumed_from_nor_counted(text: str, tmp_
     left.mkdir(parents=True)
     (left / "model.safetensors").write_text("half")
     assert checkpoints.newest_complete(run.out) == (None, [])
-    train.run(run)
+    training.run(run)
     assert [path.name for path in checkpoints.all_in(run.out)] == ["checkpoint-3", "checkpoint-4"]
     assert not left.parent.exists()
 

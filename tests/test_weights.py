@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from collage.harness.weights import kind_of, read
+from collage.harness.tasks.weights import kind_of, read
 
 
 @pytest.mark.parametrize(("name", "kind"), [

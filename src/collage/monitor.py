@@ -7,7 +7,9 @@ report. Those sums start from the stored state, so they cannot see damage alread
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -203,6 +205,7 @@ class Monitor:
 
     def __init__(self, rule: Rule, every: int, shadow: int | None, strategies: Sequence[Strategy]) -> None:
         self.every = every
+        self.seconds = 0.0  # that its own work has taken so far
         self._calls = 0
         self._new_shadow = partial(Shadow, rule, shadow, tuple(dict.fromkeys(strategies))) if shadow else lambda: None
         self._shadow = self._new_shadow()
@@ -215,12 +218,23 @@ class Monitor:
 
     def before(self, items: Sequence[Item], changed: Mapping[str, int]) -> None:
         """Called by the optimizer before it writes. changed: whom others wrote to -> elements that did not fit."""
-        self.edited(items, changed)
-        if self._shadow:
-            self._shadow.before(items, self.due, changed.keys())
+        with self._timed():
+            self.edited(items, changed)
+            if self._shadow:
+                self._shadow.before(items, self.due, changed.keys())
 
     def after(self, items: Sequence[Item]) -> None:
         """Called by the optimizer after it wrote."""
+        with self._timed():
+            self._add(items)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def _add(self, items: Sequence[Item]) -> None:
         due, self._calls = self.due, self._calls + 1
         sampled, beside = self._shadow.after(items, due) if self._shadow else ({}, {})
         if not due:

@@ -56,6 +56,15 @@ class Sampled:
         self.norm2 += step.norm2
 
 
+def intended(rule: Rule, strategy: Strategy, item: Item, slots: Sequence[Sequence[Tensor]], g: Tensor) -> Tensor:
+    """The update that the rule makes of these planes and gradients in an item's step, before it is rounded."""
+    register = strategy.register
+    constants = rule.fold(item.lr, item.hyper, item.share.step, register).on(register, g.device)
+    numbers = tuple(fmt.load(tuple(planes), register) for fmt, planes in zip(strategy.formats, slots, strict=True))
+    g = g.to(register)
+    return rule.update(numbers, -g if item.maximize else g, constants).delta
+
+
 Beside = dict[str, tuple[list[float], Sampled]]
 
 
@@ -101,11 +110,7 @@ class _Run:
 
     def intended(self, items: Sequence[Item], g: Tensor) -> Tensor:
         """The update that `step` will make, before it is rounded into theta."""
-        first, register = items[0], self.strategy.register
-        constants = self.rule.fold(first.lr, first.hyper, first.share.step, register).on(register, g.device)
-        g = -g if first.maximize else g
-        nothing_random = [None] * len(self.strategy.formats)
-        return reference.advance(self.rule, self.strategy, self.slots(items), g, constants, nothing_random)[0]
+        return intended(self.rule, self.strategy, items[0], self.slots(items), g)
 
     def step(self, items: Sequence[Item], g: Tensor, sums: Sequence[Tensor] = ()) -> None:
         """One step, as an optimizer of that strategy would make it."""

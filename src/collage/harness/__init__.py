@@ -1,1 +1,1 @@
-"""What runs real training under several precision strategies: models, data, comparison, report, command line."""
+"""The commands: what runs real training under several precision strategies, one room each. `cli` is the door."""

@@ -11,27 +11,27 @@ from collage import __version__
 
 EXTRA = "pip install '.[train]' in the folder of collage's source"
 
-# Command -> (module with add_arguments and run, one line, examples).
+# Command -> (module here with add_arguments and run, one line, examples).
 COMMANDS = {
     "compare": (
-        "compare",
+        "compare.command",
         "train one model under several precision strategies and show what each loses",
         "collage compare --finetune\n"
         "  collage compare --model tiny-bert --seeds 3 --strategies bf16,collage-plus,fp32-master",
     ),
     "preflight": (
-        "preflight",
+        "preflight.command",
         "say, without training, which weights a learning rate cannot move in which format",
         "collage preflight model.safetensors --lr 1e-5 --weight-decay 0.1",
     ),
     "train": (
-        "train_command",
+        "train.command",
         "train under one strategy, with checkpoints, resume and EDQ in the log",
         "collage train --strategy collage-plus --out runs/mine --save-every 100\n"
         "  collage train --strategy collage-plus --out runs/mine --save-every 100 --resume",
     ),
     "bench": (
-        "bench",
+        "bench.command",
         "time a step of the optimizer against others and against the memory's limit",
         "collage bench\n  collage bench --params 1M --shapes small --no-others",
     ),
@@ -48,39 +48,31 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--version", action="version", version=f"collage {__version__}")
     commands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, line, examples) in COMMANDS.items():
-        commands.add_parser(
-            name,
-            help=line,
-            description=line[0].upper() + line[1:] + ".",
-            epilog=f"examples:\n  {examples}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            add_help=False,
-        )
+    for name, (_, line, _) in COMMANDS.items():
+        commands.add_parser(name, help=line, add_help=False)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Errors that a user can mend are one line on stderr, exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    command, _ = parser().parse_known_args(argv)
-    name, line, examples = COMMANDS[command.command]
-    try:
-        module = importlib.import_module(f"collage.harness.{name}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("collage"):
-            raise
-        return _fail(f"'collage {command.command}' needs {error.name}: {EXTRA}")
+    command = parser().parse_known_args(argv)[0].command
+    name, line, examples = COMMANDS[command]
     own = argparse.ArgumentParser(
-        prog=f"collage {command.command}",
+        prog=f"collage {command}",
         description=line[0].upper() + line[1:] + ".",
         epilog=f"examples:\n  {examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.add_arguments(own)
-    args = own.parse_args(argv[argv.index(command.command) + 1 :])
     try:
-        return int(module.run(args))
+        module = importlib.import_module(f"collage.harness.{name}")
+        module.add_arguments(own)
+        return int(module.run(own.parse_args(argv[argv.index(command) + 1 :])))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "collage":
+            raise
+        return _fail(f"'collage {command}' needs {package}: {EXTRA}")
     except (ValueError, TypeError, OSError) as error:
         return _fail(str(error))
 

@@ -1,18 +1,18 @@
-"""What a person sees in the terminal: progress bars, the table, the advice."""
+"""What the commands share in the terminal: progress bars, tables, lines that are left as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from collage.harness.results import percent
-
-DASH = "–"
-WIDE = 140  # columns of a terminal
+from collage.harness.text import Column, present
 
 
 def progress(screen: Console) -> Progress:
@@ -33,66 +33,29 @@ def bar(bars: Progress, label: str, steps: int) -> Callable[[int], None]:
     return lambda done: bars.update(task, completed=done)
 
 
-def _number(value: float | None, form: str) -> str:
-    return DASH if value is None else format(round(value, 9), form).replace("-", "−")
+def say(screen: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is: not coloured by its numbers, not wrapped, brackets and all."""
+    screen.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
 
 
-def _share(value: float | None) -> str:
-    return DASH if value is None else percent(value)
+def print_table(
+    screen: Console, title: str, columns: Sequence[Column], rows: Mapping[str, Mapping[str, Any]], first: str = ""
+) -> None:
+    """A line for each row, under its name; a column for each where the terminal is too narrow for that."""
+    shown = present(columns, list(rows.values()))
+    lines = [[first, *(f"{c.heading}\n{c.unit}".strip() for c in shown)]]
+    lines += [[name, *(c.cell(row) for c in shown)] for name, row in rows.items()]
+    table = _table(lines)
+    if Measurement.get(screen, screen.options.update(max_width=sys.maxsize), table).maximum > screen.width:
+        table = _table([[text.replace("\n", " ") for text in line] for line in zip(*lines, strict=True)])
+    say(screen, title, "bold")
+    screen.print(table)
 
 
-def _difference(row: dict[str, Any]) -> str:
-    spread = row["difference_spread"]
-    return _number(row["difference"], "+.4f").replace("−0.0000", "+0.0000") + (
-        "" if spread is None else f" ± {spread:.4f}"
-    )
-
-
-def _megabytes(value: float | None) -> str:
-    return DASH if value is None else f"{value / 1e6:.1f} MB"
-
-
-COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
-    ("validation\nloss", lambda row: _number(row["val_loss"], ".4f")),
-    ("− fp32-master\n(paired)", _difference),
-    ("gain\nkept", lambda row: _share(row["kept"])),
-    ("EDQ\nratio", lambda row: _number(row["edq_ratio"], ".4f")),
-    ("updates\nlost", lambda row: _share(row["lost"])),
-    ("frozen\nparams", lambda row: str(row["frozen"])),
-    ("v over\nshadow", lambda row: _number(row["v_ratio"], ".3f")),
-    ("bytes per\nparam", lambda row: _number(row["bytes_per_param"], ".1f")),
-    ("peak\nmemory", lambda row: _megabytes(row["peak_memory_bytes"])),
-    ("optimizer\nms/step", lambda row: _number(row["optimizer_ms"], ".1f")),
-    ("tokens/s", lambda row: _number(row["tokens_per_s"], ",.0f")),
-)
-
-
-def print_comparison(screen: Console, summary: dict[str, Any]) -> None:
-    """The table, the floors, the advice."""
-    title = f"{summary['title']} ({summary['steps']} steps, lr {summary['lr']:g})"
-    screen.print(_table(title, summary["table"], wide=screen.width >= WIDE))
-    floors = Table(title="Floors: increments of a weight at 1.0 up to this size are dropped", header_style="bold")
-    for header in ("format", "away from 0", "towards 0"):
-        floors.add_column(header, justify="left" if header == "format" else "right")
-    for name, floor in summary["floors"].items():
-        floors.add_row(name, _floor(floor["up"]), _floor(floor["down"]))
-    screen.print(floors)
-    screen.print(summary["advice"], style="bold", highlight=False, soft_wrap=True)
-
-
-def _table(title: str, rows: list[dict[str, Any]], wide: bool) -> Table:
-    """A row for each strategy, or a column where the terminal is too narrow for that."""
-    cells = [["", *(heading for heading, _ in COLUMNS)]]
-    cells += [[row["strategy"], *(cell(row) for _, cell in COLUMNS)] for row in rows]
-    if not wide:
-        cells = [[text.replace("\n", " ") for text in line] for line in zip(*cells, strict=True)]
-    table = Table(title=title, header_style="bold")
-    for k, heading in enumerate(cells[0]):
+def _table(lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for k, heading in enumerate(lines[0]):
         table.add_column(heading, justify="right" if k else "left", overflow="fold")
-    for line in cells[1:]:
+    for line in lines[1:]:
         table.add_row(*line)
     return table
-
-
-def _floor(value: float) -> str:
-    return "none" if value == 0 else f"{value:.1e}"

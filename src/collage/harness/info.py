@@ -13,6 +13,7 @@ from rich.table import Table
 import collage
 from collage import backends
 from collage.backends import cpu
+from collage.harness.console import say
 from collage.strategies import ALIASES, STRATEGIES
 
 USE_WHEN = {
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print versions, backends, strategies."""
     screen = Console()
-    screen.print(f"collage {collage.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    say(screen, f"collage {collage.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     native = (
         f"cpu (compiled kernels, {cpu.instruction_set()} of {', '.join(cpu.native.instruction_sets())})"
         if cpu.native is not None
@@ -46,11 +47,11 @@ def run(args: argparse.Namespace) -> int:
     )
     reason = backends.missing("triton")
     gpu = f"triton is missing: {reason}" if reason else "triton (GPU kernels)"
-    screen.print(f"backends: {native}; {gpu}; reference (plain PyTorch, any device)", highlight=False, soft_wrap=True)
+    say(screen, f"backends: {native}; {gpu}; reference (plain PyTorch, any device)")
     screen.print(_strategies())
-    screen.print("Use it when you want", highlight=False)
+    say(screen, "Use it when you want")
     for name, when in USE_WHEN.items():
-        screen.print(f"  {name:<16}{when}", highlight=False, soft_wrap=True)
+        say(screen, f"  {name:<16}{when}")
     return 0
 
 

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import torch
 
+from collage.backends import cpu, fastest, missing
+
+PLAIN = "plain PyTorch"
+
 
 def machine(compute: torch.dtype, on_gpu: bool | None = None) -> dict[str, str]:
-    """Processor, cores, versions, and the arithmetic of forward and backward."""
+    """Processor, cores, versions, the optimizer's kernels, and the arithmetic of forward and backward."""
     gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     return {
         "cpu": torch.cuda.get_device_name() if gpu else _processor(),
@@ -18,8 +22,17 @@ def machine(compute: torch.dtype, on_gpu: bool | None = None) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "kernels": kernels(torch.device("cuda" if gpu else "cpu")),
         "compute": str(compute).removeprefix("torch."),
     }
+
+
+def kernels(device: torch.device) -> str:
+    """What an optimizer's step runs on: "triton", the CPU kernels' instruction set, or PLAIN without any."""
+    backend = fastest(device)
+    if missing(backend):
+        return PLAIN
+    return cpu.instruction_set() if backend == "cpu" else backend
 
 
 def _processor() -> str:

@@ -1,78 +1,101 @@
-"""Options that the commands which train share, and the settings they stand for."""
+"""Options of a command line from the fields of a dataclass: each is declared once, where it is kept."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from collage.harness.config import COMPUTE, SCHEDULES, RunConfig
-from collage.harness.recipes import RECIPES
 from collage.strategies import Strategy
 
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to train, on what, and how. Defaults come from the model's recipe."""
-    what = parser.add_argument_group("what is trained")
-    what.add_argument(
-        "--model", default="tiny-llama", metavar="NAME", help=f"{', '.join(RECIPES)} (default: %(default)s)"
-    )
-    what.add_argument(
-        "--phase", type=int, default=1, metavar="N", help="of a recipe with several, as BERT's (default: 1)"
-    )
-    what.add_argument("--seed", type=int, default=0, help="of weights, batches, masks and rounding (default: 0)")
-    text = parser.add_argument_group("text")
-    text.add_argument("--data", nargs="+", metavar="PATH", help="text files or folders (default: embedded novels)")
-    text.add_argument(
-        "--validation", nargs="+", metavar="PATH", help="text to be judged by (default: the last tenth of the data)"
-    )
-    text.add_argument("--tokenizer", metavar="FILE", help="a JSON file of the tokenizers library (default: bytes)")
-    how = parser.add_argument_group("how (defaults: the model's recipe)")
-    how.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
-    how.add_argument("--batch-size", type=int, metavar="N", help="sequences per step")
-    how.add_argument("--micro-batch", type=int, metavar="N", help="sequences per forward pass; a step adds them up")
-    how.add_argument("--seq-len", type=int, metavar="N", help="tokens per sequence")
-    how.add_argument("--lr", type=float, help="peak learning rate")
-    how.add_argument("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="decay rates of the moments")
-    how.add_argument("--eps", type=float, help="added to the root of the second moment")
-    how.add_argument("--weight-decay", type=float, metavar="X", help="decoupled")
-    how.add_argument("--max-grad-norm", type=float, metavar="X", help="gradients are clipped to it; 0: not at all")
-    how.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate, after the warm-up")
-    how.add_argument("--warmup-steps", type=int, metavar="N", help="of the learning rate")
-    how.add_argument(
-        "--compute",
-        choices=COMPUTE,
-        help="arithmetic of forward and backward (default: auto, bf16 where the hardware multiplies matrices in it)",
-    )
-    watch = parser.add_argument_group("what is measured")
-    watch.add_argument("--every", type=int, metavar="N", help="measure EDQ and log: step 1 and every Nth (default: 10)")
-    watch.add_argument("--shadow", type=int, metavar="N", help="follow one weight in N in fp32 (default: 256; 0: none)")
-    watch.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations")
-    watch.add_argument("--eval-sequences", type=int, metavar="N", help="validation sequences (default: 256)")
+_METAVARS = {int: "N", float: "X"}
 
 
-def run_config(args: argparse.Namespace, out: Path, **settings: Any) -> RunConfig:
-    """The options as a RunConfig; `settings` are used where an option was not given."""
-    names = {f.name for f in fields(RunConfig)} - {"model", "out"}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    if "strategy" in given:
-        tuples["strategy"] = strategy("--strategy", given["strategy"])
-    tuples["beside"] = tuple(strategy("--beside", name) for name in given.get("beside", ()))
+def option(
+    group: str,
+    says: str,
+    default: Any = MISSING,
+    *,
+    metavar: str | tuple[str, ...] | None = None,
+    choices: Sequence[str] | None = None,
+    least: int | None = None,
+    free: bool = False,
+) -> Any:
+    """A field that is also an option.
+
+    Args:
+        group: title of its group in the help.
+        says: its help; the default is added.
+        default: of the field.
+        metavar: what its value is called, if not by its type.
+        choices: all that it may be.
+        least: the smallest integer it may be.
+        free: whether it may differ in the run that continues another.
+    """
+    about = {"group": group, "says": says, "metavar": metavar, "choices": choices, "least": least, "free": free}
+    return field(default=default, metadata=about)
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type, groups: Sequence[str], **defaults: Any) -> None:
+    """The options of these groups of a dataclass; `defaults` are used instead of the fields' own."""
+    types = get_type_hints(kind)
+    for title in groups:
+        group = parser.add_argument_group(title)
+        for f in fields(kind):
+            if f.metadata.get("group") == title:
+                own = None if f.default is MISSING else f.default
+                _add(group, f, types[f.name], defaults.get(f.name, own))
+
+
+def _add(group: argparse._ArgumentGroup, f: Field[Any], kind: Any, default: Any) -> None:
+    says, flag = f.metadata["says"], flag_of(f.name)
+    if kind is bool:
+        group.add_argument(flag, action="store_true", help=says)
+        return
+    inner = get_args(kind)
+    value = inner[0] if inner else kind  # of tuple[float, float], tuple[str, ...], str | None
+    many: Any = ("+" if Ellipsis in inner else len(inner)) if get_origin(kind) is tuple else None
+    told = "" if default is None or default == () else " (default: %(default)s)"
+    choices = f.metadata["choices"]
+    metavar = f.metadata["metavar"] or (None if choices else _METAVARS.get(value))
+    group.add_argument(
+        flag, type=value, nargs=many, default=default, choices=choices, metavar=metavar, help=says + told
+    )
+
+
+def flag_of(name: str) -> str:
+    """micro_batch -> --micro-batch."""
+    return f"--{name.replace('_', '-')}"
+
+
+def given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The fields that have a value on the command line, or a default of their option."""
+    known = {f.name for f in fields(kind)}
+    found = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+@contextmanager
+def flags_named(kind: type) -> Iterator[None]:
+    """A ValueError that begins with a field, "micro_batch: ...", begins with its flag instead."""
     try:
-        return RunConfig.of(args.model, out, phase=args.phase, **(settings | tuples))
+        yield
     except ValueError as error:
-        field, colon, rest = str(error).partition(":")
-        raise ValueError(f"--{field.replace('_', '-')}{colon}{rest}" if field in names else str(error)) from None
+        name, colon, rest = str(error).partition(":")
+        if name not in {f.name for f in fields(kind)}:
+            raise
+        raise ValueError(f"{flag_of(name)}{colon}{rest}") from None
 
 
-def strategy(flag: str, name: str) -> str:
-    """The canonical name of a strategy. Raises ValueError naming the flag."""
+def strategy(where: str, name: str) -> str:
+    """The canonical name of a strategy. Raises ValueError naming the field or flag."""
     try:
         return str(Strategy.parse(name))
     except ValueError as error:
-        raise ValueError(f"{flag}: {str(error).removeprefix('strategy: ')}") from None
+        raise ValueError(f"{where}: {str(error).removeprefix('strategy: ')}") from None
 
 
 def open_folder(out: Path) -> Path:

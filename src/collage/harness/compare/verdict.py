@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from collage.harness.results import REFERENCE
+from collage.harness.machine import PLAIN
+from collage.harness.report.results import REFERENCE
+from collage.harness.text import fixed, short
 
 Row = dict[str, Any]
 
@@ -91,13 +93,15 @@ def _recommended(fit: Sequence[Row], rows: Sequence[Row], noise: float | None) -
     best = min(fit, key=lambda row: (row["bytes_per_param"], row["optimizer_ms"] or 0.0))
     least = min(row["bytes_per_param"] for row in rows)
     cheapest = "compared here" if best["bytes_per_param"] == least else "that loses nothing seen here"
-    v = "not measured" if best["v_ratio"] is None else f"{best['v_ratio']:.3f}× its shadow's"
+    v = "not measured" if best["v_ratio"] is None else f"{fixed(best['v_ratio'], 3)}× its shadow's"
     sentence = (
-        f"Use {best['strategy']}: the cheapest {cheapest}, {best['bytes_per_param']:.4g} bytes per parameter, "
-        f"EDQ ratio {best['edq_ratio']:.4f}, second moment {v}"
+        f"Use {best['strategy']}: the cheapest {cheapest}, {short(best['bytes_per_param'])} bytes per parameter, "
+        f"EDQ ratio {fixed(best['edq_ratio'], 4)}, second moment {v}"
     )
     if noise is not None and best["difference"] is not None and best["strategy"] != REFERENCE:
-        sentence += f", loss within {abs(best['difference']):.4f} of {REFERENCE}'s (the seeds' noise: {noise:.4f})"
+        sentence += (
+            f", loss within {fixed(abs(best['difference']), 4)} of {REFERENCE}'s (the seeds' noise: {fixed(noise, 4)})"
+        )
     return f"{sentence}."
 
 
@@ -121,7 +125,7 @@ def _too_short(steps: int, beta2: float) -> str:
     window = round(1 / (1 - beta2))
     if steps >= window:
         return ""
-    return f"{steps} steps are too few to judge the second moment at β₂ = {beta2:g}, an average over {window:,}."
+    return f"{steps} steps are too few to judge the second moment at β₂ = {short(beta2)}, an average over {window:,}."
 
 
 def _unknown(rows: Sequence[Row], noise: float | None) -> str:
@@ -134,12 +138,15 @@ def _unknown(rows: Sequence[Row], noise: float | None) -> str:
     return ""
 
 
-def caveats(config: Any, strategies: Sequence[str], seeds: int) -> list[str]:
+def caveats(config: Any, strategies: Sequence[str], seeds: int, kernels: str) -> list[str]:
     """What these runs do not show."""
+    slow = "for want of compiled kernels (`collage info` says why): they rank no strategy"
+    small = "at this model's size, where what surrounds a kernel counts too: `collage bench` tells what a step costs"
     found = [
         f"{config.model} for {config.steps} steps: another model, text or length may behave otherwise.",
-        "Optimizer times are those of the reference backend, plain PyTorch, on this machine; they rank no strategy.",
-        "Peak memory is of the whole process during a run: Python, libraries and activations dominate a small model.",
+        f"Optimizer times are of {kernels} on this machine, {slow if kernels == PLAIN else small}.",
+        "Peak memory is of the whole process during a run, or of torch's allocator on a GPU: activations, and on a CPU "
+        "Python and its libraries, dominate a small model.",
     ]
     if seeds == 1:
         found.append("One seed: small differences in loss may be noise.")

@@ -12,9 +12,10 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 
 import collage
-from collage.harness import recipes, weights
-from collage.harness.config import RunConfig
-from collage.harness.data import CausalBlocks, Corpus, MaskedBlocks, Tokens
+from collage.harness.tasks import recipes, weights
+from collage.harness.tasks.data import Corpus, Tokens
+from collage.harness.tasks.masks import CausalBlocks, MaskedBlocks
+from collage.harness.train.config import RunConfig
 from collage.strategies import Strategy
 
 

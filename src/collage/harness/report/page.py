@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from collage.harness import plots, plots_inside
-from collage.harness.plotting import DARK, LIGHT, Theme, embedded, look, save, style
-from collage.harness.results import ULP_AT_ONE, Comparison, number, percent
+from collage.harness.report import plots, plots_inside
+from collage.harness.report.columns import COLUMNS, FLOORS
+from collage.harness.report.plotting import DARK, LIGHT, Theme, embedded, look, save, style
+from collage.harness.report.results import Comparison
+from collage.harness.text import MISSING, Column, number, present
 
-NONE = "–"
 SMALL = 100_000_000  # parameters; below, a model is a toy to those who train language models
 GPUS = ("cuda", "rocm", "nvidia", "gpu")
 
@@ -99,47 +100,6 @@ PLOTS = (
 )
 
 
-def text_of(digits: int, sign: str = "") -> Callable[[Any], str]:
-    return lambda value: f"{value:{sign},.{digits}f}".replace("-", "−")
-
-
-def size(count: float) -> str:
-    """Bytes, in MiB or GiB."""
-    return f"{count / 2**20:,.0f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
-
-
-@dataclass(frozen=True)
-class Column:
-    key: str
-    heading: str
-    unit: str
-    text: Callable[[Any], str]
-
-
-COLUMNS = (
-    Column("val_loss", "Loss", "validation, nats", text_of(4)),
-    Column("difference", "Difference", "to fp32-master, nats", text_of(4, "+")),
-    Column("kept", "Kept", "of its improvement", percent),
-    Column("edq_ratio", "EDQ ratio", "", text_of(4)),
-    Column("lost", "Lost", "updates", percent),
-    Column("frozen", "Frozen", "parameters", text_of(0)),
-    Column("bytes_per_param", "Bytes", "per parameter", lambda value: f"{value:.4g}"),
-    Column("peak_memory_bytes", "Peak", "memory", size),
-    Column("optimizer_ms", "Optimizer", "ms per step", text_of(1)),
-    Column("tokens_per_s", "Speed", "tokens/s", text_of(0)),
-)
-
-
-def cell(row: Mapping[str, Any], column: Column) -> str:
-    """A number as the table shows it; a dash if it was not measured."""
-    value = row.get(column.key)
-    value = number(len(value) if isinstance(value, list) else value)
-    if value is None:
-        return NONE
-    noise = number(row.get("difference_spread")) if column.key == "difference" else None
-    return column.text(value) + (f" ± {noise:.4f}" if noise is not None else "")
-
-
 def limits(c: Comparison, plot: Plot) -> list[str]:
     """What the run cannot show, first what is true of this plot alone."""
     found = list(plot.limits)
@@ -162,7 +122,7 @@ def table_note(c: Comparison) -> str:
     return " ".join(
         [
             "± is the spread of the paired difference over seeds." if spread else "One seed: no spread is known.",
-            f"{NONE}: not measured.",
+            f"{MISSING}: not measured.",
             "" if on_gpu(c) else "Times are of this CPU; they say nothing about a GPU.",
         ]
     ).strip()
@@ -192,34 +152,32 @@ def drawn(c: Comparison, plot: Plot, folder: Path) -> dict[str, Any]:
     }
 
 
+def cells(columns: Sequence[Column], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A table, ready to be laid out."""
+    shown = present(columns, list(rows.values()))
+    return {"columns": shown, "rows": {name: [c.cell(row) for c in shown] for name, row in rows.items()}}
+
+
 def context(c: Comparison, folder: Path) -> dict[str, Any]:
     """Everything that the template names."""
     s = c.summary
     seeds = ", ".join(map(str, s["seeds"]))
     machine = ", ".join(f"{key} {value}" for key, value in s["machine"].items())
-    floors = s.get("floors") or {}
     return {
         "title": s["title"],
         "setting": plots.setting(c),
         "advice": s.get("advice") or "None: too little was measured.",
-        "columns": COLUMNS,
-        "rows": [{"strategy": row["strategy"], "cells": [cell(row, col) for col in COLUMNS]} for row in s["table"]],
+        "results": cells(COLUMNS, {row["strategy"]: row for row in s["table"]}),
         "table_note": table_note(c),
         "colours": {name: [look(c.strategies, name, theme)[0] for theme in (LIGHT, DARK)] for name in c.strategies},
         "plots": [drawn(c, plot, folder) for plot in PLOTS],
         "frozen": {name: c.frozen(name) for name in c.strategies},
-        "floors": [[name, *floor_cells(ways or {})] for name, ways in floors.items()],
+        "floors": cells(FLOORS, {name: ways or {} for name, ways in (s.get("floors") or {}).items()}),
         "command": s["command"],
         "source": f"collage {s['version']} · {machine} · seed{'s' if len(s['seeds']) > 1 else ''} {seeds}",
         "caveats": s.get("caveats") or [],
         "facts": [("created", s.get("created")), ("collage", s["version"]), *s["machine"].items(), ("seeds", seeds)],
     }
-
-
-def floor_cells(ways: Mapping[str, Any]) -> list[str]:
-    """Down, up, and up in bf16 ulps of 1.0."""
-    down, up = number(ways.get("down")), number(ways.get("up"))
-    return [*("none" if not x else f"{x:.2g}" for x in (down, up)), f"{up / ULP_AT_ONE:.2g}" if up else NONE]
 
 
 def write_report(out: Path) -> Path:
@@ -232,7 +190,7 @@ def write_report(out: Path) -> Path:
     folder = out / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     c = Comparison.read(out)
-    source = (resources.files("collage.harness") / "report.html").read_text(encoding="utf-8")
+    source = (resources.files("collage.harness.report") / "page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = out / "report.html"
     page.write_text(environment.from_string(source).render(context(c, folder)), encoding="utf-8")

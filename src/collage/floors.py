@@ -26,6 +26,7 @@ THETA_FORMATS = tuple(dict.fromkeys(s.param for s in STRATEGIES.values()))  # th
 MANTISSAS = 128  # bf16 numbers in a binade: where in a binade a weight lies decides what share of it is half an ulp
 
 _TAIL_BINADES = 3  # of the last component, from half an ulp of the first down; below, an increment is dropped no sooner
+_CPU = torch.device("cpu")
 _CODES = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
@@ -91,7 +92,7 @@ def decay_floors(format_name: str, arithmetic: str | None = None) -> Tensor:
         theta = fmt.load(planes, register).value
         return _largest(lambda w: unchanged(fmt, register, planes, -(w * theta)), 1.0, register, theta.shape).amax(1)
 
-    weights = 1 + torch.arange(MANTISSAS) / MANTISSAS
+    weights = 1 + torch.arange(MANTISSAS, device=_CPU).float() / MANTISSAS
     return torch.cat([measured(at) for at in torch.split(weights, 32)])  # tensors so small that torch starts no threads
 
 
@@ -131,7 +132,9 @@ def _floor(format_name: str, at: float, arithmetic: str | None) -> Floor:
         raise ValueError(f"floor: 'at' must be a finite weight other than zero, got {at}")
 
     def measured(toward: int) -> float:
-        planes = _ahead(fmt, torch.tensor([abs(at)]), toward)  # rounding is symmetric in the sign
+        planes = _ahead(
+            fmt, torch.tensor([abs(at)], dtype=torch.float32, device=_CPU), toward
+        )  # rounding is symmetric in the sign
         shape = planes[0].shape
         return float(_largest(lambda d: unchanged(fmt, register, planes, toward * d), abs(at), register, shape).max())
 
@@ -145,8 +148,11 @@ def _ahead(fmt: Format, at: Tensor, toward: int) -> Planes:
         return start
     hi, lo = start
     precision = round(1 - math.log2(torch.finfo(hi.dtype).eps))
-    half_ulp = torch.ldexp(torch.ones(hi.shape), torch.frexp(hi.float()).exponent - 1 - precision).to(lo.dtype)
-    codes = half_ulp.view(torch.int16) - torch.arange(_TAIL_BINADES << (precision - 1), dtype=torch.int16)
+    half_ulp = torch.ldexp(
+        torch.ones_like(hi, dtype=torch.float32), torch.frexp(hi.float()).exponent - 1 - precision
+    ).to(lo.dtype)
+    below = torch.arange(_TAIL_BINADES << (precision - 1), dtype=torch.int16, device=_CPU)
+    codes = half_ulp.view(torch.int16) - below
     tails = toward * codes.clamp(min=0).view(lo.dtype)
     tails = torch.cat([lo, torch.where((tails - lo) * toward > 0, tails, lo)], 1)
     return hi.expand(tails.shape), tails
@@ -158,8 +164,9 @@ def _largest(dropped: Callable[[Tensor], Tensor], top: float, register: torch.dt
     Bisection over the bits, which order as the numbers do; what is dropped is dropped with anything smaller.
     """
     codes = _CODES[register]
-    low = torch.zeros(shape, dtype=torch.int32)
-    high = torch.full(shape, int(torch.tensor(top).to(register).view(codes)) + 1, dtype=torch.int32)
+    low = torch.zeros(shape, dtype=torch.int32, device=_CPU)
+    above = torch.tensor(top, dtype=register, device=_CPU).view(codes).int() + 1
+    high = above.expand(shape)
     while bool((high - low > 1).any()):
         middle = (low + high) // 2  # low itself once they are neighbours, so nothing moves any more
         is_dropped = dropped(middle.to(codes).view(register))

@@ -8,8 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from collage.harness.floors import THETA_FORMATS, decay_floor, floor, register_of
-from collage.harness.preflight import Preflight, Tally
+from collage.floors import THETA_FORMATS, decay_floor, floor, register_of
+from collage.harness.console import say
+from collage.harness.preflight.examine import Preflight, Tally
+from collage.harness.text import listed, percent, scientific, short
 from collage.strategies import STRATEGIES
 
 NAMES = {"embedding": "embedding", "attention": "attention", "mlp": "mlp", "norm": "norm weights", "bias": "biases",
@@ -18,26 +20,22 @@ NAMES = {"embedding": "embedding", "attention": "attention", "mlp": "mlp", "norm
 
 def show(found: Preflight, console: Console) -> None:
     """Print the tables, then what was left out, then the verdict."""
-
-    def say(line: str, style: str | None = None) -> None:
-        console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
-
-    say(f"Weights of {found.model} that a step of {number(found.lr)} cannot move", "bold")
+    say(console, f"Weights of {found.model} that a step of {short(found.lr)} cannot move", "bold")
     console.print(_shares(found))
-    say("Floors: what is dropped when it comes again and again", "bold")
+    say(console, "Floors: what is dropped when it comes again and again", "bold")
     console.print(_floors(found))
-    say("A decay lr × wd below the first number moves no weight, above the second it moves every weight.")
+    say(console, "A decay lr × wd below the first number moves no weight, above the second it moves every weight.")
     for line in _left_out(found):
-        say(line)
-    say("")
+        say(console, line)
+    say(console, "")
     for line in verdict(found):
-        say(line, "bold")
+        say(console, line, "bold")
 
 
 def verdict(found: Preflight) -> list[str]:
     """What the counts say, in sentences: the step, the decay, the norm weights that are still exactly 1.0."""
     total, norm = found.total, found.kinds.get("norm", Tally())
-    lines = [f"A step of {number(found.lr)} cannot move {share(total.stuck['bf16'], total.weights)} of the weights in "
+    lines = [f"A step of {short(found.lr)} cannot move {share(total.stuck['bf16'], total.weights)} of the weights in "
              f"bf16; bf16x2 loses {share(total.stuck['bf16x2'], total.weights)}."]  # fmt: skip
     if found.weight_decay:
         lines.append(_verdict_on_decay(found, total))
@@ -49,16 +47,12 @@ def verdict(found: Preflight) -> list[str]:
 
 
 def _verdict_on_decay(found: Preflight, total: Tally) -> str:
-    w = f"A decay of {number(found.lr)} × {found.weight_decay:g} = {number(found.lr * found.weight_decay)} per step"
+    w = f"A decay of {short(found.lr)} × {short(found.weight_decay)} = {short(found.lr * found.weight_decay)} per step"
     dead = [name for name in THETA_FORMATS if total.undecayed[name] == total.nonzero]
     partly = [name for name in THETA_FORMATS if 0 < total.undecayed[name] < total.nonzero]
-    said = [f"comes to nothing in {_listed(dead)}"] if dead else []
-    said += [f"reaches only a part of the weights in {_listed(partly)}"] if partly else []
+    said = [f"comes to nothing in {listed(dead)}"] if dead else []
+    said += [f"reaches only a part of the weights in {listed(partly)}"] if partly else []
     return f"{w} {' and '.join(said) or 'reaches every weight in every format'}."
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _left_out(found: Preflight) -> list[str]:
@@ -98,18 +92,19 @@ def _floors(found: Preflight) -> Table:
     table.add_column("step at 1.0,\ndown … up", justify="right", no_wrap=True)
     table.add_column("decay lr × wd", justify="right", no_wrap=True)
     if found.weight_decay:
-        table.add_column(f"not decayed\nby {number(found.lr * found.weight_decay)}", justify="right", no_wrap=True)
+        table.add_column(f"not decayed\nby {short(found.lr * found.weight_decay)}", justify="right", no_wrap=True)
     total = found.total
     for name in THETA_FORMATS:
         step, decay = floor(name), decay_floor(name)
         users = [key for key, s in STRATEGIES.items() if s.param == name and s.register == register_of(name)]
-        row = [name, ", ".join(users), _range(step.down, step.up), _range(decay.every, decay.some)]
+        row = [
+            name,
+            ", ".join(users),
+            f"{scientific(step.down)} … {scientific(step.up)}",
+            f"{scientific(decay.every)} … {scientific(decay.some)}",
+        ]
         table.add_row(*row, *([_colored(total.undecayed[name], total.nonzero)] if found.weight_decay else []))
     return table
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:.1e} … {high:.1e}".replace("e-0", "e-")
 
 
 def _colored(count: int, of: int) -> str:
@@ -119,28 +114,8 @@ def _colored(count: int, of: int) -> str:
 
 
 def share(count: int, of: int) -> str:
-    """A percentage that says 0 and 100 only when it is.
-
-    >>> share(935, 1000), share(0, 9), share(1, 10**6), share(999_999, 10**6), share(0, 0)
-    ('93.5 %', '0.00 %', '< 0.01 %', '> 99.9 %', '–')
-    """
-    if not of:
-        return "–"
-    percent = 100 * count / of
-    if 0 < percent < 0.005:
-        return "< 0.01 %"
-    if 99.95 <= percent < 100:
-        return "> 99.9 %"
-    return f"{percent:.0f} %" if percent == 100 else f"{percent:.1f} %" if percent >= 1 else f"{percent:.2f} %"
-
-
-def number(x: float) -> str:
-    """A small number as people write it.
-
-    >>> number(1e-5), number(2.5e-6), number(0.5)
-    ('1e-5', '2.5e-6', '0.5')
-    """
-    return f"{x:g}".replace("e-0", "e-")
+    """A percentage of the weights."""
+    return percent(count / of if of else None, least=1)
 
 
 def to_dict(found: Preflight) -> dict[str, Any]:

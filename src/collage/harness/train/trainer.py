@@ -16,9 +16,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from collage.harness import checkpoints
-from collage.harness.config import RunConfig
-from collage.harness.data import MaskedBlocks
+from collage.harness.tasks.masks import MaskedBlocks
+from collage.harness.train import checkpoints
+from collage.harness.train.config import RunConfig
 
 
 class PrecisionTrainer(Trainer):

@@ -16,12 +16,15 @@ from rich.progress import Progress
 from torch import Tensor
 
 import collage
-from collage.harness import building, checkpoints, console, options, train, train_command, verdict
-from collage.harness.config import FINETUNE_LR, RunConfig
-from collage.harness.data import Corpus, read_corpus
+from collage.harness import console, options
+from collage.harness.compare import shown, verdict
 from collage.harness.machine import machine
-from collage.harness.recording import to_json
-from collage.harness.results import METRICS, REFERENCE, SUMMARY
+from collage.harness.report.results import METRICS, REFERENCE, SUMMARY
+from collage.harness.tasks.data import Corpus, read_corpus
+from collage.harness.text import short, to_json
+from collage.harness.train import building, checkpoints, training
+from collage.harness.train.command import SETTINGS
+from collage.harness.train.config import FINETUNE_LR, RUNS, RunConfig
 from collage.strategies import STRATEGIES
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", REFERENCE)
@@ -48,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--finetune", action="store_true",
         help=f"one warm-up under {REFERENCE} on novels, then every strategy goes on with Python source at lr "
-        f"{FINETUNE_LR:g}: where plain bf16 fails most visibly",
+        f"{short(FINETUNE_LR)}: where plain bf16 fails most visibly",
     )  # fmt: skip
     parser.add_argument("--pretrain-steps", type=int, metavar="N", help=f"of that warm-up (default: {PRETRAIN_STEPS})")
     parser.add_argument(
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds, from --seed on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: runs/MODEL-REGIME)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison in --out")
-    options.add_run_arguments(parser)
+    options.add_options(parser, RunConfig, RUNS, eval_every=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,19 +77,19 @@ def run(args: argparse.Namespace) -> int:
             results = _train_all(plan, corpora, metrics, bars)
         summary = summarise(plan, results)
         checkpoints.write_whole(out / SUMMARY, to_json(summary, indent=1))
-        console.print_comparison(screen, summary)
-        from collage.harness.report import write_report  # matplotlib takes a second
+        shown.print_comparison(screen, summary)
+        from collage.harness.report.page import write_report  # matplotlib takes a second
 
-        screen.print(f"report: {write_report(out)}", highlight=False, soft_wrap=True)
+        console.say(screen, f"report: {write_report(out)}")
     except KeyboardInterrupt:
-        screen.print(f"interrupted; what was measured so far is in {out / METRICS}", soft_wrap=True)
+        console.say(screen, f"interrupted; what was measured so far is in {out / METRICS}")
         return 130
     return 0
 
 
 def _replaced(out: Path, overwrite: bool) -> list[Path]:
     """The files of an earlier comparison in the folder. Raises ValueError if they, or a run there, are to stay."""
-    if (out / train_command.SETTINGS).exists():
+    if (out / SETTINGS).exists():
         raise ValueError(f"--out '{out}': holds a run of collage train; choose another folder")
     found = [path for path in (out / SUMMARY, out / METRICS) if path.exists() and path.stat().st_size]
     if found and not overwrite:
@@ -114,7 +117,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     regime = "finetune" if args.finetune else "scratch"
     out = args.out or Path("runs") / f"{args.model}-{regime}"
     steps = args.steps or (FINETUNE_STEPS if args.finetune else STEPS)
-    run = options.run_config(args, out, steps=steps, eval_every=max(1, steps // 4))
+    run = RunConfig.from_options(args, out=out, steps=steps, eval_every=max(1, steps // 4))
     warm = _warm_up(args, run) if args.finetune else None
     if warm is not None:
         run = replace(run, data=tuple(args.finetune_data or ()))
@@ -159,40 +162,41 @@ def _corpora(plan: Plan, finetune_data: list[str] | None) -> tuple[Corpus, Corpu
 
 def _train_all(
     plan: Plan, corpora: tuple[Corpus, Corpus | None], metrics: TextIO, bars: Progress
-) -> list[train.RunResult]:
+) -> list[training.RunResult]:
     def record(row: dict[str, Any]) -> None:
         metrics.write(to_json(row))
         metrics.flush()
 
     corpus, warm_corpus = corpora
-    results: list[train.RunResult] = []
+    results: list[training.RunResult] = []
     measured = REFERENCE if REFERENCE in plan.strategies else plan.strategies[0]
     for seed in plan.seeds:
         where = f", seed {seed}" if len(plan.seeds) > 1 else ""
         init: Mapping[str, Tensor] | None = None
         if plan.warm is not None:
             tick = console.bar(bars, f"warm-up{where}", plan.warm.steps)
-            init = train.run(replace(plan.warm, seed=seed), warm_corpus, tick=tick).weights
+            init = training.run(replace(plan.warm, seed=seed), warm_corpus, tick=tick).weights
         for strategy in plan.strategies:
             config = replace(plan.run, strategy=strategy, seed=seed)
             tick = console.bar(bars, f"{strategy}{where}", config.steps)
             first = strategy == measured and seed == plan.seeds[0]
-            result = train.run(config, corpus, init=init, record=record, tick=tick, histogram=first)
+            result = training.run(config, corpus, init=init, record=record, tick=tick, histogram=first)
             results.append(replace(result, weights={}))
     return results
 
 
-def summarise(plan: Plan, results: list[train.RunResult]) -> dict[str, Any]:
+def summarise(plan: Plan, results: list[training.RunResult]) -> dict[str, Any]:
     """summary.json."""
-    from collage.harness.floors import floors_table
+    from collage.floors import floors_table
 
     config, runs = plan.run, [result.to_dict() for result in results]
     rows = verdict.table(plan.strategies, runs)
+    about = machine(config.compute_dtype())
     return {
         "title": f"{'Fine-tuning' if plan.warm else 'Training from scratch'}: {config.model}",
         "command": plan.command,
         "version": collage.__version__,
-        "machine": machine(config.compute_dtype()),
+        "machine": about,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "regime": "finetune" if plan.warm else "scratch",
         "model": config.model,
@@ -210,5 +214,5 @@ def summarise(plan: Plan, results: list[train.RunResult]) -> dict[str, Any]:
         "floors": {name: floor._asdict() for name, floor in floors_table().items()},
         "advice": verdict.advice(rows, runs, config.steps, config.betas[1]),
         "update_histogram": next((r.update_histogram for r in results if r.update_histogram), None),
-        "caveats": verdict.caveats(config, plan.strategies, len(plan.seeds)),
+        "caveats": verdict.caveats(config, plan.strategies, len(plan.seeds), about["kernels"]),
     }

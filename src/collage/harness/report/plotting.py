@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from collage.harness.results import REFERENCE
+from collage.harness.report.results import REFERENCE
 
 INCH = 72  # points
 

@@ -6,11 +6,11 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from transformers import TrainerCallback
 
 from collage.monitor import Monitor
 from collage.optim import PrecisionOptimizer
-from collage.shadow import Item
-from collage.state import Entry
+from collage.shadow import Item, intended
 
 
 def bytes_by_slot(optimizer: PrecisionOptimizer) -> dict[str, int]:
@@ -64,26 +63,6 @@ class PeakMemory:
             return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-class _Clocked:
-    """A monitor, and how long it took."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self.monitor, self.seconds = monitor, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.monitor, name)
-
-    def before(self, items: list[Item], changed: Mapping[str, int]) -> None:
-        start = time.perf_counter()
-        self.monitor.before(items, changed)
-        self.seconds += time.perf_counter() - start
-
-    def after(self, items: list[Item]) -> None:
-        start = time.perf_counter()
-        self.monitor.after(items)
-        self.seconds += time.perf_counter() - start
-
-
 class Timed(NamedTuple):
     """Seconds of one step, without the monitor's own."""
 
@@ -92,33 +71,21 @@ class Timed(NamedTuple):
 
 
 class StepMeter(TrainerCallback):
-    """Times the steps that are not monitored, and weighs the live tensors once, while the gradients are there.
-
-    Put it after the callback that attaches the monitor.
-    """
+    """Times the steps that are not monitored, and weighs the live tensors once, while the gradients are there."""
 
     def __init__(self, optimizer: PrecisionOptimizer) -> None:
         self.bytes: dict[str, int] = {}
         self.steps: list[Timed] = []
         self._optimizer = optimizer
-        self._clocked: list[_Clocked] = []
-        self._began = self._before = self._optimizer_seconds = 0.0
+        self._began = self._before = self._optimizer_seconds = self._monitoring = 0.0
         self._plain = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._clocked = [_Clocked(monitor) for monitor in self._optimizer.monitors]
-        self._optimizer.monitors = cast("list[Monitor]", self._clocked)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._optimizer.monitors = [clocked.monitor for clocked in self._clocked]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._plain = not any(clocked.due for clocked in self._clocked)
-        for clocked in self._clocked:
-            clocked.seconds = 0.0
+        self._plain = not any(monitor.due for monitor in self._optimizer.monitors)
+        self._monitoring = self._monitored()
         _synchronize()
         self._before = time.perf_counter()
 
@@ -130,9 +97,13 @@ class StepMeter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         whole = time.perf_counter() - self._began
-        monitoring = sum(clocked.seconds for clocked in self._clocked)
+        monitoring = self._monitored() - self._monitoring
         if self._plain:
             self.steps.append(Timed(self._optimizer_seconds - monitoring, whole - monitoring))
+
+    def _monitored(self) -> float:
+        """Seconds that the monitors have taken so far: a shadow follows every step."""
+        return sum(monitor.seconds for monitor in self._optimizer.monitors)
 
     @property
     def optimizer_ms(self) -> float | None:
@@ -149,45 +120,42 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-class UpdateSizes:
-    """A histogram of log2(|Delta| / ulp(theta)), Delta the update that Adam's rule intends, ulp that of bf16.
+class UpdateSizes(Monitor):
+    """A histogram of log2(|Delta| / ulp(theta)), Delta the update that the rule intends, ulp that of bf16.
 
-    Over one weight in `stride`, at every `every`-th step of the optimizer. Delta follows from the moments after the
-    step, so it does not matter what the weights' format made of it.
+    Over one weight in `stride`, at every `every`-th step of the optimizer.
     """
 
     EDGES = tuple(k / 2 for k in range(-60, 21))
 
     def __init__(self, optimizer: PrecisionOptimizer, every: int = 10, stride: int = 61) -> None:
+        super().__init__(optimizer.rule, every, None, ())
         self.counts = torch.zeros(len(self.EDGES) - 1, dtype=torch.int64)
-        self._every, self._stride, self._calls = every, stride, 0
-        optimizer.register_step_post_hook(self._after)
+        self._rule, self._stride = optimizer.rule, stride
+        optimizer.monitors.append(self)
 
-    def _after(self, optimizer: Any, *_: Any) -> None:
-        self._calls += 1
-        if self._calls % self._every:
-            return
-        for entry in optimizer.entries():
-            if entry.param.grad is not None:
-                self._add(*_intended(optimizer, entry, self._stride))
+    @property
+    def due(self) -> bool:
+        """Never: it needs none of the step's sums."""
+        return False
 
-    def _add(self, theta: Tensor, delta: Tensor) -> None:
+    def before(self, items: Sequence[Item], changed: Mapping[str, int]) -> None:
+        if (self._calls + 1) % self.every == 0:
+            for item in items:
+                self._count(item)
+
+    def _count(self, item: Item) -> None:
+        slots = [[self._sample(plane) for plane in planes] for planes in item.share.slots]
+        delta = intended(self._rule, item.strategy, item, slots, self._sample(item.share.grad)).double()
+        theta = item.strategy.formats[0].value(tuple(slots[0])).double()
         seen = (theta != 0) & (delta != 0)
         exponent = torch.frexp(theta[seen]).exponent.clamp(min=-125) - 8  # ulp = 2**exponent
         logs = delta[seen].abs().log2() - exponent
         inside = logs.clamp(self.EDGES[0], self.EDGES[-1]).float()
         self.counts += torch.histc(inside.cpu(), len(self.counts), self.EDGES[0], self.EDGES[-1]).long()
 
+    def _sample(self, plane: Tensor) -> Tensor:
+        return plane.reshape(-1)[:: self._stride]
+
     def to_dict(self) -> dict[str, list[float]]:
         return {"edges": list(self.EDGES), "counts": self.counts.tolist()}
-
-
-def _intended(optimizer: PrecisionOptimizer, entry: Entry, stride: int) -> tuple[Tensor, Tensor]:
-    """(theta, Delta) of the step just made, on a sample, in float64."""
-    formats, planes = optimizer.strategy_of(entry).formats, optimizer.planes(entry)
-    sampled = [tuple(plane.reshape(-1)[::stride] for plane in slot) for slot in planes]
-    theta, m, v = (fmt.value(slot).double() for fmt, slot in zip(formats, sampled, strict=True))
-    step, group = int(optimizer.state[entry.param]["step"]), entry.group
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    direction = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group["eps"])
-    return theta, lr * (direction + group["weight_decay"] * theta)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import collage
-from collage.harness import building, checkpoints
-from collage.harness.config import RunConfig
-from collage.harness.data import Corpus
-from collage.harness.meters import PeakMemory, StepMeter, UpdateSizes
-from collage.harness.recording import Record, Recorder
-from collage.harness.trainer import PrecisionTrainer, arguments, quiet
+from collage.harness.tasks.data import Corpus
+from collage.harness.train import building, checkpoints
+from collage.harness.train.config import RunConfig
+from collage.harness.train.meters import PeakMemory, StepMeter, UpdateSizes
+from collage.harness.train.recording import Record, Recorder
+from collage.harness.train.trainer import PrecisionTrainer, arguments, quiet
 from collage.integrations.transformers import LOGGED, EDQCallback
 from collage.monitor import Report
 

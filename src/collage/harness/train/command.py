@@ -12,38 +12,23 @@ from rich.console import Console
 from torch import Tensor
 
 import collage
-from collage.harness import building, checkpoints, console, options, train
-from collage.harness.config import RunConfig
-from collage.harness.recording import to_json
+from collage.harness import console, options
+from collage.harness.text import fixed, percent, scientific, to_json
+from collage.harness.train import building, checkpoints, training
+from collage.harness.train.config import KEPT, OWN, RUNS, RunConfig
 
 SETTINGS, METRICS, RESULT, WEIGHTS = "settings.json", "metrics.jsonl", "result.json", "weights.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `collage train`."""
-    parser.add_argument(
-        "--strategy", default="collage-plus", metavar="NAME", help="as `collage info` lists them (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/train"), metavar="DIR", help="of everything (default: %(default)s)"
-    )
-    parser.add_argument("--init", metavar="PATH", help="weights to start from: a file or folder (default: random)")
-    parser.add_argument(
-        "--finetune", action="store_true", help="the embedded Python source instead of the novels, at lr 1e-5, constant"
-    )
-    keeping = parser.add_argument_group("checkpoints")
-    keeping.add_argument("--save-every", type=int, default=100, metavar="N", help="steps (default: 100; 0: never)")
-    keeping.add_argument("--keep", type=int, metavar="N", help="the newest N (default: 2)")
-    keeping.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in --out")
-    options.add_run_arguments(parser)
-    parser.add_argument(
-        "--beside", nargs="+", metavar="STRATEGY", help="also tell what these would have lost on this very run"
-    )
+    """The options of `collage train`: all fields of a RunConfig."""
+    settings: dict[str, Any] = {"out": Path("runs/train"), "save_every": 100, "eval_every": 100}
+    options.add_options(parser, RunConfig, (OWN, KEPT, *RUNS), **settings)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train. Writes checkpoints, metrics.jsonl, TensorBoard logs, result.json and the weights into --out."""
-    config = options.run_config(args, args.out, eval_every=100)
+    config = RunConfig.from_options(args)
     screen = Console()
     if config.resume and (config.out / RESULT).exists():
         return _already_finished(config, screen)
@@ -60,21 +45,21 @@ def run(args: argparse.Namespace) -> int:
                 if start is None or row["step"]:  # a resumed run has told its first loss before
                     metrics.write(to_json(row))
                     metrics.flush()
-                    bars.console.print(_line(row), highlight=False)
+                    console.say(bars.console, _line(row))
 
             tick = console.bar(bars, config.strategy, config.steps)
-            result = train.run(
+            result = training.run(
                 config, corpus, init=init, resume=start, record=record, tick=tick, report_to="tensorboard"
             )
     except KeyboardInterrupt:
-        screen.print(f"interrupted; checkpoints and metrics so far are in {config.out}; go on with --resume")
+        console.say(screen, f"interrupted; checkpoints and metrics so far are in {config.out}; go on with --resume")
         return 130
     _save(result, config.out)
-    screen.print(_verdict(result), highlight=False, soft_wrap=True)
-    screen.print(f"weights: {config.out / WEIGHTS}", highlight=False, soft_wrap=True)
+    console.say(screen, _verdict(result))
+    console.say(screen, f"weights: {config.out / WEIGHTS}")
     if not result.diverged:
         return 0
-    screen.print(f"diverged: the loss of step {result.last_step} is not finite; lower --lr", style="bold red")
+    console.say(screen, f"diverged: the loss of step {result.last_step} is not finite; lower --lr", "bold red")
     return 1
 
 
@@ -90,31 +75,34 @@ def _already_finished(config: RunConfig, screen: Console) -> int:
     result = config.out / RESULT
     diverged = json.loads(result.read_text(encoding="utf-8"))["val_loss"] is None
     how = "diverged; lower --lr and choose another --out" if diverged else "nothing left to do"
-    screen.print(f"already finished: {how}; see {result}", highlight=False, soft_wrap=True)
+    console.say(screen, f"already finished: {how}; see {result}")
     return int(diverged)
 
 
 def _line(row: dict[str, Any]) -> str:
     if row["kind"] == "eval":
-        return f"step {row['step']:>6}  validation loss {row['loss']:.4f}"
-    measured = "" if row["edq_ratio"] is None else f"  EDQ ratio {row['edq_ratio']:.4f}  lost {row['lost']:.2%}"
-    return f"step {row['step']:>6}  loss {row['loss']:.4f}  lr {row['lr']:.2e}{measured}"
+        return f"step {row['step']:>6}  validation loss {fixed(row['loss'], 4)}"
+    measured = "" if row["edq_ratio"] is None else f"  {_quality(row['edq_ratio'], row['lost'])}"
+    return f"step {row['step']:>6}  loss {fixed(row['loss'], 4)}  lr {scientific(row['lr'])}{measured}"
 
 
-def _verdict(result: train.RunResult) -> str:
+def _quality(edq_ratio: float | None, lost: float | None) -> str:
+    return "no EDQ" if edq_ratio is None else f"EDQ ratio {fixed(edq_ratio, 4)}, lost {percent(lost)}"
+
+
+def _verdict(result: training.RunResult) -> str:
     total, frozen = result.report.total, len(result.report.frozen)
     since = f"since step {result.since_step} alone: " if result.since_step else ""
-    edq = "no EDQ" if total.edq_ratio is None else f"EDQ ratio {total.edq_ratio:.4f}, lost {total.lost or 0:.2%}"
-    beside = "".join(
-        f"; {name} would have had {quality.edq_ratio:.4f}, {quality.lost or 0:.2%}"
-        for name, quality in result.report.beside.items()
-        if quality.edq_ratio is not None
-    )
-    return (
-        f"{result.strategy}: validation loss {result.initial_loss:.4f} → {result.val_loss:.4f}; {since}{edq}"
-        + (f", {frozen} parameters frozen" if frozen else "")
-        + beside
-    )
+    said = [
+        f"{result.strategy}: validation loss {fixed(result.initial_loss, 4)} → {fixed(result.val_loss, 4)}",
+        f"{since}{_quality(total.edq_ratio, total.lost)}" + (f", {frozen} parameters frozen" if frozen else ""),
+        *(
+            f"{name} would have had {_quality(quality.edq_ratio, quality.lost)}"
+            for name, quality in result.report.beside.items()
+            if quality.edq_ratio is not None
+        ),
+    ]
+    return "; ".join(said)
 
 
 def _start(config: RunConfig, screen: Console) -> Path | None:
@@ -131,9 +119,9 @@ def _start(config: RunConfig, screen: Console) -> Path | None:
         _require_same_run(config)
         start, skipped = checkpoints.newest_complete(config.out)
         for line in skipped:
-            screen.print(line, highlight=False, soft_wrap=True)
+            console.say(screen, line)
         went = f"going on from {start.name}" if start else "no complete checkpoint: starting from the beginning"
-        screen.print(f"{went} in {config.out}", highlight=False, soft_wrap=True)
+        console.say(screen, f"{went} in {config.out}")
     _forget_after(config.out / METRICS, checkpoints.step_of(start) if start else None)
     checkpoints.write_whole(settings, to_json(config.to_dict(), indent=1))
     return start
@@ -155,7 +143,7 @@ def _forget_after(metrics: Path, step: int | None) -> None:
     checkpoints.write_whole(metrics, "".join(kept))
 
 
-def _save(result: train.RunResult, out: Path) -> None:
+def _save(result: training.RunResult, out: Path) -> None:
     """The weights in float32 with all that their components hold, each tied one under one name; last, result.json."""
     from safetensors.torch import save_file
 

@@ -1,15 +1,13 @@
-"""`collage preflight`: what a step of a given size cannot move in a model's weights, before any training.
+"""What a step of a given size cannot move in a model's weights, before any training.
 
 A weight *cannot move* in a format if, from the state it would start in (the stored weight split into the format's
 planes), growing it by +lr and by -lr both leave every plane as it is. lr is the size of Adam's typical update. In a
 stochastic format both must hold whatever the random bits. This looks at one step; the floors say what happens to many
-equal ones (see `collage.harness.floors`).
+equal ones (see `collage.floors`).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,43 +19,12 @@ from torch import Tensor
 
 from collage import mcf
 from collage.constants import rounded
+from collage.floors import MANTISSAS, THETA_FORMATS, decay_floors, movable_below, register_of, unchanged
 from collage.formats import format_of, split
-from collage.harness.cli import EXTRA
-from collage.harness.floors import MANTISSAS, THETA_FORMATS, decay_floors, movable_below, register_of, unchanged
-from collage.harness.weights import ACCEPTED, KINDS, kind_of, read
+from collage.harness.tasks.weights import KINDS, kind_of, read
 
 CHUNK = 1 << 18  # elements evaluated at once: their temporaries stay in the cache
 _HALF = (torch.bfloat16, torch.float16)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help=ACCEPTED)
-    add("--lr", type=float, required=True, help="learning rate: about the size of one update of Adam, e.g. 1e-5")
-    add("--weight-decay", type=float, default=0.0, metavar="WD", help="as given to AdamW, e.g. 0.1 (default: none)")
-    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Examine the model, print the tables and the verdict, write the JSON file. Returns the exit status."""
-    try:
-        import safetensors  # noqa: F401
-        from rich.console import Console
-
-        from collage.harness import preflight_report
-    except ModuleNotFoundError as error:
-        raise ValueError(f"preflight needs {error.name}, which is missing; run {EXTRA}") from None
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json '{args.json}': no folder {args.json.parent}; make it, or choose another")
-    console = Console()
-    with console.status("reading ..."):
-        found = examine(args.model, args.lr, args.weight_decay)
-    preflight_report.show(found, console)
-    if args.json:
-        args.json.write_text(json.dumps(preflight_report.to_dict(found), indent=1) + "\n", encoding="utf-8")
-        console.print(f"Every number: {args.json}", soft_wrap=True, highlight=False, markup=False)
-    return 0
 
 
 @dataclass(slots=True)

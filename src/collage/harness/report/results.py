@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
 
+from collage.harness.text import number
+
 Points: TypeAlias = "list[tuple[float, float]]"  # (step, value), by step
 
 SUMMARY, METRICS = "summary.json", "metrics.jsonl"
 REFERENCE = "fp32-master"
 ULP_AT_ONE = 2.0**-7  # of bf16
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def percent(share: float) -> str:
-    """As many digits as it takes not to call almost all "all", or almost nothing "nothing"."""
-    value = 100 * share
-    digits = next((d for d in (0, 1, 2) if 0.5 * 10**-d <= min(abs(value), abs(100 - value))), 2)
-    text = f"{value:.{digits}f}".replace("-", "−")
-    return "<0.01 %" if text == "0.00" and value > 0 else f"{text.removesuffix('.00')} %"
 
 
 @dataclass(frozen=True)

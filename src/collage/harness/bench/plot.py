@@ -7,8 +7,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from collage.harness import plotting
-from collage.harness.plotting import LIGHT, look
+from collage.harness.report import plotting
+from collage.harness.report.plotting import LIGHT, look
+from collage.harness.text import fixed
 
 CROP = 4.0  # bars are cut at so many times the slowest of ours
 
@@ -38,6 +39,6 @@ def _bar(ax: Axes, place: int, line: dict[str, Any], edge: float) -> None:
     name, time = line["name"].partition(",")[0], line["ns_per_param"]
     colour = look([], name, LIGHT)[0] if name in plotting.LOOKS else "#c9ced4"
     ax.barh(place, min(time, edge), color=colour, height=0.65)
-    ax.text(min(time, edge * 0.97), place, f" {time:.2f}", va="center", fontsize=8.5, color=LIGHT.ink)
+    ax.text(min(time, edge * 0.97), place, f" {fixed(time, 2)}", va="center", fontsize=8.5, color=LIGHT.ink)
     if line["of_limit"]:
         ax.plot([time * line["of_limit"]] * 2, [place - 0.4, place + 0.4], color=LIGHT.ink, lw=1.4)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from collage.harness.data import (
+from collage.harness import options
+from collage.harness.options import option
+from collage.harness.tasks.data import (
     Corpus,
     Tokens,
     byte_tokens,
@@ -19,16 +22,16 @@ from collage.harness.data import (
     read_corpus,
     tokenizer_tokens,
 )
-from collage.harness.recipes import Recipe, get_recipe
-from collage.harness.recipes import Schedule as RecipeSchedule
-from collage.strategies import Strategy
+from collage.harness.tasks.recipes import RECIPES, Recipe, get_recipe
+from collage.harness.tasks.recipes import Schedule as RecipeSchedule
 
 SCHEDULES = (*get_args(RecipeSchedule), "constant")
 COMPUTE = ("auto", "fp32", "bf16")
 FINETUNE_LR = 1e-5
 
-# What may differ between a run and the one that continues it: nothing that changes a bit of the weights.
-_FREE_ON_RESUME = ("out", "resume", "keep", "every", "shadow", "beside", "eval_every", "eval_sequences", "save_every")
+# The groups of the options. Those of RUNS are any run's; OWN and KEPT are of `collage train` alone.
+OWN, KEPT = "this run", "checkpoints"
+WHAT, TEXT, HOW, WATCH = RUNS = ("what is trained", "text", "how (defaults: the model's recipe)", "what is measured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,40 +42,52 @@ class RunConfig:
         ValueError: a value out of range, an unknown name or a missing file; which, what is allowed, and the fix.
     """
 
-    model: str  # a recipe's name
-    out: Path  # folder of the checkpoints and results
-    strategy: str
-    seed: int  # of the weights, the order of the data, the masks and stochastic rounding
-    steps: int
-    batch_size: int  # sequences per optimizer step
-    micro_batch: int  # sequences per forward pass
-    seq_len: int
-    lr: float  # peak
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    schedule: str
-    warmup_steps: int
-    max_grad_norm: float
-    data: tuple[str, ...] = ()  # text files and folders; none: the embedded corpus
-    validation: tuple[str, ...] = ()
-    tokenizer: str | None = None  # a tokenizers file; none: bytes
-    finetune: bool = False  # the other embedded corpus, a small constant lr
-    init: str | None = None  # weights to start from
-    compute: str = "auto"  # arithmetic of forward and backward
-    every: int = 10  # one monitored and logged step in this many
-    shadow: int = 256  # the monitor follows one element in this many; 0: none
-    beside: tuple[str, ...] = ()  # strategies run beside it on the shadow's sample
-    eval_every: int = 0  # 0: before the first step and after the last alone
-    eval_sequences: int = 256  # of the validation text, the same ones each time
-    save_every: int = 0  # 0: no checkpoints
-    keep: int = 2  # checkpoints
-    resume: bool = False
+    strategy: str = option(OWN, "as `collage info` lists them", "collage-plus", metavar="NAME")
+    out: Path = option(OWN, "of everything: checkpoints, logs, weights", metavar="DIR", free=True)
+    init: str | None = option(OWN, "weights to start from: a file or folder (default: random)", None, metavar="PATH")
+    finetune: bool = option(OWN, "the embedded Python source instead of the novels, at lr 1e-5, constant", False)
+    beside: tuple[str, ...] = option(
+        OWN, "also tell what these would have lost on this very run", (), metavar="STRATEGY", free=True
+    )
+
+    save_every: int = option(KEPT, "steps; 0: never", 0, least=0, free=True)
+    keep: int = option(KEPT, "the newest N", 2, least=1, free=True)
+    resume: bool = option(KEPT, "go on from the newest complete checkpoint in --out", False, free=True)
+
+    model: str = option(WHAT, ", ".join(RECIPES), "tiny-llama", metavar="NAME")
+    phase: int = option(WHAT, "of a recipe with several, as BERT's", 1, free=True)
+    seed: int = option(WHAT, "of weights, batches, masks and rounding", 0, least=0)
+
+    data: tuple[str, ...] = option(TEXT, "text files or folders (default: embedded novels)", (), metavar="PATH")
+    validation: tuple[str, ...] = option(
+        TEXT, "text to be judged by (default: the last tenth of the data)", (), metavar="PATH"
+    )
+    tokenizer: str | None = option(TEXT, "a JSON file of the tokenizers library (default: bytes)", None, metavar="FILE")
+
+    steps: int = option(HOW, "optimizer steps", least=1)
+    batch_size: int = option(HOW, "sequences per step", least=1)
+    micro_batch: int = option(HOW, "sequences per forward pass; a step adds them up", least=1)
+    seq_len: int = option(HOW, "tokens per sequence", least=2)
+    lr: float = option(HOW, "peak learning rate")
+    betas: tuple[float, float] = option(HOW, "decay rates of the moments", metavar=("B1", "B2"))
+    eps: float = option(HOW, "added to the root of the second moment")
+    weight_decay: float = option(HOW, "decoupled")
+    max_grad_norm: float = option(HOW, "gradients are clipped to it; 0: not at all")
+    schedule: str = option(HOW, "of the learning rate, after the warm-up", choices=SCHEDULES)
+    warmup_steps: int = option(HOW, "of the learning rate", least=0)
+    compute: str = option(
+        HOW,
+        "arithmetic of forward and backward; auto: bf16 where the hardware multiplies matrices in it",
+        "auto",
+        choices=COMPUTE,
+    )
+
+    every: int = option(WATCH, "measure EDQ and log: step 1 and every Nth", 10, least=1, free=True)
+    shadow: int = option(WATCH, "follow one weight in N in fp32; 0: none", 256, least=0, free=True)
+    eval_every: int = option(WATCH, "steps between evaluations; 0: only at both ends", 0, least=0, free=True)
+    eval_sequences: int = option(WATCH, "of the validation text, the same each time", 256, least=1, free=True)
 
     def __post_init__(self) -> None:
-        Strategy.parse(self.strategy)
-        for name in self.beside:
-            Strategy.parse(name)
         _require_whole(self)
         _require_positive(self)
         for beta in self.betas:
@@ -92,34 +107,40 @@ class RunConfig:
             raise ValueError(f"seq_len: '{self.model}' has {longest} positions, got {self.seq_len}; at most {longest}")
 
     @classmethod
-    def of(cls, model: str, out: Path | str, *, phase: int = 1, **given: Any) -> RunConfig:
+    def of(cls, model: str, out: Path | str, **given: Any) -> RunConfig:
         """The recipe's settings, with those that are given and not None instead.
 
         Args:
             model: a name in `recipes.RECIPES`.
             out: folder of the checkpoints and results.
-            phase: which stretch of the recipe, from 1.
-            **given: any field.
+            **given: any field; phase: which stretch of the recipe, from 1.
         """
-        recipe = get_recipe(model)
+        chosen = {key: value for key, value in given.items() if value is not None}
+        recipe, phase = get_recipe(model), chosen.get("phase", cls.phase)
         if not 1 <= phase <= len(recipe.phases):
             raise ValueError(f"phase: '{model}' has {len(recipe.phases)}, counted from 1, got {phase}")
         stage = recipe.phases[phase - 1]
-        chosen = {key: value for key, value in given.items() if value is not None}
         finetune = chosen.get("finetune", False)
         settings: dict[str, Any] = {
-            "strategy": "collage-plus", "seed": 0, "steps": stage.steps, "batch_size": stage.batch,
+            "steps": stage.steps, "batch_size": stage.batch,
             "seq_len": stage.seq_len, "lr": FINETUNE_LR if finetune else stage.lr, "betas": recipe.betas,
             "eps": recipe.eps, "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm,
             "schedule": "constant" if finetune else recipe.schedule,
         }  # fmt: skip
         settings |= chosen
-        settings["strategy"] = str(Strategy.parse(settings["strategy"]))
+        settings["strategy"] = options.strategy("strategy", chosen.get("strategy", cls.strategy))
+        settings["beside"] = tuple(options.strategy("beside", name) for name in chosen.get("beside", ()))
         batch, steps = settings["batch_size"], settings["steps"]
         settings.setdefault("micro_batch", math.gcd(batch, stage.micro_batch) if batch > stage.micro_batch else batch)
         # A shorter run warms up for the same share of its steps as the published one, or less.
         settings.setdefault("warmup_steps", min(stage.warmup_steps, max(1, steps // 10)))
         return cls(model=model, out=Path(out), **settings)
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace, **settings: Any) -> RunConfig:
+        """Of a command line; `settings` are used where an option was not given. Errors name the flag."""
+        with options.flags_named(cls):
+            return cls.of(**{**settings, **options.given(args, cls)})
 
     @property
     def recipe(self) -> Recipe:
@@ -166,7 +187,8 @@ class RunConfig:
     def require_same_run(self, saved: Mapping[str, Any]) -> None:
         """Raises ValueError if continuing the run with the saved settings under these would change what it computes."""
         ours = self.to_dict()
-        different = [key for key in ours if key not in _FREE_ON_RESUME and saved.get(key) != ours[key]]
+        bound = [f.name for f in fields(self) if not f.metadata["free"]]  # what changes a bit of the weights
+        different = [key for key in bound if saved.get(key) != ours[key]]
         if different:
             pairs = "; ".join(f"{key}: saved {saved.get(key)!r}, here {ours[key]!r}" for key in different)
             raise ValueError(
@@ -176,14 +198,10 @@ class RunConfig:
 
 
 def _require_whole(config: RunConfig) -> None:
-    least = {
-        "seed": 0, "steps": 1, "batch_size": 1, "micro_batch": 1, "seq_len": 2, "warmup_steps": 0, "every": 1,
-        "shadow": 0, "eval_every": 0, "eval_sequences": 1, "save_every": 0, "keep": 1,
-    }  # fmt: skip
-    for name, minimum in least.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{name}: needs an integer >= {minimum}, got {value!r}")
+    for f in fields(config):
+        value, least = getattr(config, f.name), f.metadata["least"]
+        if least is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{f.name}: needs an integer >= {least}, got {value!r}")
 
 
 def _require_positive(config: RunConfig) -> None:

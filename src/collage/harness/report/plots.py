@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from collage.harness.plotting import Theme, figure, label_ends, legible, look
-from collage.harness.results import REFERENCE, Comparison, Points, mean, percent, smooth
+from collage.harness.report.plotting import Theme, figure, label_ends, legible, look
+from collage.harness.report.results import REFERENCE, Comparison, Points, mean, smooth
+from collage.harness.text import fixed, percent, short
 
 Ends = dict[str, tuple[float, str]]  # name -> last value, colour
 
@@ -19,8 +20,9 @@ STEPS = [1, 2, 2.5, 5, 10]  # of the ticks
 FEW = 12  # a curve of no more points than this shows them
 
 
-def signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+def signed(value: float | None) -> str:
+    """A difference of losses."""
+    return fixed(value, 4, "+")
 
 
 def setting(c: Comparison) -> str:
@@ -30,7 +32,7 @@ def setting(c: Comparison) -> str:
         f"{'Fine-tuning' if c.finetune else 'From scratch'}: {s.get('model')}",
         f"{s['parameters']:,} parameters" if s.get("parameters") else "",
         f"{s['steps']:,} steps" if s.get("steps") else "",
-        f"lr {s['lr']:g}".replace("e-0", "e-") if s.get("lr") else "",
+        f"lr {short(s['lr'])}" if s.get("lr") else "",
         f"mean of {len(c.summary['seeds'])} seeds" if len(c.summary["seeds"]) > 1 else "one seed",
     ]
     return " · ".join(filter(None, parts))
@@ -62,7 +64,7 @@ def loss_title(c: Comparison) -> str:
         told = ", ".join(f"{name} {signed(value)}" for name, value in rated)
         return f"Loss against {REFERENCE}: {told} nats"
     losses = sorted((v, k) for k, v in c.column("val_loss").items() if v is not None)
-    return f"Lowest validation loss: {losses[0][0]:.4f}, with {losses[0][1]}" if losses else "Validation loss"
+    return f"Lowest validation loss: {fixed(losses[0][0], 4)}, with {losses[0][1]}" if losses else "Validation loss"
 
 
 def draw_curves(
@@ -145,8 +147,8 @@ def score_panel(ax: Axes, c: Comparison, theme: Theme, key: str, title: str) -> 
         ax.text(0, s=strategy, fontweight="bold", color=legible(colour, theme), **row)
         size = c.column("bytes_per_param")[strategy]
         if size is not None:
-            ax.text(0.76, s=f"{size:.3g} bytes/param", ha="right", fontsize=8.5, color=theme.muted, **row)
-        text = "–" if value is None else percent(value) if share else signed(value)
+            ax.text(0.76, s=f"{short(size, 3)} bytes/param", ha="right", fontsize=8.5, color=theme.muted, **row)
+        text = percent(value) if share else signed(value)
         ax.text(1, s="0" if strategy == REFERENCE and not share else text, ha="right", fontweight="bold", **row)
     if low < 0:
         ax.axvline(0, color=theme.muted, lw=0.8)
@@ -205,7 +207,9 @@ def quality(c: Comparison, theme: Theme) -> Figure | None:
     if not any(c.curves("train", key, s) for key, _ in panels for s in c.strategies):
         return None
     rated = best_and_worst(c.column("edq_ratio"), lambda ratio: abs(1 - ratio))
-    title = f"EDQ ratio: {', '.join(f'{name} {value:.4f}' for name, value in reversed(rated)) or 'over the steps'}"
+    title = (
+        f"EDQ ratio: {', '.join(f'{name} {fixed(value, 4)}' for name, value in reversed(rated)) or 'over the steps'}"
+    )
     fig = figure(title, setting(c), theme, height=7.0)
     axes = fig.subplots(3, 1, sharex=True, height_ratios=[1, 1, 0.35])
     for ax, (key, name) in zip(axes[:2], panels, strict=True):
@@ -218,7 +222,7 @@ def quality(c: Comparison, theme: Theme) -> Figure | None:
     if rates:
         axes[2].fill_between(*zip(*rates, strict=True), color=theme.muted, alpha=0.25, lw=0)
         axes[2].plot(*zip(*rates, strict=True), color=theme.muted, lw=1.2)
-    axes[2].yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}".replace("e-0", "e−")))
+    axes[2].yaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x, 2)))
     axes[2].yaxis.set_major_locator(MaxNLocator(2))
     axes[2].set(title="Learning rate", xlabel="step", ylim=(0, None))
     return fig

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback
 
-from collage.harness.config import RunConfig
+from collage.harness.train.config import RunConfig
 from collage.integrations.transformers import LOGGED, EDQCallback
-from collage.monitor import Quality, jsonable
+from collage.monitor import Quality
 
 Record = dict[str, Any]
 
@@ -73,11 +72,6 @@ class Recorder(TrainerCallback):
 def lost_by_layer(parameters: Mapping[str, Quality]) -> dict[str, float | None]:
     """Share of lost updates of each parameter, under a short name, in the model's order."""
     return {label(name): quality.lost for name, quality in parameters.items()}
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text; a number that is not finite becomes null."""
-    return json.dumps(jsonable(value), indent=indent, allow_nan=False) + "\n"
 
 
 def label(name: str) -> str:

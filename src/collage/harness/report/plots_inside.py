@@ -12,9 +12,10 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from collage.harness.plots import STEPS, best_and_worst, draw_curves, setting
-from collage.harness.plotting import Theme, figure, label_ends, legible, look
-from collage.harness.results import REFERENCE, ULP_AT_ONE, Comparison, number, percent
+from collage.harness.report.plots import STEPS, best_and_worst, draw_curves, setting
+from collage.harness.report.plotting import Theme, figure, label_ends, legible, look
+from collage.harness.report.results import REFERENCE, ULP_AT_ONE, Comparison
+from collage.harness.text import number, percent, short
 
 ROW = 0.16  # inches, of one named row of a heat map
 FLOOR = "#d55e00"
@@ -211,7 +212,7 @@ def memory(c: Comparison, theme: Theme) -> Figure | None:
     sums = {s: sum(stack.values()) for s, stack in stacks.items()}
     least = min((s for s in sums if s != REFERENCE), key=lambda s: sums[s], default=REFERENCE)
     told = list(sums) if len(sums) <= 5 else [s for s in (least, REFERENCE) if s in sums]
-    said = ", ".join(f"{s}\xa0{sums[s]:.3g}" for s in told)
+    said = ", ".join(f"{s}\xa0{short(sums[s], 3)}" for s in told)
     fig = figure(f"Bytes per parameter: {said}", setting(c), theme, height=0.44 * len(stacks) + 1.0)
     ax = fig.subplots()
     slots = by_family(list(dict.fromkeys(slot for stack in stacks.values() for slot in stack)))
@@ -221,7 +222,7 @@ def memory(c: Comparison, theme: Theme) -> Figure | None:
         colour = to_hex(ladder(i / max(1, len(slots) - 1)))
         stack_slot(ax, {s: stack.get(slot, 0.0) for s, stack in stacks.items()}, left, (slot, colour), theme)
     for y, total in enumerate(sums.values()):
-        ax.annotate(f"{total:.4g}", (total, y), (6, 0), textcoords="offset points", va="center", fontweight="bold")
+        ax.annotate(short(total), (total, y), (6, 0), textcoords="offset points", va="center", fontweight="bold")
     ax.set_yticks(range(len(stacks)), list(stacks), fontweight="bold")
     for tick, strategy in zip(ax.get_yticklabels(), stacks, strict=True):
         tick.set_color(legible(look(c.strategies, strategy, theme)[0], theme))
@@ -245,5 +246,5 @@ def stack_slot(ax: Axes, wide: dict[str, float], left: dict[str, float], slot: t
     ink = "#ffffff" if sum(to_rgb(colour)) < 1.5 else "#1f2328"
     for y, (strategy, width) in enumerate(wide.items()):
         if width >= 0.5:
-            ax.text(left[strategy] + width / 2, y, f"{width:.3g}", ha="center", va="center", fontsize=8.5, color=ink)
+            ax.text(left[strategy] + width / 2, y, short(width, 3), ha="center", va="center", fontsize=8.5, color=ink)
         left[strategy] += width

@@ -1,0 +1,1 @@
+"""`collage bench`: what a step of the optimizer costs."""

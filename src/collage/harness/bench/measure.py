@@ -1,0 +1,113 @@
+"""The timings of `collage bench`: all rows round after round, their medians, and what each is of the limit."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from collage.harness.bench.rows import A, Contestant, D, Row, Shapes, arrived
+from collage.harness.console import bar, progress
+from collage.harness.machine import machine
+
+LR = 1e-5
+MINIMUM = 2e-3  # seconds that one timing takes at least: several steps of a small optimizer are timed together
+
+
+def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, device: torch.device, screen: Console) -> dict[str, Any]:
+    """Time all rows round after round, so that what disturbs the machine disturbs all of them."""
+    numel = sum(math.prod(shape) for shape in shapes)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    contestants: dict[str, tuple[Row, Contestant, int]] = {}
+    failed: dict[str, str] = {}
+    with progress(screen) as bars:
+        tick = bar(bars, "building", len(lines))
+        for k, row in enumerate(lines):
+            try:
+                contestant = row.build(shapes, LR, device)
+                contestant.step()
+                contestants[row.name] = row, contestant, repeats(contestant)
+            except Exception as error:  # another package's: say so in its row, go on with the others
+                failed[row.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            tick(k + 1)
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        gc.collect()
+        gc.disable()
+        try:
+            tick = bar(bars, "timing", rounds)
+            for k in range(rounds):
+                for name, (_, contestant, calls) in contestants.items():
+                    times[name].append(seconds(contestant.step, calls) / contestant.steps)
+                tick(k + 1)
+        finally:
+            gc.enable()
+    table = [entry(row, times[name], numel) for name, (row, _, _) in contestants.items()]
+    contestants.clear()
+    for line, row in zip(table, (row for row in lines if row.name in times), strict=True):
+        line["edq_ratio"] = None if row.name.startswith("limit") else arrived(row, device)
+    compare(table)
+    return {
+        "machine": machine(torch.float32, device.type == "cuda"),
+        "parameters": numel,
+        "tensors": len(shapes),
+        "rounds": rounds,
+        "load_before": load,
+        "rows": table,
+        "failed": failed,
+    }
+
+
+def seconds(call: Callable[[], Any], calls: int) -> float:
+    """Of one call, on average."""
+    wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    wait()
+    return (time.perf_counter() - start) / calls
+
+
+def wait() -> None:
+    """Until a GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def repeats(contestant: Contestant) -> int:
+    """How many calls one timing takes."""
+    return max(1, math.ceil(MINIMUM / max(seconds(contestant.step, 1), 1e-9)))
+
+
+def entry(row: Row, times: list[float], numel: int) -> dict[str, Any]:
+    """One line of the result."""
+    middle = median(times)
+    low, _, high = quantiles(times, n=4) if len(times) > 1 else (middle,) * 3
+    return {
+        "name": row.name,
+        "ns_per_param": middle / numel * 1e9,
+        "spread": (high - low) / middle,
+        "bytes_moved": row.moved,
+        "bytes_kept": row.kept,
+        "gb_per_s": row.moved * numel / middle / 1e9,
+        "ms": middle * 1e3,
+        "times_ms": [t * 1e3 for t in times],
+    }
+
+
+def compare(table: list[dict[str, Any]]) -> None:
+    """Add the ratios of one run: to the limit of the same planes (or of as many bytes), to options D and A."""
+    by_name = {line["name"]: line["ns_per_param"] for line in table}
+    fastest = max((line["gb_per_s"] for line in table if line["name"].startswith("limit")), default=None)
+    for line in table:
+        planes = by_name.get(f"limit of {line['name'].partition(',')[0]}")
+        bound = planes or (line["bytes_moved"] / fastest if fastest else None)
+        line["of_limit"] = bound / line["ns_per_param"] if bound else None
+        for letter, name in (("d", D), ("a", A)):
+            line[f"to_{letter}"] = line["ns_per_param"] / by_name[name] if name in by_name else None

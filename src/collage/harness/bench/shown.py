@@ -1,0 +1,68 @@
+"""What `collage bench` prints: the plan, or the table of its timings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+from collage.harness.bench.rows import Row
+from collage.harness.console import print_table, say
+from collage.harness.text import Column, fixed, percent, short
+
+TIMES = (
+    Column("ns_per_param", "ns/", "param", partial(fixed, digits=3)),
+    Column("spread", "±", "", percent),
+    Column("bytes_moved", "bytes", "moved", short),
+    Column("gb_per_s", "GB/s", "", partial(fixed, digits=1)),
+    Column("of_limit", "of the", "limit", percent),
+    Column("to_d", "time", "÷ D", partial(fixed, digits=2)),
+    Column("to_a", "time", "÷ A", partial(fixed, digits=2)),
+    Column("edq_ratio", "EDQ", "ratio", partial(fixed, digits=3)),
+)
+
+
+def show_plan(lines: Sequence[Row], numel: int, args: argparse.Namespace) -> int:
+    """What would be measured, and below which time no step can be."""
+    screen, bandwidth = Console(width=max(100, Console().width)), args.bandwidth or 2000.0
+    columns = (
+        Column("bytes", "bytes moved", "per parameter", short),
+        Column("gb", "GB", "per step", partial(fixed, digits=2)),
+        Column("ms", "floor in ms", f"at {short(bandwidth)} GB/s", partial(fixed, digits=3)),
+    )
+    planned = {
+        row.name: {"bytes": row.moved, "gb": (total := row.moved * numel / 1e9), "ms": total / bandwidth * 1e3}
+        for row in lines
+        if not row.name.startswith("limit")
+    }
+    print_table(screen, f"One step of AdamW, {numel:,} parameters, {args.device}: a plan", columns, planned)
+    say(
+        screen,
+        f"Nothing was measured. Without --plan: {args.rounds} interleaved rounds of these rows, their medians, and how "
+        f"much of the intended update arrived (EDQ), into {args.out}.",
+    )
+    return 0
+
+
+def show(result: dict[str, Any], screen: Console) -> None:
+    """The table, and how noisy it is."""
+    tensors = f"{result['tensors']:,} tensor{'s' * (result['tensors'] > 1)}"
+    about = result["machine"]
+    title = (
+        f"One step of AdamW, {result['parameters']:,} parameters in {tensors}, threads: {about['threads']}, "
+        f"{about['kernels']}"
+    )
+    print_table(screen, title, TIMES, {line["name"]: line for line in result["rows"]})
+    for name, reason in result["failed"].items():
+        say(screen, f"not measured: {name}: {reason}", "yellow")
+    spreads = [line["spread"] for line in result["rows"]]
+    load = "" if result["load_before"] is None else f"; load before: {fixed(result['load_before'], 2)}"
+    say(
+        screen,
+        f"Medians of {result['rounds']} interleaved rounds. Noise: the middle half of a row's timings spans "
+        f"{percent(median(spreads))} of its median (worst row {percent(max(spreads))}){load}.",
+    )

@@ -1,0 +1,1 @@
+"""`collage compare`: the same run under several strategies, and what they say together."""

@@ -1,0 +1,1 @@
+"""`collage preflight`: what a step cannot move in a model's weights, before any training."""

@@ -1,0 +1,1 @@
+"""What is trained, and on what: recipes, text, masks, weights on disk."""

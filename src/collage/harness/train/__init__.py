@@ -1,0 +1,1 @@
+"""`collage train`, and every run of `collage compare`."""
