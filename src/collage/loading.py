@@ -107,6 +107,11 @@ def adopt(
     return {**saved, "state": states, "param_groups": adopted}
 
 
+def is_foreign(saved: Mapping[str, Any]) -> bool:
+    """Whether a state is one of torch's, which knows no components."""
+    return not all("strategy" in group for group in saved.get("param_groups", ()))
+
+
 def _require_state_dict(saved: Mapping[str, Any]) -> None:
     groups, states = saved.get("param_groups"), saved.get("state")
     is_whole = isinstance(states, Mapping) and all(isinstance(x, Mapping) for x in states.values())

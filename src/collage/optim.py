@@ -339,10 +339,14 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """
         edits.require_own((entry.param for entry in self.entries()), "load_state_dict()")
         adopted: dict[str, Any] = {}
-        unused = {param: values for param, values in self.state.items() if values and int(values["step"]) == 0}
+        unused: dict[
+            Tensor, Any
+        ] = {}  # a state of torch's, where it has not stepped, says nothing of theta's components
 
         def adopt(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             entries = list(self.entries())
+            if loading.is_foreign(saved):
+                unused.update((p, values) for p, values in self.state.items() if values and int(values["step"]) == 0)
             adopted.update(loading.adopt(self.rule, self.param_groups, entries, saved, self.strategy_of, self.state))
             return adopted
 
@@ -358,7 +362,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                     key: placed(value.detach().to(device if own or key != "step" else "cpu", copy=True), entry.param)
                     for key, value in adopted["state"][saved_id].items()
                 }
-            elif entry.param in unused:  # it has made no step, here or there: keep what a cast has cut off
+            elif entry.param in unused:
                 self.state[entry.param] = unused[entry.param]
         self._forget()
         for monitor in self.monitors:
