@@ -426,7 +426,7 @@ def test_reset_moments_keeps_the_components_that_clearing_the_state_loses(strate
     moments = [v for k, v in opt.state[w].items() if not k.startswith("param")]
     assert all((m == 0).all() for m in moments)
     opt.state.clear()
-    with pytest.warns(RuntimeWarning, match=r"state of 'x' and 1 more parameters was cleared.*reset_moments"):
+    with pytest.warns(RuntimeWarning, match=r"state of 'x' and 1 more was cleared.*reset_moments"):
         opt.step()
 
 

@@ -42,7 +42,7 @@ ALLOWED = {
     "lending": {"edits", "saying", "sharding"},
     "ema": STEP | {"edits", "lending", "owners", "checkpoint"},
     "owners": STEP | {"optim"},
-    "checkpoint": STEP | {"edits", "owners"},
+    "checkpoint": STEP | {"edits", "owners", "saying"},
     "gradients": STEP | {"optim"},
     "wrap": STEP | {"optim"},
     "collage": LIBRARY,

@@ -158,6 +158,6 @@ def warn_of_cleared(strategy: Strategy, lost: Sequence[str]) -> None:
     """Where states were taken away after steps, and the weights stayed, their low components went with them."""
     if lost and len(strategy.formats[0].dtypes) > 1:
         warn_once(
-            f"the optimizer state of {several(list(lost), 'parameters')} was cleared after steps, and with it the low "
+            f"the optimizer state of {several(lost)} was cleared after steps, and with it the low "
             "components of these weights; opt.reset_moments() starts moments anew and keeps weights"
         )

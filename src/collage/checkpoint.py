@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from collage import edits, state
 from collage.formats import fitted, pieces, split
 from collage.owners import Optimizers, Owner, number_of, owners
+from collage.saying import several
 from collage.sharding import any_dtensor, local, placed, reshard
 
 log = logging.getLogger("collage")
@@ -51,7 +52,7 @@ def high_precision_state_dict(model: nn.Module, optimizer: Optimizers) -> dict[s
     alone = [name for name, p in model.named_parameters() if _may_lose(p) and p not in owned]
     if alone:
         raise ValueError(
-            f"optimizer: has none of {_some(alone)}, which are trained, so that what another one keeps beside them "
+            f"optimizer: has none of {several(alone)}, which are trained, so that what another one keeps beside them "
             "would be left out; give every optimizer, [a, b], or freeze what none trains (requires_grad_(False))"
         )
     misfits: dict[Tensor, int] = {}
@@ -107,8 +108,9 @@ def _require_shown(
     alone = [name for param, name in own.items() if _may_lose(param) and param not in owned]
     if foreign and alone:
         raise ValueError(
-            f"optimizer: has none of {_some(alone)}, and trains {_some(foreign)}, which the model has not: flattened "
-            "(ZeRO) or replaced after the optimizer was made? Shard with FSDP2 (fully_shard); make the optimizer last"
+            f"optimizer: has none of {several(alone)}, and trains {several(foreign)}, which the model has not: "
+            "flattened (ZeRO) or replaced after the optimizer was made? Shard with FSDP2 (fully_shard); make the "
+            "optimizer last"
         )
 
 
@@ -118,7 +120,7 @@ def require_keys(params: Mapping[Any, str], shown: Mapping[str, Any]) -> None:
     hidden = [name for param, name in params.items() if id(param) not in keyed]
     if hidden:
         raise ValueError(
-            f"model: its state_dict() has other tensors in the place of {_some(hidden)} (FSDP1, or a hook that makes "
+            f"model: its state_dict() has other tensors in the place of {several(hidden)} (FSDP1, or a hook that makes "
             "new ones), so that their full precision has no key. Shard with FSDP2 (fully_shard), or remove the hook"
         )
 
@@ -126,10 +128,6 @@ def require_keys(params: Mapping[Any, str], shown: Mapping[str, Any]) -> None:
 def _may_lose(param: Tensor) -> bool:
     """Whether it is trained and too narrow for a float32 number."""
     return param.requires_grad and param.is_floating_point() and param.dtype.itemsize < 4
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 @torch.no_grad()
@@ -212,11 +210,12 @@ def _require_lossless(own: Mapping[str, Any], values: Mapping[str, Any], owned: 
     alone = [key for key, p in lossy.items() if p.requires_grad and p not in owned]
     if alone:
         raise ValueError(
-            f"optimizer: has none of {_some(alone)}, which are trained, so that loading would cut their low bits off; "
-            "give every optimizer, [a, b]; or freeze them (requires_grad_(False)); or round their values in state_dict"
+            f"optimizer: has none of {several(alone)}, which are trained, so that loading would cut their low bits "
+            "off; give every optimizer, [a, b]; or freeze them (requires_grad_(False)); or round their values in "
+            "state_dict"
         )
     if lossy:
-        log.info("rounded to their own dtype: %s; frozen, or of a format without low components", _some([*lossy]))
+        log.info("rounded to their own dtype: %s; frozen, or of a format without low components", several([*lossy]))
 
 
 def _loses(value: Tensor, param: Tensor, owner: Owner | None) -> bool:

@@ -55,8 +55,8 @@ def adopt(
         return {}
     known = Strategy.parse(strategy)
     thetas = [planes[k : k + len(known.formats[0].dtypes)] for k in range(0, len(planes), width)]
-    changed = [k for k, (now, then) in enumerate(zip(versions, expected, strict=True)) if now != then]
-    looked = range(len(thetas)) if every else changed
+    changed = {k for k, (now, then) in enumerate(zip(versions, expected, strict=True)) if now != then}
+    looked = range(len(thetas)) if every else sorted(changed)
     counts = {k: count for k, count in _misfits(known, backend, thetas, looked).items() if count or k in changed}
     for k, count in counts.items():
         for piece in pieces(thetas[k]) if count else ():

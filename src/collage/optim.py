@@ -339,9 +339,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """
         edits.require_own((entry.param for entry in self.entries()), "load_state_dict()")
         adopted: dict[str, Any] = {}
-        unused: dict[
-            Tensor, Any
-        ] = {}  # a state of torch's, where it has not stepped, says nothing of theta's components
+        # A state of torch's knows no components: those of parameters that have made no step, here or there, stay.
+        unused: dict[Tensor, Any] = {}
 
         def adopt(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             entries = list(self.entries())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 
@@ -21,10 +22,10 @@ def warn_once(text: str) -> None:
     warn(text)
 
 
-def several(names: list[str], what: str) -> str:
+def several(names: Sequence[str]) -> str:
     """The first of some names, and how many more there are.
 
-    >>> several(["w"], "parameters"), several(["w", "x", "y"], "parameters")
-    ("'w'", "'w' and 2 more parameters")
+    >>> several(["w"]), several(["w", "x", "y"])
+    ("'w'", "'w' and 2 more")
     """
-    return f"'{names[0]}'" + (f" and {len(names) - 1} more {what}" if names[1:] else "")
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if names[1:] else "")
