@@ -259,17 +259,22 @@ def test_only_thetas_own_memory_is_read_for_broken_planes(name, instructions):
 
 
 def test_lists_of_other_lengths_are_refused_by_the_kernels():
-    kernel = cpu.stepper(cpu.instruction_set(), "adamw", STRATEGIES["bf16"], torch.bfloat16)
+    def kernel(name: str) -> Any:
+        return cpu.native.Operation(cpu.instruction_set(), name, ["bf16"] * 3, gradient="bf16")
+
     x = torch.ones(8).bfloat16()
+    own = [x.data_ptr()]
+    rest = {"constants": [[0.0] * 9], "rows": [0]}
     with pytest.raises(ValueError, match="their number is not that of the tensors"):
-        kernel.broken([8, 8], [x.data_ptr()], threads=1)
+        cpu.native.Operation(cpu.instruction_set(), "broken", ["bf16"]).run([8, 8], own)
     with pytest.raises(ValueError, match="their number is not that of the tensors"):
-        kernel.stream([8], [x.data_ptr()] * 3, [], threads=1)
-    lists = {"constants": [[0.0] * 9], "streams": [], "shards": [], "layouts": [], "sums": []}
+        kernel("stream").run([8], own * 3)
     for wrong in ({"rows": []}, {"rows": [1]}, {"constants": [[0.0] * 8]}, {"sums": [0, 0]}, {"layouts": [[], []]}):
-        given = {"rows": [0], **lists, **wrong}
         with pytest.raises(ValueError, match=r"number is not that|row of constants"):
-            kernel.step([8], [x.data_ptr()] * 3, [x.data_ptr()], **given, maximize=False, threads=1)
+            kernel("adamw").run([8], own * 3, own, **{**rest, **wrong})
+    for name, formats in (("adamw", ["bf16"]), ("adamw", ["bf16", "bf16", "bf17"]), ("adamv", ["bf16"] * 3)):
+        with pytest.raises(ValueError, match="no kernel"):
+            cpu.native.Operation(cpu.instruction_set(), name, formats, gradient="bf16")
 
 
 def test_versions_are_counted():

@@ -41,7 +41,7 @@ def step(batch: Batch) -> None:
     constants, rows = _constants(batch)
     increment_version(batch.planes)  # as any in-place operation would
     stochastic = batch.strategy.stochastic
-    stepper(instruction_set(), batch.rule.name, batch.strategy, batch.grads[0].dtype).step(
+    _operation(instruction_set(), batch.rule.name, batch.strategy, batch.grads[0].dtype).run(
         numel=_each(Tensor.numel, batch.grads),
         planes=_each(Tensor.data_ptr, batch.planes),
         gradients=_each(Tensor.data_ptr, batch.grads),
@@ -65,18 +65,20 @@ def broken(strategy: Strategy, thetas: Sequence[Planes]) -> int:
     planes = [plane for own in thetas for plane in own]
     if not all(map(Tensor.is_contiguous, planes)):
         return reference.broken(strategy, thetas)
-    kernel = stepper(instruction_set(), "adamw", strategy, strategy.dtype)  # of any rule: only theta is read
-    count: int = kernel.broken(
+    count: int = native.Operation(instruction_set(), "broken", [strategy.param]).run(
         [own[0].numel() for own in thetas], _each(Tensor.data_ptr, planes), threads=torch.get_num_threads()
     )
     return count
 
 
 @cache
-def stepper(instructions: str, rule: str, strategy: Strategy, gradient: torch.dtype) -> Any:
-    """The kernel of one rule, strategy and gradient dtype."""
-    formats = [strategy.param, strategy.momentum, strategy.variance]
-    return native.Stepper(instructions, rule, formats, strategy.arithmetic == "bfloat16", GRADIENTS[gradient])
+def _operation(instructions: str, name: str, strategy: Strategy, gradient: torch.dtype) -> Any:
+    """The kernel of one rule, strategy and gradient dtype; or the stream of its planes."""
+    return native.Operation(
+        instructions, name, [strategy.param, strategy.momentum, strategy.variance],
+        random=[(0, slot) for slot in range(3)], bfloat16_arithmetic=strategy.arithmetic == "bfloat16",
+        gradient=GRADIENTS[gradient],
+    )  # fmt: skip
 
 
 @cache
@@ -105,7 +107,7 @@ def _layouts(batch: Batch) -> list[list[int]]:
 
 def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Read and write all planes without arithmetic."""
-    stepper(instruction_set(), rule.name, strategy, grads[0].dtype).stream(
+    _operation(instruction_set(), "stream", strategy, grads[0].dtype).run(
         numel=_each(Tensor.numel, grads),
         planes=_each(Tensor.data_ptr, planes),
         gradients=_each(Tensor.data_ptr, grads),
