@@ -74,6 +74,8 @@ inline void hold(const Expanded<C, 2>& number, Parted& x, int i) {
   save(x[1] + i, number.lo);
 }
 
+inline void hold(const Register<B16>& number, Parted& x, int i) { save(x[0] + i, number.x.x); }
+
 inline void hold(const Paper& number, Parted& x, int i) {
   save(x[0] + i, number.hi.x);
   save(x[1] + i, number.lo.x);
@@ -112,8 +114,11 @@ struct ElementwiseIn<Own, std::index_sequence<P...>, C...> {
     });
   }
 
-  template <class Number>  // a register: x[0] are numbers; otherwise x[0] and x[1] are their parts
+  // Of registers x[0] are the numbers; of others x[0] and x[1] are their parts. Without random bits, to nearest.
+  template <class Number>
   static void encode(PlanesAt planes, int count, const Parted& x, const uint32_t* random) {
+    if constexpr (Own::format.stochastic)
+      if (!random) return Own::Nearest::template encode<Number>(planes, count, x, random);
     if (!store<Number, true>(planes, count, x, random)) store<Number, false>(planes, count, x, random);
   }
 

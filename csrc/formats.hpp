@@ -21,6 +21,7 @@ constexpr const char* suffix(bool stochastic) { return stochastic ? ":sr" : ""; 
 // One plane: fp32, bf16, fp16.
 template <class C, bool stochastic = false>
 struct Single : Elementwise<Single<C, stochastic>, C> {
+  using Nearest = Single<C>;
   static constexpr Format format = described(C::name + suffix(stochastic), stochastic, 1, plane_of<C>);
   static constexpr Kind kind = Kind::one;
   static constexpr int component = 0;  // the first of those whose sum is the number
@@ -57,6 +58,7 @@ using ComponentsOf = std::conditional_t<components == 2, Elementwise<Own, C, C>,
 // hi + lo (+ lo2), all of one dtype: each is RN of the rest, the last one R of it. +0 below what is not finite.
 template <class C, int components = 2, bool stochastic = false>
 struct Expansion : ComponentsOf<Expansion<C, components, stochastic>, C, components> {
+  using Nearest = Expansion<C, components>;
   using Component = C;
   using Every = Lanes<components>;
   static constexpr Format format =
@@ -92,7 +94,7 @@ struct Expansion : ComponentsOf<Expansion<C, components, stochastic>, C, compone
   }
 
   static Mask broken(const Every& x) {
-    const Mask second = broken_pair<C, stochastic>(x.x[0], x.x[1], 0.5f);
+    const Mask second = broken_pair<C, stochastic && components == 2>(x.x[0], x.x[1], 0.5f);
     if constexpr (components == 2)
       return second;
     else

@@ -29,7 +29,7 @@ struct Request {
   int slots;
   const char* formats[MAX_SLOTS];
   uint64_t salts[MAX_SLOTS];  // of the slots' random bits
-  int parts[MAX_SLOTS];       // of a random word
+  int parts[MAX_SLOTS];       // of a random word; -1: to nearest
   bool bfloat16_arithmetic;
   const char* gradient;  // a format of one plane, or null: none is read
 };

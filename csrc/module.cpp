@@ -80,7 +80,8 @@ class Operation {
     if (formats.empty() || formats.size() > MAX_SLOTS) throw std::invalid_argument("formats: one for each of 1 to 4 slots");
     for (size_t s = 0; s < formats.size(); ++s) {
       request.formats[s] = formats[s].c_str();
-      if (s < random.size()) request.salts[s] = random[s].first, request.parts[s] = random[s].second;
+      request.salts[s] = s < random.size() ? random[s].first : 0;
+      request.parts[s] = s < random.size() ? random[s].second : -1;
     }
     kernel_.reset(instruction_set(set).make(request));
     if (!kernel_) throw std::invalid_argument("no kernel for '" + operation + "' on these formats and gradients");

@@ -55,7 +55,7 @@ struct Encode final : Operation {
       codec<Single<FP32>>.values(at, piece.count, x[0]);
       Noise noise(t, piece);
       codec_->encode(piece.planes[0], piece.count, x,
-                     codec_->format->stochastic ? noise.bits(random_.salt, random_.part) : nullptr);
+                     random_.given(*codec_->format) ? noise.bits(random_.salt, random_.part) : nullptr);
     });
     return 0;
   }

@@ -6,9 +6,12 @@
 namespace collage {
 namespace {
 
+// What a slot's random bits are drawn from.
 struct RandomBits {
   uint64_t salt;
-  int part;
+  int part;  // of a word; -1: none are given, all is rounded to nearest
+
+  bool given(const Format& format) const { return format.stochastic && part >= 0; }
 };
 
 class Step final : public Kernel {
@@ -102,7 +105,7 @@ class Step final : public Kernel {
     for (int s = 0; s < slots; ++s) {
       const auto& [codec, random, in_parts] = slots_[s];
       if (!writes[s]) continue;
-      const uint32_t* const bits = codec->format->stochastic ? noise.bits(random.salt, random.part) : nullptr;
+      const uint32_t* const bits = random.given(*codec->format) ? noise.bits(random.salt, random.part) : nullptr;
       (in_parts ? codec->encode_parts : codec->encode)(piece.planes[s], piece.count, stage.slots[s], bits);
     }
   }

@@ -5,19 +5,21 @@
 namespace collage {
 namespace {
 
-struct AdamW : UpdateOfTheta<3> {
+template <class N>
+struct AdamConstants {
+  Constant<N> beta1;
+  N one_minus_beta1;
+  Constant<N> beta2;
+  N one_minus_beta2, a, e, w;
+
+  explicit AdamConstants(Row<N> r)
+      : beta1(r), one_minus_beta1(r), beta2(r), one_minus_beta2(r), a(r), e(r), w(r) {}
+};
+
+struct AdamW : OnTheta<3> {
   static constexpr const char* name = "adamw";
-
   template <class N>
-  struct Constants {
-    Constant<N> beta1;
-    N one_minus_beta1;
-    Constant<N> beta2;
-    N one_minus_beta2, a, e, w;
-
-    explicit Constants(Row<N> r)
-        : beta1(r), one_minus_beta1(r), beta2(r), one_minus_beta2(r), a(r), e(r), w(r) {}
-  };
+  using Constants = AdamConstants<N>;
 
   template <class N, class Then, class Theta, class M, class V>
   static void update(N g, const Constants<N>& c, Then then, Theta theta, M momentum, V variance) {
@@ -25,6 +27,22 @@ struct AdamW : UpdateOfTheta<3> {
     const auto v = variance.scaled(c.beta2).grown(c.one_minus_beta2 * (g * g));
     const N delta = -((c.a * m.value()) / (sqrt(v.value()) + c.e) + c.w * theta.value());
     then(delta, theta.grown(delta), m, v);
+  }
+};
+
+// With the largest v so far (Reddi, Kale, Kumar 2018).
+struct AdamWAmsgrad : OnTheta<4> {
+  static constexpr const char* name = "adamw_amsgrad";
+  template <class N>
+  using Constants = AdamConstants<N>;
+
+  template <class N, class Then, class Theta, class M, class V>
+  static void update(N g, const Constants<N>& c, Then then, Theta theta, M momentum, V variance, V maximum) {
+    const auto m = momentum.scaled(c.beta1).grown(c.one_minus_beta1 * g);
+    const auto v = variance.scaled(c.beta2).grown(c.one_minus_beta2 * (g * g));
+    const auto top = maximum.raised(v);
+    const N delta = -((c.a * m.value()) / (sqrt(top.value()) + c.e) + c.w * theta.value());
+    then(delta, theta.grown(delta), m, v, top);
   }
 };
 

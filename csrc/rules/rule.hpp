@@ -1,5 +1,5 @@
-// What every rule says of itself beside its name. Its numbers are those of the first `reads` slots; `then` is given the
-// intended update of theta, and the new numbers of the first `writes` slots. (A continuation, because GCC keeps a
+// What every rule says of itself beside its name. It is given the numbers of the first `reads` slots, and `then` the
+// intended update of theta and the new numbers of the first `writes` slots. (A continuation, because GCC keeps a
 // returned tuple of numbers in memory, which costs half of the speed.)
 #pragma once
 #include "../accumulators.hpp"
@@ -7,14 +7,26 @@
 namespace collage {
 namespace {
 
-// Slot 0 is theta, which grows by the intended update and is measured.
-template <int slots>
-struct UpdateOfTheta {
-  static constexpr int reads = slots, writes = slots;
-  static constexpr bool gradient = true, measured = true;
-  static constexpr bool grows = true;  // slot 0 before it is scaled: it needs all of its components
+template <int read, int written>
+struct OnSlots {
+  static constexpr int reads = read, writes = written;
+  static constexpr bool gradient = true;   // whether one is read
+  static constexpr bool grows = false;     // slot 0 grows as it is stored, not scaled: it needs all of its components
+  static constexpr bool measured = false;  // slot 0 is theta: what becomes of its intended update can be summed
 };
 
+template <int slots>
+struct OnTheta : OnSlots<slots, slots> {
+  static constexpr bool grows = true, measured = true;
+};
+
+// The weight of what is added, and nothing else.
+template <class N>
+struct Weight {
+  N weight;
+
+  explicit Weight(Row<N> r) : weight(r) {}
+};
 
 }  // namespace
 }  // namespace collage
