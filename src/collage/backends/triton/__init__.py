@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from collage.backends import Batch, Region
+from collage.backends import reference
+from collage.backends.batch import Batch, Region
 from collage.backends.triton import fold, walk
 from collage.backends.triton.formats import CODES, MASKED, STRIDED
 from collage.backends.triton.rules import RULES
-from collage.formats import Planes
+from collage.formats import Planes, format_of
 from collage.rng import bases, mix64, signed
-from collage.rules import Rule
 from collage.rules.adamw import ADAMW
-from collage.strategies import Strategy
+from collage.rules.folding import row
 
 BLOCK: int = walk.BLOCK.value
 GRAD, NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS = range(
@@ -37,9 +37,11 @@ OPTIONS = {"num_warps": BLOCK // WARP // 8, "enable_fp_fusion": False}  # 8 elem
 
 def step(batch: Batch) -> None:
     """Carry out the batch in one launch. Does not wait for the device, unless it is measured."""
+    if batch.rule.name not in RULES or not set(batch.formats) <= CODES.keys() or batch.scale != 1.0:
+        return reference.step(batch)
     first = _first_blocks(batch.grads)
     if first[-1] == 0:
-        return
+        return None
     increment_version(batch.planes)  # as any in-place operation would
     device, measured = batch.grads[0].device, len(batch.sums) > 0
     tables, rest = _tables(batch, first, device)
@@ -53,14 +55,17 @@ def step(batch: Batch) -> None:
             walk.add_up[(len(batch.grads),)](sums, _to(device, _table_of(first)), totals)
         for own, total in zip(batch.sums, totals.cpu(), strict=True):
             own.copy_(total)
+    return None
 
 
-def broken(strategy: Strategy, thetas: Sequence[Planes]) -> int:
+def broken(format: str, thetas: Sequence[Planes]) -> int:
     """How many elements of all parameters' theta have planes that no step could have left."""
-    if len(strategy.formats[0].dtypes) == 1:
+    if len(format_of(format).planes) == 1:
         return 0  # one plane cannot disagree
+    if format not in CODES:
+        return reference.broken(format, thetas)
     visible = [planes[0] for planes in thetas]
-    batch = _reading(ADAMW, strategy, [plane for planes in thetas for plane in planes], visible)
+    batch = _reading((format,), [plane for planes in thetas for plane in planes], visible)
     device, first = visible[0].device, _first_blocks(visible)
     if first[-1] == 0:
         return 0
@@ -71,14 +76,17 @@ def broken(strategy: Strategy, thetas: Sequence[Planes]) -> int:
     return int(counts.sum())
 
 
-def _reading(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> Batch:
+decode, encode = reference.decode, reference.encode
+
+
+def _reading(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> Batch:
     """No step: only where things lie."""
-    return Batch(rule, strategy, 0.0, (), False, 0, planes, grads, (), (), (), ())
+    return Batch(ADAMW, formats, torch.float32, 0.0, (), False, 0, planes, grads, ())
 
 
-def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Read and write all planes without arithmetic."""
-    batch = _reading(rule, strategy, planes, grads)
+    batch = _reading(formats, planes, grads)
     device, first = grads[0].device, _first_blocks(grads)
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     formats = _compiled_for(batch, "THETA", "M", "V", "GRADIENT", *OPTIONS)
@@ -115,18 +123,18 @@ def _make_owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
 
 def _compiled_for(batch: Batch, *wanted: str) -> dict[str, Any]:
     """What makes one kernel differ from another: all of it, or what is wanted."""
-    theta, m, v = (CODES[name] for name in (batch.strategy.param, batch.strategy.momentum, batch.strategy.variance))
+    theta, m, v = (*(CODES[name] for name in batch.formats), 0, 0)[:3]
     everything = {
         "UPDATE": RULES[batch.rule.name], "CONSTANTS": batch.rule.constants, "THETA": theta, "M": m, "V": v,
-        "GRADIENT": GRADIENTS[batch.grads[0].dtype], "NARROW": batch.strategy.arithmetic == "bfloat16",
-        "MAXIMIZE": batch.maximize, "RANDOM": batch.strategy.stochastic, **OPTIONS,
+        "GRADIENT": GRADIENTS[batch.grads[0].dtype], "NARROW": batch.register == torch.bfloat16,
+        "MAXIMIZE": batch.maximize, "RANDOM": batch.rule.name in RULES and len(batch.formats) == 3 and batch.stochastic, **OPTIONS,
     }  # fmt: skip
     return {key: everything[key] for key in wanted} if wanted else everything
 
 
 def _folded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """(constants, stream of random bits) of every tensor, folded on the host."""
-    rows = {step: batch.constants(step).row() for step in set(batch.steps)}
+    rows = {step: row(batch.constants(step)) for step in set(batch.steps)}
     streams = bases(batch.seed, batch.steps, batch.keys) if batch.keys else []
     return (
         _to(device, _table_of([rows[step] for step in batch.steps], torch.float32)),
@@ -156,8 +164,8 @@ def _fold(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _table(batch: Batch, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(a row per tensor, as walk.py describes it; sizes and strides that rows point into)."""
-    n, formats = len(batch.grads), batch.strategy.formats
-    columns = [2 * slot + plane for slot, fmt in enumerate(formats) for plane in range(len(fmt.dtypes))]
+    n, formats = len(batch.grads), map(format_of, batch.formats)
+    columns = [2 * slot + plane for slot, fmt in enumerate(formats) for plane in range(len(fmt.planes))]
     columns = columns[: len(batch.planes) // n]  # of theta alone, if there are no more
     rows = torch.zeros(n, walk.COLUMNS.value, dtype=torch.int64, device="cpu")
     rows[:, columns] = _table_of(list(map(Tensor.data_ptr, batch.planes))).view(n, len(columns))
@@ -168,9 +176,9 @@ def _table(batch: Batch, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     rows[:, ALIGNED] = (rows[:, : GRAD + 1] % 16 == 0).all(1).long()
     shapes: list[int] = [0]
     if batch.regions or not all(map(Tensor.is_contiguous, (*batch.planes, *batch.grads))):
-        for k, row in enumerate(rows):
+        for k, line in enumerate(rows):
             in_memory, region = _layout(batch, k, columns), batch.regions[k] if batch.regions else None
-            _describe(row, in_memory, *(_place(region) if region else (0, [])), shapes)
+            _describe(line, in_memory, *(_place(region) if region else (0, [])), shapes)
     return rows, _table_of(shapes)
 
 
