@@ -10,7 +10,7 @@
 namespace collage {
 namespace {
 
-constexpr int STAGE = 256;  // elements that are decoded, computed and encoded at a time: what stays in the first cache
+constexpr int STAGE = 512;  // elements that are decoded, computed and encoded at a time: what stays in the first cache
 constexpr int MAX_PARTS = 3;
 
 using Buffer = float[STAGE];

@@ -87,10 +87,10 @@ struct Expansion : ComponentsOf<Expansion<C, components, stochastic>, C, compone
     }
   }
 
+  // The rest is not finite, either, where hi is not; and where both are, so is their sum.
   template <class Number>
   static F32 whole(const Number& number) {
-    const Parts x = number.template parts<C>();
-    return x.hi + x.rest;
+    return number.template parts<C>().rest;
   }
 
   static Mask broken(const Every& x) {

@@ -75,13 +75,20 @@ struct FusedRow {
   }
 };
 
-using FusedRows = List<                                                                       //
-    FusedRow<AdamW, BF16, Single<BF16>, Single<BF16>, Single<BF16>>,                          // bf16
-    FusedRow<AdamW, BF16, Expansion<BF16>, Single<BF16>, Single<BF16>>,                       // collage-light
-    FusedRow<AdamW, BF16, Expansion<BF16>, Single<BF16>, Expansion<BF16>>,                    // collage-plus
-    FusedRow<AdamW, BF16, Expansion<BF16, 2, true>, Single<BF16, true>, Expansion<BF16, 2, true>>,  // collage-plus-sr
-    FusedRow<AdamW, BF16, Master<BF16>, Single<FP32>, Single<FP32>>,                          // fp32-master
-    FusedRow<AdamW, FP32, Single<FP32>, Single<FP32>, Single<FP32>>>;                         // fp32
+template <class Rule, class... F>
+using Bf16Row = FusedRow<Rule, BF16, F...>;
+
+using Bf16 = Single<BF16>;
+using Bf16x2 = Expansion<BF16>;
+
+using FusedRows = List<                                                                               //
+    Bf16Row<AdamW, Bf16, Bf16, Bf16>,                                                                 // bf16
+    Bf16Row<AdamW, Bf16x2, Bf16, Bf16>, Bf16Row<Adam, Bf16x2, Bf16, Bf16>,                            // collage-light
+    Bf16Row<AdamW, Bf16x2, Bf16, Bf16x2>, Bf16Row<Adam, Bf16x2, Bf16, Bf16x2>,                        // collage-plus
+    Bf16Row<SgdMomentum, Bf16x2, Bf16>, Bf16Row<Lion, Bf16x2, Bf16>,                                  // of both
+    Bf16Row<AdamW, Expansion<BF16, 2, true>, Single<BF16, true>, Expansion<BF16, 2, true>>,           // collage-plus-sr
+    Bf16Row<AdamW, Master<BF16>, Single<FP32>, Single<FP32>>,                                         // fp32-master
+    FusedRow<AdamW, FP32, Single<FP32>, Single<FP32>, Single<FP32>>>;                                 // fp32
 
 template <class... Rows>
 Fused fused_of(const Request& request, List<Rows...>) {

@@ -58,13 +58,13 @@ inline auto number_at(const Stage& stage, int i) {
     return Held<std::conditional_t<slot == 0, Number, Register<F32>>>::load(x, i);
 }
 
-template <class Rule, class N, class Number, size_t... K>
+template <class Rule, class N, class Number, bool measured, size_t... K>
 inline void update(Stage& stage, const float* row, int count, const Ahead& ahead, std::index_sequence<K...>) {
   const typename Rule::template Constants<N> constants{Row<N>(row)};
   const auto at = [&](int i) {
     const N g = in_register<N>(Rule::gradient ? load<F32>(stage.gradient + i) : F32{});
     const auto then = [&](N delta, auto... numbers) {
-      if (Rule::measured) save(stage.delta + i, to_float(delta));
+      if (measured) save(stage.delta + i, to_float(delta));
       int slot = 0;
       (hold(numbers, stage.slots[slot++], i), ...);
     };
@@ -77,11 +77,15 @@ inline void update(Stage& stage, const float* row, int count, const Ahead& ahead
   }
 }
 
-using Update = void (*)(Stage&, const float* row, int count, const Ahead&);
+using Update = void (*)(Stage&, const float* row, int count, const Ahead&, bool measured);
 
 template <class Rule, class N, class Number>
-FLATTEN void update(Stage& stage, const float* row, int count, const Ahead& ahead) {
-  update<Rule, N, Number>(stage, row, count, ahead, std::make_index_sequence<Rule::reads>{});
+FLATTEN void update(Stage& stage, const float* row, int count, const Ahead& ahead, bool measured) {
+  constexpr std::make_index_sequence<Rule::reads> slots;
+  if (Rule::measured && (measured || std::is_same_v<N, B16>))  // there one store more does not matter
+    update<Rule, N, Number, Rule::measured>(stage, row, count, ahead, slots);
+  else
+    update<Rule, N, Number, std::is_same_v<N, B16> && Rule::measured>(stage, row, count, ahead, slots);
 }
 
 // The rule's loop for slot 0 in that format.

@@ -72,7 +72,7 @@ class Step final : public Kernel {
     Parted old;
     load(t, piece, stage);
     if (sums) slots_[0].codec->decode(piece.planes[0], piece.count, old);
-    update_(stage, t.constants, piece.count, Ahead(piece, shape));
+    update_(stage, t.constants, piece.count, Ahead(piece, shape), sums != nullptr);
     if (piece.count % LANES) clear(stage, piece.count);
     store(t, piece, stage);
     if (!sums) return;
