@@ -20,19 +20,12 @@ struct Codec {
 };
 
 template <class F>
-using NumberOf = decltype(F::number(Lanes<F::format.count>{}));
-
-template <class F>
-inline Lanes<F::format.count> lanes_at(const Parted& x, int i) {
-  Lanes<F::format.count> lanes;
-  for (int p = 0; p < F::format.count; ++p) lanes.x[p] = load<F32>(x[p] + i);
-  return lanes;
-}
+using NumberOf = decltype(F::number(Lanes<F::lanes>{}));
 
 template <class F, int part>
-inline F64 difference(const Lanes<F::format.count>& from, const Lanes<F::format.count>& to) {
+inline F64 difference(const Lanes<F::lanes>& from, const Lanes<F::lanes>& to) {
   F64 sum{};
-  for (int p = F::format.count - 1; p >= F::component; --p) sum += wide<part>(to.x[p]) - wide<part>(from.x[p]);
+  for (int p = F::lanes - 1; p >= F::component; --p) sum += wide<part>(to.x[p]) - wide<part>(from.x[p]);
   return sum;
 }
 
@@ -43,7 +36,7 @@ void measure(const Parted& old, const Parted& fresh, const Buffer& intended, int
     const auto from = lanes_at<F>(old, i), to = lanes_at<F>(fresh, i);
     const F32 delta = load<F32>(intended + i);
     Mask moved{};
-    for (int p = 0; p < F::format.count; ++p) moved |= from.x[p] != to.x[p];
+    for (int p = 0; p < F::words; ++p) moved |= from.x[p] != to.x[p];
     sums.count(delta != F32{}, moved);
     sums.add(at + i, wide<0>(delta), difference<F, 0>(from, to), wide<0>(to.x[0]) - wide<0>(from.x[0]));
     sums.add(at + i + W / 2, wide<1>(delta), difference<F, 1>(from, to), wide<1>(to.x[0]) - wide<1>(from.x[0]));

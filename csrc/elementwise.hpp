@@ -23,6 +23,18 @@ struct Lanes {
   F32 x[planes];
 };
 
+template <class F>
+inline Lanes<F::lanes> lanes_at(const Parted& x, int i) {
+  Lanes<F::lanes> lanes;
+  for (int p = 0; p < F::lanes; ++p) lanes.x[p] = load<F32>(x[p] + i);
+  return lanes;
+}
+
+// Zero in the lanes that only fill the last chunk: they count for nothing.
+inline void clear_padding(Buffer& x, int count) {
+  for (int i = count; i < padded(count); ++i) x[place_of(i)] = 0.0f;
+}
+
 // Whether every number to be stored is finite, as nearly all are. If not, `codes` also looks at NaN and Inf.
 template <bool v>
 using Finite = std::bool_constant<v>;
@@ -91,6 +103,7 @@ using Elementwise = ElementwiseIn<Own, std::index_sequence_for<C...>, C...>;
 template <class Own, size_t... P, class... C>
 struct ElementwiseIn<Own, std::index_sequence<P...>, C...> {
   using Every = Lanes<sizeof...(C)>;
+  static constexpr int lanes = sizeof...(C), words = lanes;
 
   template <int half>
   static Every read(PlanesAt planes, int i) {
@@ -144,6 +157,22 @@ struct ElementwiseIn<Own, std::index_sequence<P...>, C...> {
       fn(i, i, std::integral_constant<int, 0>{});
       fn(i, i + W, std::integral_constant<int, 1>{});
     }
+  }
+};
+
+// `Own` has words shared by the elements of a block, of which STAGE is a multiple, and so its own decode_blocks and encode:
+// they are given whole blocks, `count` elements in all, whose numbers lie in the buffers at `place_of`.
+template <class Own>
+struct Blockwise {
+  static void decode(PlanesAt planes, int count, Parted& x) {
+    Own::decode_blocks(planes, count, x);
+    for (int p = 0; p < Own::lanes; ++p) clear_padding(x[p], count);
+  }
+
+  static void values(PlanesAt planes, int count, Buffer& x) {
+    Parted decoded;
+    decode(planes, count, decoded);
+    for (int i = 0; i < padded(count); i += W) save(x + i, Own::number(lanes_at<Own>(decoded, i)).value());
   }
 };
 

@@ -1,5 +1,6 @@
 // Planes in memory <-> numbers in registers. One for one what formats.py says: a format is one struct and one row of the
-// list at the end.
+// list at the end. Decoded, an element has `lanes` numbers: those of its own words, the visible one first, and what a block's
+// words make of them. `component` is the first of those whose sum is the number.
 #pragma once
 #include "elementwise.hpp"
 #include "kernel.hpp"
@@ -24,7 +25,7 @@ struct Single : Elementwise<Single<C, stochastic>, C> {
   using Nearest = Single<C>;
   static constexpr Format format = described(C::name + suffix(stochastic), stochastic, 1, plane_of<C>);
   static constexpr Kind kind = Kind::one;
-  static constexpr int component = 0;  // the first of those whose sum is the number
+  static constexpr int component = 0;
 
   static Register<F32> number(const Lanes<1>& x) { return {x.x[0]}; }
 

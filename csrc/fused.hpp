@@ -17,7 +17,7 @@ using Fused = int (*)(const Piece&, const float* row, const uint32_t* words);
 template <class... F>
 struct Half {
   F32 whole;
-  std::tuple<Lanes<F::format.count>...> fresh;
+  std::tuple<Lanes<F::lanes>...> fresh;
 };
 
 template <class Rule, class Gradient, class Slots, class... F>

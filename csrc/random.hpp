@@ -51,8 +51,7 @@ class Random {
 
  private:
   void scattered(uint32_t* to) {
-    for (int i = 0; i < padded(count_); ++i)
-      to[i / LANES * LANES + i % 2 * W + i % LANES / 2] = word(global(begin_ + i));
+    for (int i = 0; i < padded(count_); ++i) to[place_of(i)] = word(global(begin_ + i));
   }
 
   // Row-major index in the unsharded tensor.

@@ -23,6 +23,7 @@ constexpr int W = 4;
 #endif
 constexpr int LANES = 2 * W;
 constexpr int padded(int count) { return (count + LANES - 1) / LANES * LANES; }  // to whole chunks
+constexpr int place_of(int i) { return i / LANES * LANES + i % 2 * W + i % LANES / 2; }  // in buffers of lanes
 
 // Lanes: one vector of W numbers. Arithmetic is the operators of the compiler's vectors.
 typedef float F32 __attribute__((vector_size(4 * W)));

@@ -119,11 +119,5 @@ class Noise {
   alignas(64) uint32_t words_[STAGE], bits_[STAGE];
 };
 
-// Zero in the lanes that only fill the last chunk: they count for nothing.
-inline void clear_padding(Buffer& x, int count) {
-  for (int i = count / LANES * LANES, k = 0; k < LANES; ++k)
-    if (i + (k < W ? 2 * k : 2 * (k - W) + 1) >= count) x[i + k] = 0.0f;
-}
-
 }  // namespace
 }  // namespace collage

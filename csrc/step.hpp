@@ -57,7 +57,7 @@ class Step final : public Kernel {
 
   // How many elements of a piece are done by its own loop.
   int fused(const Tensor& t, const Piece& piece) const {
-    if (!fused_ || piece.count % LANES || t.maximize || t.scale != 1.0f) return 0;
+    if (!fused_ || t.maximize || t.scale != 1.0f) return 0;
     alignas(64) uint32_t words[BLOCK];
     if (formats[0]->stochastic) Random(t, 0, piece.begin, piece.count).words(words);
     return fused_(piece, t.constants, words);

@@ -90,21 +90,34 @@ class Copy {
   void gather(char* to, const char* from, int bytes, const int64_t* strides) const {
     char* const end = to + padded(original_.count) * bytes;
     runs(strides, [&](int64_t offset, int64_t n, int64_t stride) {
-      for (int64_t k = 0; k < n; ++k, to += bytes) move(to, from + (offset + k * stride) * bytes, bytes);
+      move(to, 1, from + offset * bytes, stride, n, bytes);
+      to += n * bytes;
     });
     std::memset(to, 0, end - to);
   }
 
   void scatter(char* to, const char* from, int bytes, const int64_t* strides) const {
     runs(strides, [&](int64_t offset, int64_t n, int64_t stride) {
-      for (int64_t k = 0; k < n; ++k, from += bytes) move(to + (offset + k * stride) * bytes, from, bytes);
+      move(to + offset * bytes, stride, from, 1, n, bytes);
+      from += n * bytes;
     });
   }
 
-  static void move(char* to, const char* from, int bytes) {
-    if (bytes == 2) std::memcpy(to, from, 2);
-    else if (bytes == 4) std::memcpy(to, from, 4);
-    else *to = *from;
+  // n words, so many words apart.
+  static void move(char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t n, int bytes) {
+    if (to_stride == 1 && from_stride == 1)
+      std::memcpy(to, from, n * bytes);
+    else if (bytes == 4)
+      move_words<4>(to, 4 * to_stride, from, 4 * from_stride, n);
+    else if (bytes == 2)
+      move_words<2>(to, 2 * to_stride, from, 2 * from_stride, n);
+    else
+      move_words<1>(to, to_stride, from, from_stride, n);
+  }
+
+  template <int bytes>
+  static void move_words(char* to, int64_t to_step, const char* from, int64_t from_step, int64_t n) {
+    for (; n > 0; --n, to += to_step, from += from_step) std::memcpy(to, from, bytes);
   }
 
   const Tensor& t_;
