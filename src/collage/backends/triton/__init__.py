@@ -89,10 +89,10 @@ def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[T
     batch = _reading(formats, planes, grads)
     device, first = grads[0].device, _first_blocks(grads)
     zero = torch.zeros(1, dtype=torch.int32, device=device)
-    formats = _compiled_for(batch, "THETA", "M", "V", "GRADIENT", *OPTIONS)
+    known = _compiled_for(batch, "THETA", "M", "V", "GRADIENT", *OPTIONS)
     (rows, owners, _), _ = _tables(batch, first, device)
     with _current(device):
-        walk.stream[(first[-1],)](rows, owners, zero, **formats)
+        walk.stream[(first[-1],)](rows, owners, zero, **known)
 
 
 def _tables(batch: Batch, first: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
@@ -127,7 +127,7 @@ def _compiled_for(batch: Batch, *wanted: str) -> dict[str, Any]:
     everything = {
         "UPDATE": RULES[batch.rule.name], "CONSTANTS": batch.rule.constants, "THETA": theta, "M": m, "V": v,
         "GRADIENT": GRADIENTS[batch.grads[0].dtype], "NARROW": batch.register == torch.bfloat16,
-        "MAXIMIZE": batch.maximize, "RANDOM": batch.rule.name in RULES and len(batch.formats) == 3 and batch.stochastic, **OPTIONS,
+        "MAXIMIZE": batch.maximize, "RANDOM": len(batch.formats) == 3 and batch.stochastic, **OPTIONS,
     }  # fmt: skip
     return {key: everything[key] for key in wanted} if wanted else everything
 
