@@ -64,7 +64,6 @@ struct FP32 {
     save(plane + 4 * (i + W), COLLAGE_SHUFFLE(even, odd, merged<W / 2>));
   }
 
-  static F32 value(F32 code) { return code; }
   static F32 code(F32 x) { return x; }
   static F32 rn(F32 x) { return x; }
 };
@@ -112,6 +111,20 @@ struct FP16 {
   static constexpr int BYTES = 2;
   static constexpr float ULP = 0x1p-10f, LEAST_NORMAL = 0x1p-14f, LEAST = 0x1p-24f;
 
+#ifdef COLLAGE_HALVES
+  template <int half>
+  static F32 read(const char* plane, int64_t i) {
+    const F32 a = from_halves(load<U16>(plane + 2 * i)), b = from_halves(load<U16>(plane + 2 * (i + W)));
+    return quiet(COLLAGE_SHUFFLE(a, b, place<half>));
+  }
+
+  static void write(char* plane, int64_t i, F32 even, F32 odd) {
+    save(plane + 2 * i, to_halves(COLLAGE_SHUFFLE(even, odd, merged<0>)));
+    save(plane + 2 * (i + W), to_halves(COLLAGE_SHUFFLE(even, odd, merged<W / 2>)));
+  }
+
+  static F32 rn(F32 x) { return from_halves(to_halves(x)); }
+#else
   template <int half>
   static F32 read(const char* plane, int64_t i) {
     const U32 words = load<U32>(plane + 2 * i);
@@ -122,9 +135,9 @@ struct FP16 {
     save(plane + 2 * i, encode(even) | (encode(odd) << 16));
   }
 
-  static F32 value(F32 code) { return code; }
-  static F32 code(F32 x) { return decode(encode(x)); }
-  static F32 rn(F32 x) { return code(x); }
+  static F32 rn(F32 x) { return decode(encode(x)); }
+#endif
+  static F32 code(F32 x) { return x; }  // `write` rounds
 
   // Stochastically, for finite x: `shift` bits are dropped, and as many random ones are added to them first; where they
   // are more than the 16 that there are, half of the last of these goes with them, so that it stays unbiased.
@@ -140,15 +153,20 @@ struct FP16 {
     const U32 sum = significand + ((Mask)shift <= 16 ? few : many);
     const U32 rounded = (sum >> shift) + ((U32)(above > 0 ? above : Mask{}) << 10);
     const U32 code = (Mask)rounded > 0x7BFF ? U32{} + 0x7BFF : rounded;
-    return decode(code | (((U32)x >> 16) & 0x8000));
+    return with_sign_of(x, widened(code));
   }
   static F32 careful_stochastic_code(F32 x, U32 random) { return stochastic_code(x, random); }
 
  private:
-  static F32 decode(U32 code) {  // the exponent is moved to float32's by an exact multiplication: subnormals too
-    const U32 magnitude = (code & 0x7FFF) << 13;
-    const U32 bits = (code & 0x7C00) == 0x7C00 ? magnitude | 0x7F800000 : (U32)((F32)magnitude * 0x1p112f);
-    return quiet((F32)(bits | ((code & 0x8000) << 16)));
+  // Of a finite magnitude. The exponent is moved to float32's by an exact multiplication: subnormals too.
+  static F32 widened(U32 code) { return (F32)(code << 13) * 0x1p112f; }
+
+  static F32 with_sign_of(F32 x, F32 y) { return (F32)((U32)y | ((U32)x & 0x80000000)); }
+
+  static F32 decode(U32 code) {
+    const U32 magnitude = code & 0x7FFF;
+    const F32 x = magnitude >= 0x7C00 ? (F32)((magnitude << 13) | 0x7F800000) : widened(magnitude);
+    return quiet(with_sign_of((F32)(code << 16), x));
   }
 
   // As BF16::code; below the smallest normal number, adding 1/2, whose ulp is the smallest subnormal, rounds.

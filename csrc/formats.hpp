@@ -35,7 +35,7 @@ struct Single : Elementwise<Single<C, stochastic>, C> {
   }
 
   static F32 whole(const Register<F32>& number) {  // not finite where care is needed: from 2^127 on, too
-    return stochastic ? number.x + number.x : F32{};
+    return stochastic ? number.x + number.x : number.x;
   }
 
   static Mask broken(const Lanes<1>&) { return Mask{}; }
@@ -117,7 +117,7 @@ struct Master : Elementwise<Master<C>, C, FP32> {
     return {{rounded<C, false>(number.x, U32{}, is_finite), number.x}};
   }
 
-  static F32 whole(const Register<F32>&) { return F32{}; }
+  static F32 whole(const Register<F32>& number) { return number.x; }
 
   static Mask broken(const Lanes<2>& x) {
     const F32 cast = C::rn(x.x[1]);

@@ -79,16 +79,21 @@ template <class Rule, class... F>
 using Bf16Row = FusedRow<Rule, BF16, F...>;
 
 using Bf16 = Single<BF16>;
+using Bf16Sr = Single<BF16, true>;
 using Bf16x2 = Expansion<BF16>;
+using Bf16x2Sr = Expansion<BF16, 2, true>;
+using Fp32 = Single<FP32>;
 
-using FusedRows = List<                                                                               //
-    Bf16Row<AdamW, Bf16, Bf16, Bf16>,                                                                 // bf16
-    Bf16Row<AdamW, Bf16x2, Bf16, Bf16>, Bf16Row<Adam, Bf16x2, Bf16, Bf16>,                            // collage-light
-    Bf16Row<AdamW, Bf16x2, Bf16, Bf16x2>, Bf16Row<Adam, Bf16x2, Bf16, Bf16x2>,                        // collage-plus
-    Bf16Row<SgdMomentum, Bf16x2, Bf16>, Bf16Row<Lion, Bf16x2, Bf16>,                                  // of both
-    Bf16Row<AdamW, Expansion<BF16, 2, true>, Single<BF16, true>, Expansion<BF16, 2, true>>,           // collage-plus-sr
-    Bf16Row<AdamW, Master<BF16>, Single<FP32>, Single<FP32>>,                                         // fp32-master
-    FusedRow<AdamW, FP32, Single<FP32>, Single<FP32>, Single<FP32>>>;                                 // fp32
+using FusedRows = List<                                                            //
+    Bf16Row<AdamW, Bf16, Bf16, Bf16>,                                              // bf16
+    Bf16Row<AdamW, Bf16x2, Bf16, Bf16>, Bf16Row<Adam, Bf16x2, Bf16, Bf16>,         // collage-light
+    Bf16Row<AdamW, Bf16x2, Bf16, Bf16x2>, Bf16Row<Adam, Bf16x2, Bf16, Bf16x2>,     // collage-plus
+    Bf16Row<SgdMomentum, Bf16x2, Bf16>, Bf16Row<Lion, Bf16x2, Bf16>,               // both of them
+    Bf16Row<AdamW, Bf16x2Sr, Bf16Sr, Bf16x2Sr>,                                    // collage-plus-sr
+    Bf16Row<AdamW, Bf16Sr, Bf16Sr, Bf16Sr>,                                        // stochastic
+    Bf16Row<AdamW, Bf16, Fp32, Fp32>, Bf16Row<AdamW, Master<BF16>, Fp32, Fp32>,    // fp32-states, fp32-master
+    FusedRow<AdamW, FP32, Fp32, Fp32, Fp32>,                                       // fp32
+    FusedRow<AdamW, FP16, Expansion<FP16>, Bf16, Bf16>>;                           // collage-fp16
 
 template <class... Rows>
 Fused fused_of(const Request& request, List<Rows...>) {

@@ -12,6 +12,9 @@
 
 #include "kernel.hpp"
 #include "parallel.hpp"
+#ifdef COLLAGE_X86
+#include <cpuid.h>
+#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -35,7 +38,8 @@ std::vector<std::pair<std::string, const InstructionSet*>> instruction_sets() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     sets.emplace_back("avx512", &avx512);
-  if (__builtin_cpu_supports("avx2")) sets.emplace_back("avx2", &avx2);
+  unsigned a, b, c, d;
+  if (__builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C)) sets.emplace_back("avx2", &avx2);
 #endif
   sets.emplace_back("portable", &portable);
   return sets;

@@ -103,6 +103,28 @@ inline U32 min_unsigned(U32 a, U32 b) {
 #endif
 }
 
+// float16 codes of W numbers, converted by the processor: exactly, or to nearest, whatever its modes.
+#if defined(__F16C__) || defined(__AVX512F__)
+#define COLLAGE_HALVES
+typedef uint16_t U16 __attribute__((vector_size(2 * W)));
+
+inline F32 from_halves(U16 codes) {
+#if defined(__AVX512BW__)
+  return (F32)_mm512_cvtph_ps((__m256i)codes);
+#else
+  return (F32)_mm256_cvtph_ps((__m128i)codes);
+#endif
+}
+
+inline U16 to_halves(F32 x) {
+#if defined(__AVX512BW__)
+  return (U16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return (U16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
+}
+#endif
+
 // The lower (part 0) or upper (part 1) lanes in float64.
 template <int part>
 inline F64 wide(F32 x) {
