@@ -15,10 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from collage.backends.triton import BLOCK, fold, walk
-from collage.backends.triton.formats import CODES, MASKED, STRIDED
+from collage.backends.triton import BLOCK, GRADIENTS, fold, slots, walk
+from collage.backends.triton.arithmetic import bf16, same
 from collage.backends.triton.rules import RULES
-from collage.rules.adamw import ADAMW
+from collage.backends.triton.walk import MASKED, STRIDED
 from collage.strategies import Strategy
 
 TARGETS = {
@@ -31,12 +31,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def compiled(function, pointers: dict[str, str], constants: dict, target: GPUTarget):
-    signature = pointers | dict.fromkeys(constants, "constexpr")
-    names = list(signature)
     source = ASTSource(
         fn=function,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        signature={name: pointers.get(name, "constexpr") for name in function.arg_names},
+        constexprs={(function.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(k,): [["tt.divisibility", 16]] for k in range(len(pointers))},
     )
     options = {"num_warps": BLOCK // target.warp_size // 8, "enable_fp_fusion": "contract" in sys.argv}
@@ -48,12 +46,18 @@ def step(s: Strategy, target: GPUTarget, measured: bool, strided: bool):
         "table": "*i64", "blocks": "*i32", "shapes": "*i64", "constants": "*fp32", "streams": "*i64", "sums": "*fp64",
     }  # fmt: skip
     constants = {
-        "UPDATE": RULES["adamw"], "CONSTANTS": ADAMW.constants, "THETA": CODES[s.param], "M": CODES[s.momentum],
-        "V": CODES[s.variance], "GRADIENT": CODES["fp32" if s.dtype == torch.float32 else "bf16"],
-        "NARROW": s.arithmetic == "bfloat16", "MAXIMIZE": False, "RANDOM": s.stochastic,
-        "REST": (STRIDED if strided else MASKED).value, "MEASURED": measured,
+        "RULE": RULES["adamw"], **formats(s), "ROUND": bf16 if s.arithmetic == "bfloat16" else same, "MAXIMIZE": False,
+        "RANDOM": s.stochastic, "BY_ROWS": False, "REST": (STRIDED if strided else MASKED).value, "MEASURED": measured,
     }  # fmt: skip
     return compiled(walk.step, pointers, constants, target)
+
+
+def formats(s: Strategy) -> dict:
+    """Where everything lies."""
+    names = s.param, s.momentum, s.variance
+    gradient = GRADIENTS[s.dtype if s.dtype == torch.float32 else torch.bfloat16]
+    planes = sum(len(fmt.dtypes) for fmt in s.formats)
+    return {"SLOTS": slots(names), "GRADIENT": gradient, "TENSORS": 1 + planes}
 
 
 def fold_on_device(s: Strategy, target: GPUTarget):
@@ -62,7 +66,7 @@ def fold_on_device(s: Strategy, target: GPUTarget):
         "streams": "*i64",
     }  # fmt: skip
     constants = {
-        "FOLD": fold.FOLDS["adamw"], "CONSTANTS": ADAMW.constants, "NARROW": s.arithmetic == "bfloat16",
+        "RULE": RULES["adamw"], "FOLD": fold.FOLDS["adamw"], "NARROW": s.arithmetic == "bfloat16",
         "RANDOM": s.stochastic,
     }  # fmt: skip
     return compiled(fold.fold, pointers, constants, target)
@@ -70,13 +74,13 @@ def fold_on_device(s: Strategy, target: GPUTarget):
 
 def others(s: Strategy, target: GPUTarget) -> dict:
     """The kernels beside the step."""
-    formats = {"THETA": CODES[s.param], "M": CODES[s.momentum], "V": CODES[s.variance], "GRADIENT": CODES["bf16"]}
+    whole = formats(s)
     tables = {"table": "*i64", "blocks": "*i32"}
-    whole = tables | {"shapes": "*i64", "counts": "*i32"}
+    theta = {"SLOT": whole["SLOTS"][0], "TENSORS": whole["TENSORS"], "REST": STRIDED.value}
     return {
         "fold": fold_on_device(s, target),
-        "broken": compiled(walk.broken, whole, {"THETA": formats["THETA"], "REST": STRIDED.value}, target),
-        "stream": compiled(walk.stream, tables | {"zero": "*i32"}, formats, target),
+        "broken": compiled(walk.broken, tables | {"shapes": "*i64", "counts": "*i32"}, theta, target),
+        "stream": compiled(walk.stream, tables | {"zero": "*i32"}, whole, target),
         "add_up": compiled(walk.add_up, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}, target),
     }
 

@@ -17,8 +17,11 @@ from torch.autograd.graph import increment_version
 
 from collage.backends import Batch, Region
 from collage.backends.triton import fold, walk
-from collage.backends.triton.formats import CODES, MASKED, STRIDED
+from collage.backends.triton.arithmetic import bf16, same
+from collage.backends.triton.formats import BF16, FORMATS, FP16, FP32
+from collage.backends.triton.language import static
 from collage.backends.triton.rules import RULES
+from collage.backends.triton.walk import MASKED, STRIDED, Slot
 from collage.formats import Planes
 from collage.rng import bases, mix64, signed
 from collage.rules import Rule
@@ -26,12 +29,13 @@ from collage.rules.adamw import ADAMW
 from collage.strategies import Strategy
 
 BLOCK: int = walk.BLOCK.value
-GRAD, NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS = range(
-    walk.TENSORS - 1, walk.COLUMNS.value
+NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS, WIDTH, ADDRESSES = range(
+    walk.ADDRESSES.value + 1
 )
 FOLDS_ON_DEVICE = True
-GRADIENTS = {torch.float32: CODES["fp32"], torch.bfloat16: CODES["bf16"], torch.float16: CODES["fp16"]}
+GRADIENTS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 WARP = 64 if torch.version.hip else 32
+STEP = ("RULE", "SLOTS", "GRADIENT", "ROUND", "MAXIMIZE", "RANDOM", "TENSORS", "BY_ROWS")
 OPTIONS = {"num_warps": BLOCK // WARP // 8, "enable_fp_fusion": False}  # 8 elements a thread: 16 bytes of bfloat16
 
 
@@ -46,7 +50,8 @@ def step(batch: Batch) -> None:
     sums = torch.empty(first[-1] if measured else 0, 5, dtype=torch.float64, device=device)
     constants, streams = _fold(batch, device) if batch.counters else _folded(batch, device)
     with _current(device):
-        walk.step[(first[-1],)](*tables, constants, streams, sums, **_compiled_for(batch), REST=rest, MEASURED=measured)
+        kernel = _compiled_for(batch, *STEP, *OPTIONS)
+        walk.step[(first[-1],)](*tables, constants, streams, sums, **kernel, REST=rest, MEASURED=measured)
     if measured:
         totals = _to(device, torch.stack(list(batch.sums)))
         with _current(device):
@@ -67,7 +72,10 @@ def broken(strategy: Strategy, thetas: Sequence[Planes]) -> int:
     tables, rest = _tables(batch, first, device)
     counts = torch.empty(first[-1], dtype=torch.int32, device=device)
     with _current(device):
-        walk.broken[(first[-1],)](*tables, counts, **_compiled_for(batch, "THETA", *OPTIONS), REST=rest)
+        formats = _compiled_for(batch)
+        walk.broken[(first[-1],)](
+            *tables, counts, SLOT=formats["SLOTS"][0], TENSORS=1 + len(thetas[0]), **OPTIONS, REST=rest
+        )
     return int(counts.sum())
 
 
@@ -81,7 +89,7 @@ def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequ
     batch = _reading(rule, strategy, planes, grads)
     device, first = grads[0].device, _first_blocks(grads)
     zero = torch.zeros(1, dtype=torch.int32, device=device)
-    formats = _compiled_for(batch, "THETA", "M", "V", "GRADIENT", *OPTIONS)
+    formats = _compiled_for(batch, "SLOTS", "GRADIENT", "TENSORS", *OPTIONS)
     (rows, owners, _), _ = _tables(batch, first, device)
     with _current(device):
         walk.stream[(first[-1],)](rows, owners, zero, **formats)
@@ -115,13 +123,23 @@ def _make_owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
 
 def _compiled_for(batch: Batch, *wanted: str) -> dict[str, Any]:
     """What makes one kernel differ from another: all of it, or what is wanted."""
-    theta, m, v = (CODES[name] for name in (batch.strategy.param, batch.strategy.momentum, batch.strategy.variance))
+    names = batch.strategy.param, batch.strategy.momentum, batch.strategy.variance
+    narrow = batch.strategy.arithmetic == "bfloat16"
     everything = {
-        "UPDATE": RULES[batch.rule.name], "CONSTANTS": batch.rule.constants, "THETA": theta, "M": m, "V": v,
-        "GRADIENT": GRADIENTS[batch.grads[0].dtype], "NARROW": batch.strategy.arithmetic == "bfloat16",
-        "MAXIMIZE": batch.maximize, "RANDOM": batch.strategy.stochastic, **OPTIONS,
+        "RULE": RULES[batch.rule.name], "SLOTS": slots(names), "TENSORS": 1 + len(batch.planes) // len(batch.grads),
+        "GRADIENT": GRADIENTS[batch.grads[0].dtype], "ROUND": bf16 if narrow else same, "NARROW": narrow,
+        "MAXIMIZE": batch.maximize, "RANDOM": batch.strategy.stochastic, "BY_ROWS": False, **OPTIONS,
     }  # fmt: skip
     return {key: everything[key] for key in wanted} if wanted else everything
+
+
+def slots(names: Sequence[str]) -> tuple[Any, ...]:
+    """A rule's slots, as kernels take them."""
+    firsts = accumulate((len(FORMATS[name].words) for name in names), initial=1)
+    return tuple(
+        static(Slot(static(FORMATS[name]), first, k))
+        for k, (name, first) in enumerate(zip(names, firsts, strict=False))
+    )
 
 
 def _folded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -149,27 +167,25 @@ def _fold(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     with _current(device):
         fold.fold[(n,)](
             *(_to(device, table) for table in tables), constants, streams,
-            FOLD=fold.FOLDS[batch.rule.name], **_compiled_for(batch, "CONSTANTS", "NARROW", "RANDOM", *OPTIONS),
+            FOLD=fold.FOLDS[batch.rule.name], **_compiled_for(batch, "RULE", "NARROW", "RANDOM", *OPTIONS),
         )  # fmt: skip
     return constants, streams
 
 
 def _table(batch: Batch, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(a row per tensor, as walk.py describes it; sizes and strides that rows point into)."""
-    n, formats = len(batch.grads), batch.strategy.formats
-    columns = [2 * slot + plane for slot, fmt in enumerate(formats) for plane in range(len(fmt.dtypes))]
-    columns = columns[: len(batch.planes) // n]  # of theta alone, if there are no more
-    rows = torch.zeros(n, walk.COLUMNS.value, dtype=torch.int64, device="cpu")
-    rows[:, columns] = _table_of(list(map(Tensor.data_ptr, batch.planes))).view(n, len(columns))
-    rows[:, GRAD] = _table_of(list(map(Tensor.data_ptr, batch.grads)))
+    n, width = len(batch.grads), len(batch.planes) // len(batch.grads)
+    rows = torch.zeros(n, ADDRESSES + 1 + width, dtype=torch.int64, device="cpu")
+    rows[:, ADDRESSES] = _table_of(list(map(Tensor.data_ptr, batch.grads)))
+    rows[:, ADDRESSES + 1 :] = _table_of(list(map(Tensor.data_ptr, batch.planes))).view(n, width)
     rows[:, NUMEL] = _table_of(list(map(Tensor.numel, batch.grads)))
     rows[:, FIRST] = _table_of(first[:-1])
     rows[:, ROW] = _table_of(range(n))
-    rows[:, ALIGNED] = (rows[:, : GRAD + 1] % 16 == 0).all(1).long()
+    rows[:, ALIGNED] = (rows[:, ADDRESSES:] % 16 == 0).all(1).long()
     shapes: list[int] = [0]
     if batch.regions or not all(map(Tensor.is_contiguous, (*batch.planes, *batch.grads))):
         for k, row in enumerate(rows):
-            in_memory, region = _layout(batch, k, columns), batch.regions[k] if batch.regions else None
+            in_memory, region = _layout(batch, k), batch.regions[k] if batch.regions else None
             _describe(row, in_memory, *(_place(region) if region else (0, [])), shapes)
     return rows, _table_of(shapes)
 
@@ -177,7 +193,7 @@ def _table(batch: Batch, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 def _describe(row: Tensor, layout: list[int], offset: int, place: list[int], shapes: list[int]) -> None:
     """Where a tensor's elements lie in memory, and from which index on in the unsharded tensor, if not in order."""
     row[OFFSET] = offset
-    row[LAYOUT], row[DIMS] = len(shapes), len(layout) // (walk.TENSORS + 1)
+    row[LAYOUT], row[DIMS] = len(shapes), len(layout) // (len(row) - ADDRESSES + 1)
     shapes += layout
     row[REGION], row[REGION_DIMS] = len(shapes), len(place) // 2
     shapes += place
@@ -186,15 +202,12 @@ def _describe(row: Tensor, layout: list[int], offset: int, place: list[int], sha
         row[ALIGNED] = 0
 
 
-def _layout(batch: Batch, k: int, columns: list[int]) -> list[int]:
-    """Sizes, then the strides of two planes per slot and of the gradient; nothing if all are contiguous."""
-    grad, own = batch.grads[k], batch.own(k)
-    if all(map(Tensor.is_contiguous, (*own, grad))):
+def _layout(batch: Batch, k: int) -> list[int]:
+    """Sizes, then the strides of the gradient and of every plane; nothing if all are contiguous."""
+    tensors = [batch.grads[k], *batch.own(k)]
+    if all(map(Tensor.is_contiguous, tensors)):
         return []
-    strides = [grad.stride()] * walk.TENSORS
-    for column, plane in zip(columns, own, strict=True):
-        strides[column] = plane.stride()
-    return [*grad.shape, *chain.from_iterable(strides)]
+    return [*tensors[0].shape, *chain.from_iterable(map(Tensor.stride, tensors))]
 
 
 def _place(region: Region) -> tuple[int, list[int]]:

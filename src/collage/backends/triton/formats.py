@@ -1,153 +1,202 @@
-"""Planes in memory <-> numbers in registers. One for one what formats.py says.
+"""Planes in memory <-> numbers in registers. One for one what formats.py says. FORMATS is the table.
 
-A format is an integer that a compiler reads as a constant: its kind, the dtype of plane 0, and whether it rounds
-stochastically. `CODES` is the table.
+A format is given its planes' elements as their words decode them: a block of one row each, or one word per `per` of it.
 """
 
-from __future__ import annotations
+from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
 
 from collage.backends.triton.arithmetic import (
+    Real,
     bf16_code,
     bf16_stochastic_code,
     bf16_value,
     bits_of,
     float_of,
     fp16_code,
+    fp16_value,
     is_finite,
-    rn,
+    same,
 )
-from collage.backends.triton.numbers import EXPANDED, KAHAN, PAPER, REGISTER, parts
+from collage.backends.triton.language import Row, static
+from collage.backends.triton.numbers import Expanded, Kahan, Paper, Register, total
 
-SINGLE, PAIR, MASTER, COMPENSATED = (tl.constexpr(kind) for kind in range(4))
-FP32, BF16, FP16 = (tl.constexpr(4 * component) for component in range(3))
-STOCHASTIC = tl.constexpr(16)
 
-# Ways to the elements of a block: all there, in order, aligned to 16 bytes (so a thread moves 16 bytes at once); in
-# order under a mask; by sizes and strides.
-WHOLE, MASKED, STRIDED = (tl.constexpr(way) for way in range(3))
+@dataclass(frozen=True, repr=False)
+class Word(Row):
+    """An element of a plane.
 
-CODES = {
-    "fp32": SINGLE.value + FP32.value,
-    "bf16": SINGLE.value + BF16.value,
-    "fp16": SINGLE.value + FP16.value,
-    "bf16x2": PAIR.value + BF16.value,
-    "bf16+fp32": MASTER.value + BF16.value,
-    "bf16+kahan": COMPENSATED.value + BF16.value,
-    "bf16:sr": SINGLE.value + BF16.value + STOCHASTIC.value,
-    "bf16x2:sr": PAIR.value + BF16.value + STOCHASTIC.value,
+    decode: what memory holds, as int32 or float32 -> what formats read. encode, stochastic: back.
+    """
+
+    memory: tl.dtype
+    decode: Any
+    encode: Any
+    stochastic: Any = None
+    precision: int = 24
+    emin: int = -126
+
+
+FP32 = static(Word(tl.float32, same, same))
+BF16 = static(Word(tl.int16, bf16_value, bf16_code, bf16_stochastic_code, 8))
+FP16 = static(Word(tl.int16, fp16_value, fp16_code, None, 11, -14))
+
+
+@dataclass(frozen=True, repr=False)
+class Format(Row):
+    """How one number per element lies in memory. Every function is given the format's row, last.
+
+    number: (planes, rounding of the arithmetic) -> number
+    encode: (number, random bits, mask) -> codes of the new planes
+    decode: planes -> float32
+    components: planes -> those whose sum is the number, largest first
+    broken: planes -> which no `encode` can have left, because plane 0 was changed alone; planes of zeros are whole.
+        None: a single plane cannot disagree
+    """
+
+    words: tuple[Any, ...]
+    number: Any
+    encode: Any
+    decode: Any
+    components: Any
+    broken: Any
+    stochastic: bool = False
+    per: tuple[int, ...] = (1, 1, 1)  # elements that share a word, plane by plane
+
+
+@triton.jit
+def rounded(x, random, F: tl.constexpr):
+    """The code of the last component."""
+    if F.stochastic:
+        return F.words[len(F.words) - 1].stochastic(x, random)
+    else:
+        return F.words[len(F.words) - 1].encode(x)
+
+
+@triton.jit
+def first(planes, F: tl.constexpr):
+    return planes[0]
+
+
+@triton.jit
+def every(planes, F: tl.constexpr):
+    return planes
+
+
+@triton.jit
+def single_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
+    return Register(Real(planes[0], ROUND))
+
+
+@triton.jit
+def single_encode(number, random, mask, F: tl.constexpr):
+    return (rounded(number.value().x, random, F),)
+
+
+def single(word: Any, stochastic: bool = False) -> Format:
+    return Format((word,), single_number, single_encode, first, every, None, stochastic)
+
+
+@triton.jit
+def expansion_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
+    if ROUND is same:
+        return Expanded(planes, F.words[0])
+    else:
+        return Paper(Real(planes[0], ROUND), Real(planes[1], ROUND))
+
+
+@triton.jit
+def expansion_encode(number, random, mask, F: tl.constexpr):
+    """c0, then the others peeled off the rest in turn."""
+    h, rest = number.parts(F.words[0])
+    rest = tl.where(is_finite(h + rest), rest, 0.0)
+    codes = (F.words[0].encode(h),)
+    for k in tl.static_range(1, len(F.words) - 1):
+        code = F.words[k].encode(rest)
+        rest = rest - F.words[k].decode(code)
+        codes = codes + (code,)
+    return codes + (rounded(rest, random, F),)
+
+
+@triton.jit
+def expansion_decode(planes, F: tl.constexpr):
+    return total(planes)
+
+
+@triton.jit
+def half_an_ulp(planes, F: tl.constexpr):
+    return (alike(planes, 0.5, F)) == 0
+
+
+@triton.jit
+def alike(planes, ULPS: tl.constexpr, F: tl.constexpr):
+    """Whether each component is within so many ulps of the one before, and one step (formats._broken)."""
+    hi, lo = planes
+    step: tl.constexpr = 2.0 ** (1 - F.words[0].precision)
+    bound = tl.maximum(float_of(bits_of(hi) & 0x7F800000), 2.0 ** F.words[0].emin) * (ULPS * step)
+    limit = bound + tl.maximum(bound * step, 2.0 ** F.words[0].emin * step)
+    paired = is_finite(hi)
+    if not F.stochastic:
+        paired = paired & (hi != 0.0)
+    return tl.where(paired, tl.abs(lo) <= limit, lo == 0.0)
+
+
+def expansion(word: Any, n: int, stochastic: bool = False) -> Format:
+    return Format((word,) * n, expansion_number, expansion_encode, expansion_decode, every, half_an_ulp, stochastic)
+
+
+@triton.jit
+def master_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
+    return Register(Real(planes[1], ROUND))
+
+
+@triton.jit
+def master_encode(number, random, mask, F: tl.constexpr):
+    x = number.value().x
+    return F.words[0].encode(x), x
+
+
+@triton.jit
+def master_decode(planes, F: tl.constexpr):
+    return planes[1]
+
+
+@triton.jit
+def master_components(planes, F: tl.constexpr):
+    return (planes[1],)
+
+
+@triton.jit
+def master_broken(planes, F: tl.constexpr):
+    hi = planes[0]
+    cast = F.words[0].decode(F.words[0].encode(planes[1]))
+    return ((hi == cast) | ((hi != hi) & (cast != cast))) == 0
+
+
+def master(word: Any) -> Format:
+    return Format((word, FP32), master_number, master_encode, master_decode, master_components, master_broken)
+
+
+@triton.jit
+def kahan_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
+    return Kahan(Real(planes[0], ROUND), Real(planes[1], ROUND))
+
+
+@triton.jit
+def a_whole_ulp(planes, F: tl.constexpr):
+    return (alike(planes, 1.0, F)) == 0
+
+
+FORMATS = {
+    "fp32": single(FP32),
+    "bf16": single(BF16),
+    "fp16": single(FP16),
+    "bf16:sr": single(BF16, stochastic=True),
+    "bf16x2": expansion(BF16, 2),
+    "bf16x2:sr": expansion(BF16, 2, stochastic=True),
+    "bf16+fp32": master(BF16),
+    "bf16+kahan": Format((BF16, BF16), kahan_number, expansion_encode, expansion_decode, every, a_whole_ulp),
 }
-
-
-@triton.jit
-def read(plane, offsets, mask, COMPONENT: tl.constexpr, WAY: tl.constexpr):
-    """A plane's elements as float32."""
-    if COMPONENT == FP32:
-        pointer = plane.to(tl.pointer_type(tl.float32))
-    elif COMPONENT == FP16:
-        pointer = plane.to(tl.pointer_type(tl.float16))
-    else:
-        pointer = plane.to(tl.pointer_type(tl.int16))
-    if WAY == WHOLE:
-        x = tl.load(tl.multiple_of(pointer, 16) + offsets)
-    else:
-        x = tl.load(pointer + offsets, mask=mask, other=0)
-    if COMPONENT == BF16:
-        return bf16_value(x.to(tl.int32))
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def write(plane, offsets, mask, code, COMPONENT: tl.constexpr, WAY: tl.constexpr):
-    if COMPONENT == FP32:
-        pointer = plane.to(tl.pointer_type(tl.float32))
-        x = code
-    else:
-        pointer = plane.to(tl.pointer_type(tl.int16))
-        x = code.to(tl.int16)
-    if WAY == WHOLE:
-        tl.store(tl.multiple_of(pointer, 16) + offsets, x)
-    else:
-        tl.store(pointer + offsets, x, mask=mask)
-
-
-@triton.jit
-def load(planes, first, other, mask, FORMAT: tl.constexpr, WAY: tl.constexpr):
-    """Both planes; a format with one has it twice. planes: their addresses; first, other: offsets into them."""
-    hi = read(tl.load(planes), first, mask, FORMAT % 16 // 4 * 4, WAY)
-    if FORMAT % 4 == SINGLE:
-        return hi, hi
-    elif FORMAT % 4 == MASTER:
-        return hi, read(tl.load(planes + 1), other, mask, FP32, WAY)
-    else:
-        return hi, read(tl.load(planes + 1), other, mask, BF16, WAY)
-
-
-@triton.jit
-def kind_of(FORMAT: tl.constexpr, NARROW: tl.constexpr):
-    """The kind of number that a format is in the registers of an arithmetic."""
-    if FORMAT % 4 == COMPENSATED:
-        return KAHAN
-    elif FORMAT % 4 != PAIR:
-        return REGISTER
-    elif NARROW:
-        return PAPER
-    else:
-        return EXPANDED
-
-
-@triton.jit
-def rounded(x, random, COMPONENT: tl.constexpr, FORMAT: tl.constexpr):
-    if COMPONENT == FP32:
-        return x
-    elif COMPONENT == FP16:
-        return fp16_code(x)
-    elif FORMAT >= STOCHASTIC:
-        return bf16_stochastic_code(x, random)
-    else:
-        return bf16_code(x)
-
-
-@triton.jit
-def encode(a, b, random, KIND: tl.constexpr, FORMAT: tl.constexpr):
-    """Codes of the new planes of a number. A format with one plane has its code twice."""
-    if FORMAT % 4 == SINGLE:
-        code = rounded(a, random, FORMAT % 16 // 4 * 4, FORMAT)
-        return code, code
-    elif FORMAT % 4 == MASTER:
-        return bf16_code(a), a
-    else:
-        hi, rest = parts(a, b, KIND)
-        rest = tl.where(is_finite(hi + rest), rest, 0.0)
-        return bf16_code(hi), rounded(rest, random, BF16, FORMAT)
-
-
-@triton.jit
-def value_of(code, COMPONENT: tl.constexpr):
-    """The float32 of a code that `encode` made."""
-    if COMPONENT == BF16:
-        return bf16_value(code)
-    elif COMPONENT == FP16:
-        return code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        return code
-
-
-@triton.jit
-def is_broken(hi, lo, FORMAT: tl.constexpr):
-    """Whether no `encode` could have left these two planes: plane 0 was changed alone. 0 and 0, padding, is whole."""
-    if FORMAT % 4 == MASTER:
-        cast = rn(lo, True)
-        return ((hi == cast) | ((hi != hi) & (cast != cast))) == 0
-    else:
-        binade = float_of(bits_of(hi) & 0x7F800000)
-        ulps = 1.0 if FORMAT % 4 == COMPENSATED else 0.5
-        bound = tl.maximum(binade, 2.0**-126) * (ulps * 2.0**-7)
-        limit = bound + tl.maximum(bound * 2.0**-7, 2.0**-133)
-        paired = is_finite(hi)
-        if FORMAT < STOCHASTIC:
-            paired = paired & (hi != 0.0)
-        return tl.where(paired, tl.abs(lo) <= limit, lo == 0.0) == 0

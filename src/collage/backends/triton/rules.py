@@ -1,35 +1,53 @@
 """The update rules, as in rules/*.py. RULES is the table."""
 
-from __future__ import annotations
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_type_hints
 
 import triton
-import triton.language as tl
+import triton.language as tl  # noqa: F401
 
-from collage.backends.triton.arithmetic import add, div, mul, sqrt
-from collage.backends.triton.numbers import grown, scaled, scaled_kind, value
+from collage.backends.triton.arithmetic import minus, sqrt
+from collage.backends.triton.language import Row
+
+Expansion = tuple[Any, Any]  # a constant of two components
+
+
+@dataclass(frozen=True, repr=False)
+class Rule(Row):
+    """update: (slots' numbers, gradient, constants) -> (intended update, or None; new numbers)."""
+
+    update: Any
+    constants: type
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How many components each constant has in a kernel's row."""
+        return tuple(2 if hint == Expansion else 1 for hint in get_type_hints(self.constants).values())
+
+    @property
+    def columns(self) -> int:
+        """Numbers in a kernel's row of constants."""
+        return sum(self.widths)
+
+
+class Adam(NamedTuple):
+    beta1: Expansion
+    one_minus_beta1: Any
+    beta2: Expansion
+    one_minus_beta2: Any
+    a: Any
+    e: Any
+    w: Any
 
 
 @triton.jit
-def adamw(
-    g, c, theta_a, theta_b, m_a, m_b, v_a, v_b,
-    THETA: tl.constexpr, M: tl.constexpr, V: tl.constexpr, NARROW: tl.constexpr,
-):  # fmt: skip
-    """AdamW as in Collage's Algorithm 2. c: address of its folded constants; theta, m, v: numbers and their kinds.
-
-    Returns the intended update, then the new numbers; the kinds of m and v are those of scaled ones.
-    """
-    m_a, m_b = scaled(m_a, m_b, tl.load(c), tl.load(c + 1), M, NARROW)
-    m_a, m_b = grown(m_a, m_b, mul(tl.load(c + 2), g, NARROW), scaled_kind(M), NARROW)
-    v_a, v_b = scaled(v_a, v_b, tl.load(c + 3), tl.load(c + 4), V, NARROW)
-    v_a, v_b = grown(v_a, v_b, mul(tl.load(c + 5), mul(g, g, NARROW), NARROW), scaled_kind(V), NARROW)
-    ratio = div(
-        mul(tl.load(c + 6), value(m_a, m_b, scaled_kind(M)), NARROW),
-        add(sqrt(value(v_a, v_b, scaled_kind(V)), NARROW), tl.load(c + 7), NARROW),
-        NARROW,
-    )
-    delta = -add(ratio, mul(tl.load(c + 8), value(theta_a, theta_b, THETA), NARROW), NARROW)
-    theta_a, theta_b = grown(theta_a, theta_b, delta, THETA, NARROW)
-    return delta, theta_a, theta_b, m_a, m_b, v_a, v_b
+def adamw(slots, g, c):
+    """AdamW as in Collage's Algorithm 2."""
+    theta, m, v = slots
+    m = m.scaled(c.beta1).grown(c.one_minus_beta1 * g)
+    v = v.scaled(c.beta2).grown(c.one_minus_beta2 * (g * g))
+    delta = minus((c.a * m.value()) / (sqrt(v.value()) + c.e) + c.w * theta.value())
+    return delta, (theta.grown(delta), m, v)
 
 
-RULES = {"adamw": adamw}
+RULES = {"adamw": Rule(adamw, Adam)}
