@@ -28,7 +28,7 @@ def aggregate(cls: _C) -> _C:
             setattr(self, name, tl.constexpr(value) if kind is tl.constexpr and not INTERPRETED else value)
 
     fill.__triton_builtin__ = True  # type: ignore[attr-defined]  # not a function that Triton need hash
-    cls.__init__ = fill  # type: ignore[misc]
+    cls.__init__ = fill
     if not INTERPRETED:
         return tl.core._aggregate(cls)  # type: ignore[no-any-return]
     for name, method in list(vars(cls).items()):
