@@ -141,35 +141,3 @@ def random_patterns(dtype: torch.dtype, size: int, seed: int) -> Tensor:
     bits = torch.randint(0, 1 << spec.width, (size,), generator=g)
     tiny = bits & (spec.sign | ((1 << (spec.precision - 1)) - 1))
     return from_codes(torch.where(torch.randint(0, 16, (size,), generator=g) == 0, tiny, bits), dtype)
-
-
-def ordered(x: Tensor) -> Tensor:
-    """int64, increasing with the number, adjacent floats adjacent; -0 is just below +0."""
-    bits = codes(x)
-    if not x.dtype.is_floating_point:
-        return x.to(torch.int64)
-    sign = 1 << (8 * x.dtype.itemsize - 1)
-    return (
-        torch.where(bits >= sign, sign - 1 - bits, bits) if x.dtype.itemsize < 8 else bits ^ ((bits >> 63) & (sign - 1))
-    )
-
-
-def assert_same_bits(name: str, got: Tensor, want: Tensor) -> None:
-    """Raise AssertionError unless got and want are the same bits. NaN equals NaN; +0 and -0 differ."""
-    head = f"{name}: got {got.dtype} {tuple(got.shape)}, want {want.dtype} {tuple(want.shape)}"
-    if got.dtype != want.dtype or got.shape != want.shape:
-        raise AssertionError(head)
-    got, want = got.detach().cpu().contiguous().flatten(), want.detach().cpu().contiguous().flatten()
-    same = codes(got) == codes(want)
-    if want.dtype.is_floating_point:
-        same |= got.isnan() & want.isnan()
-    wrong = (~same).nonzero().flatten().tolist()
-    if wrong:
-        i, digits = wrong[0], 2 * want.dtype.itemsize
-        a, b = codes(got[i : i + 1]).item(), codes(want[i : i + 1]).item()
-        mask = (1 << 4 * digits) - 1
-        apart = (ordered(got[i : i + 1]) - ordered(want[i : i + 1])).item()
-        raise AssertionError(
-            f"{name}: {len(wrong)} of {want.numel()} differ, the first at {i}: got 0x{a & mask:0{digits}x} "
-            f"({got[i].item()}), want 0x{b & mask:0{digits}x} ({want[i].item()}), {apart:+d} ulp"
-        )

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracle import assert_same_bits
+from helpers import assert_same_bits
 from torch import nn
 
 import collage
@@ -22,7 +22,7 @@ def value_of(p, opt):
 
 def second_moment(strategy, beta2, gradients):
     """mean(v) / mean(float64 v) after those gradients, through the three verbs."""
-    from collage.constants import fold
+    from collage.rules.folding import fold
 
     s = STRATEGIES[strategy]
     fmt = s.formats[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import SPECS, codes, fractions, from_codes, nearest
 
-from collage.constants import fold, power, rounded
+from collage.rules.folding import fold, power, rounded
 
 BF16, FP32 = torch.bfloat16, torch.float32
 BOTH = pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bfloat16", "float32"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_backends import REGIMES, numbers
+from helpers import REGIMES, numbers
 from torch import nn
 
 import collage

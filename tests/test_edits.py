@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from oracle import assert_same_bits
+from helpers import assert_same_bits
 from torch import nn
 
 import collage
@@ -126,7 +126,7 @@ def test_it_is_said_once_per_parameter_and_loudly_only_where_most_changed(caplog
 
 def test_a_parameter_without_a_gradient_for_a_while_is_not_looked_at_again(monkeypatch):
     """Experts take turns: what is known of a parameter outlives the steps without it."""
-    from collage import edits
+    from collage.optimizers import edits
 
     params, opt = setup("collage-plus")
     looked = []

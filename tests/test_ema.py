@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from oracle import assert_same_bits
+from helpers import assert_same_bits
 from torch import nn
 
 import collage

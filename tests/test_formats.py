@@ -5,9 +5,9 @@ from fractions import Fraction
 
 import pytest
 import torch
+from helpers import assert_same_bits
 from oracle import (
     SPECS,
-    assert_same_bits,
     codes,
     decode,
     every,

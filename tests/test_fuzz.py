@@ -14,7 +14,7 @@ from fuzzing.world import World
 from torch import nn
 
 import collage
-from collage import edits
+from collage.optimizers import edits
 from collage.strategies import STRATEGIES
 
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import collage
 from collage import STRATEGIES
 from collage.integrations.transformers import LOGGED, EDQCallback, by_name
-from collage.state import unwrapped
+from collage.unwrapping import unwrapped
 
 
 class Counting(Dataset[dict[str, torch.Tensor]]):

@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from oracle import assert_same_bits
+from helpers import assert_same_bits
 from torch import nn
 
 import collage

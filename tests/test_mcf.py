@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import assert_same_bits
 from oracle import (
     SPECS,
-    assert_same_bits,
     codes,
     decode,
     every,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import assert_same_bits
+from helpers import assert_same_bits
 from torch import nn
 
 import collage
@@ -147,7 +147,7 @@ def test_a_compiled_step_sees_another_address():
 @pytest.mark.filterwarnings("ignore:changed outside the optimizer")
 def test_a_compiled_step_sees_edits_and_looks_at_nothing_else(monkeypatch):
     """It counts versions up before it runs, and learns by how much."""
-    from collage import edits
+    from collage.optimizers import edits
 
     def edit(params, t):
         if t in (3, 7):

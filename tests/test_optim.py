@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from oracle import assert_same_bits
+from helpers import assert_same_bits
 from torch import nn
 
 import collage

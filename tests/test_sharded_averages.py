@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from oracle import assert_same_bits
+from helpers import assert_same_bits
 from ranks import launch
 from torch import nn
 

@@ -32,7 +32,7 @@ from collage.harness.train.config import RunConfig
 from collage.harness.train.meters import UpdateSizes
 from collage.harness.train.recording import label
 from collage.harness.train.trainer import PrecisionTrainer, arguments
-from collage.shadow import Shadow
+from collage.monitor.shadow import Shadow
 
 TINY = ("tiny-llama", "tiny-gpt", "tiny-bert", "tiny-roberta")
 

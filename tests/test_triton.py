@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import assert_same_bits
+from helpers import assert_same_bits
 from test_backends import (
     GRID,
     HYPER,

@@ -1,19 +1,25 @@
 """Collage: train in bfloat16 without float32 master weights, and measure what rounding loses."""
 
 from collage import mcf
-from collage.adamw import AdamW
 from collage.casting import to_bf16, to_fp16
 from collage.checkpoint import high_precision_state_dict, load_high_precision_state_dict
 from collage.ema import EMA
 from collage.monitor import monitor
+from collage.optimizers.adam import Adam
+from collage.optimizers.adamw import AdamW
+from collage.optimizers.lion import Lion
+from collage.optimizers.sgd import SGD
 from collage.strategies import STRATEGIES, Strategy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EMA",
+    "SGD",
     "STRATEGIES",
+    "Adam",
     "AdamW",
+    "Lion",
     "Strategy",
     "high_precision_state_dict",
     "load_high_precision_state_dict",

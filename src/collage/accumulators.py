@@ -7,8 +7,9 @@ class here is one way to hold such a number in registers between load and store,
     scaled(beta)    the number times a constant
     grown(delta)    the number plus an increment
 
-Nothing is changed in place: every verb returns a new number. `parts` is what a format stores: the visible component,
-and what is left for the others (still in a register; the format rounds it).
+and `raised`, the larger of two numbers, for AMSGrad. Nothing is changed in place: every verb returns a new number.
+`parts` is what a format stores: the visible component, and what is left for the others (still in a register; the format
+rounds it).
 
 Registers are float32 tensors in float32 arithmetic and bfloat16 tensors in bfloat16 arithmetic, where torch rounds
 every single ``+ - * /`` and ``sqrt`` to bfloat16. A constant is an expansion in the arithmetic's dtype: one component
@@ -17,7 +18,9 @@ in float32, (hi, lo) in bfloat16, where beta2 = 0.999 would otherwise be 1.0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -27,7 +30,7 @@ from collage import mcf
 
 
 class Accumulator(Protocol):
-    """The three verbs, and the parts a format stores."""
+    """The verbs, and the parts a format stores."""
 
     @property
     def value(self) -> Tensor: ...
@@ -39,6 +42,11 @@ class Accumulator(Protocol):
     def parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(visible component, representable in dtype; the rest, unrounded)."""
         ...
+
+
+def total(components: Sequence[Tensor]) -> Tensor:
+    """Their sum, the last (smallest) first."""
+    return reduce(lambda rest, c: c + rest, reversed(components))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +68,26 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """hi + lo in float32 arithmetic. Grows lo first: in one float32 sum the last component would see nothing."""
+    """c0 + c1 + ... in float32 arithmetic. Grows the last first: in one float32 sum it would see nothing."""
 
-    hi: Tensor
-    lo: Tensor
+    components: tuple[Tensor, ...]  # largest first
     dtype: torch.dtype  # of the stored components
 
     @property
     def value(self) -> Tensor:
-        return self.lo + self.hi
+        return total(self.components)
 
     def scaled(self, beta: mcf.Expansion) -> Register:
         return Register(self.value).scaled(beta)
 
     def grown(self, delta: Tensor) -> Expanded:
-        r = self.lo + delta
-        h = mcf.rn(self.hi + r, self.dtype).float()
-        return Expanded(h, (self.hi - h) + r, self.dtype)
+        hi, *others = self.components
+        r = total([*others, delta])
+        h = mcf.rn(hi + r, self.dtype).float()
+        return Expanded((h, (hi - h) + r), self.dtype)
 
     def parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.hi, self.lo
+        return self.components[0], total(self.components[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +128,12 @@ class Kahan:
 
     def parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.value, self.compensation
+
+
+def raised(number: Accumulator, other: Accumulator) -> Accumulator:
+    """The number, or the other one where that is larger, or NaN. Both of one format and arithmetic."""
+    x, y = number.value, other.value
+    chosen = (y > x) | y.isnan()
+    if isinstance(number, PaperExpanded) and isinstance(other, PaperExpanded):
+        return PaperExpanded(torch.where(chosen, y, x), torch.where(chosen, other.lo, number.lo))
+    return Register(torch.where(chosen, y, x))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from collage.sharding import any_dtensor, local
-from collage.state import require_finite
+from collage.optimizers.planes import require_finite
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 

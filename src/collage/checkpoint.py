@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collage import edits, state
-from collage.formats import fitted, pieces, split
+from collage.backends import choose
+from collage.formats import format_of, pieces
+from collage.optimizers import edits
+from collage.optimizers.parameters import dtype_of
 from collage.owners import Optimizers, Owner, number_of, owners
 from collage.saying import several
 from collage.sharding import any_dtensor, local, placed, reshard
@@ -61,17 +63,12 @@ def high_precision_state_dict(model: nn.Module, optimizer: Optimizers) -> dict[s
         if id(param) in edits.LENT or param.dtype == torch.float64:
             result.copy_(edits.LENT[id(param)]() if id(param) in edits.LENT else local(param))
             return
-        fmt, planes = number_of(param, owned.get(param))
-        misfits[param] = 0
-        for part, *piece in pieces([result, *planes]):
-            now, broken = fitted(fmt, piece)
-            part.copy_(fmt.value(now))
-            misfits[param] += int(broken.sum())
+        misfits[param] = edits.decode(*number_of(param, owned.get(param)), result)
 
     result = exported(shown, export)
     for optimizer in {id(owner.optimizer): owner.optimizer for owner in owned.values()}.values():
-        mine = [owned[p].entry for p, n in misfits.items() if n and p in owned and owned[p].optimizer is optimizer]
-        optimizer.tell([(entry, misfits[entry.param], local(entry.param).numel()) for entry in mine])
+        mine = [owned[p].parameter for p, n in misfits.items() if n and p in owned and owned[p].optimizer is optimizer]
+        optimizer.tell([(parameter, misfits[parameter.tensor], local(parameter.tensor).numel()) for parameter in mine])
     return result
 
 
@@ -104,7 +101,7 @@ def _require_shown(
     """Raise ValueError where an optimizer holds numbers of this model that no key of its state_dict stands for."""
     own: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     require_keys({param: own[param] for param in held if param in own}, shown)
-    foreign = [owned[param].entry.name for param in held if param not in own]
+    foreign = [owned[param].parameter.name for param in held if param not in own]
     alone = [name for param, name in own.items() if _may_lose(param) and param not in owned]
     if foreign and alone:
         raise ValueError(
@@ -161,10 +158,9 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
     model.load_state_dict(values, strict=True)
     for key, tensor in own.items():
         if isinstance(tensor, Tensor) and tensor in owned:
-            planes = owned[tensor].optimizer.planes(owned[tensor].entry)[0]
-            fmt = owned[tensor].optimizer.strategy_of(owned[tensor].entry).formats[0]
-            for value, *piece in pieces([local(values[key]).to(planes[0].device), *planes]):
-                state.write(piece, split(fmt, value.float()))
+            planes = owned[tensor].optimizer.theta(owned[tensor].parameter)
+            value = local(values[key]).to(planes[0].device, torch.float32)
+            choose("auto", value.device).encode(owned[tensor].format, [value], [planes])
 
 
 def _at(tensor: Any, value: Any) -> Any:
@@ -175,9 +171,9 @@ def _at(tensor: Any, value: Any) -> Any:
 def _is_split(owner: Owner) -> bool:
     """Whether its optimizer splits it. Raises TypeError for a trained parameter of a dtype that it does not take."""
     try:
-        owner.optimizer.strategy_of(owner.entry)
+        owner.optimizer.strategy_of(owner.parameter)
     except TypeError:
-        if owner.entry.param.requires_grad or owner.optimizer.state.get(owner.entry.param):
+        if owner.parameter.tensor.requires_grad or owner.optimizer.state.get(owner.parameter.tensor):
             raise
         return False
     return True
@@ -193,8 +189,8 @@ def _require_same(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None
         if not isinstance(tensor, Tensor) or key.endswith("_extra_state"):  # of any shape: the module's own affair
             continue
         if not isinstance(value, Tensor) or value.is_floating_point() != tensor.is_floating_point():
-            got = state.dtype_of(value) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"state_dict['{key}']: is {got}, the model's is {state.dtype_of(tensor)}")
+            got = dtype_of(value) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"state_dict['{key}']: is {got}, the model's is {dtype_of(tensor)}")
         if value.layout != torch.strided or value.is_meta:
             kind = "on the meta device" if value.is_meta else str(value.layout)
             raise ValueError(f"state_dict['{key}']: is {kind}; give dense numbers")
@@ -220,7 +216,7 @@ def _require_lossless(own: Mapping[str, Any], values: Mapping[str, Any], owned: 
 
 def _loses(value: Tensor, param: Tensor, owner: Owner | None) -> bool:
     """Whether a parameter whose format has no low components would drop bits of this value."""
-    if owner is not None and len(owner.optimizer.strategy_of(owner.entry).formats[0].dtypes) > 1:
+    if owner is not None and len(format_of(owner.format).planes) > 1:
         return False
     parts = (part.float() for (part,) in pieces([local(value)]))
     return any(bool(((x != x.to(param.dtype).float()) & ~x.isnan()).any()) for x in parts)

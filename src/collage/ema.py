@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collage import edits
+from collage.backends import Batch, choose
 from collage.checkpoint import exported, require_keys
-from collage.constants import rounded
-from collage.formats import Planes, fitted, format_of, pieces, split
+from collage.formats import Planes, fitted, format_of, pieces, zeros
 from collage.lending import lent
+from collage.optimizers import edits
+from collage.optimizers.parameters import dtype_of
+from collage.optimizers.planes import write
 from collage.owners import Optimizers, Owner, number_of, owners
-from collage.rng import Stream, key_of
-from collage.sharding import local, locals_of, placed, region, reshard
-from collage.state import dtype_of, write
+from collage.rng import key_of
+from collage.rules.average import AVERAGE
+from collage.sharding import any_dtensor, local, locals_of, placed, region, reshard
 
 log = logging.getLogger("collage")
 
@@ -67,7 +69,7 @@ class EMA:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay: needs a number in [0, 1), got {decay}")
         self.format, self.decay, self.seed, self.steps = format_of(format), decay, seed, 0
-        if set(self.format.suffixes) - {"", "_lo"}:
+        if set(self.format.suffixes) - {"", "_lo", "_lo2"}:
             raise ValueError(f"format: '{format}' is a format for trained weights; use 'bf16x2:sr' or 'fp32'")
         self.model, self.optimizer, self.frozen = model, optimizer, frozen
         self.planes: dict[str, list[Tensor]] = {}
@@ -133,19 +135,18 @@ class EMA:
     def _start(self, name: str, param: nn.Parameter) -> None:
         """Begin an average at the parameter's value, in planes of its shape, strides and placement."""
         edits.require_own([param], f"beginning an average of '{name}'")
-        self.planes[name] = [torch.zeros_like(param, dtype=dtype, requires_grad=False) for dtype in self.format.dtypes]
-        for theta, average, _ in self._walk(name, param, self._owners()):
-            write(average, split(self.format, theta))
+        theta = torch.empty_like(local(param.detach()), dtype=torch.float32)
+        edits.decode(*number_of(param, self._owners().get(param)), theta)
+        planes = zeros(self.format, param.detach())
+        choose("auto", theta.device).encode(self._name, [theta], [locals_of(planes)])
+        self.planes[name] = planes
 
-    def _walk(
-        self, name: str, param: nn.Parameter, owned: Mapping[Tensor, Owner]
-    ) -> Iterator[tuple[Tensor, Planes, int]]:
-        """Piece by piece of this rank's part: (theta, the planes of its average, how many elements came before)."""
-        fmt, planes = number_of(param, owned.get(param))
-        first = 0
-        for piece in pieces([*planes, *locals_of(self.planes[name])]):
-            yield fmt.value(fitted(fmt, piece[: len(planes)])[0]), piece[len(planes) :], first
-            first += piece[0].numel()
+    def _number_of(self, param: nn.Parameter, owner: Owner | None) -> tuple[str, Planes]:
+        """(format, local planes) of a parameter as it is now, should others have changed it."""
+        name, planes = number_of(param, owner)
+        if choose("auto", planes[0].device).broken(name, [planes]):
+            planes = fitted(format_of(name), planes)[0]
+        return name, planes
 
     @torch.no_grad()
     def update(self) -> None:
@@ -153,17 +154,18 @@ class EMA:
         edits.require_own(self.model.parameters(), "update()")
         params, owned = self._meet(), self._owners()
         self.steps += 1
+        alike: dict[tuple[str, torch.device], list[tuple[str, Planes]]] = {}
         for name, param in params.items():
-            weight = torch.tensor(rounded(1.0 - self.decay, torch.float32), dtype=torch.float32, device=param.device)
-            stream = Stream(self.seed, self.steps, key_of(name))
-            place = region(param)
-            for theta, planes, first in self._walk(name, param, owned):
-                average = self.format.load(planes, torch.float32)
-                moved = average.grown(weight * (theta - average.value))
-                bits = None
-                if self.format.stochastic:
-                    bits = stream.bits(place.span(first, first + theta.numel(), theta.device), slot=0).view(theta.shape)
-                write(planes, self.format.encode(moved, bits))
+            theta, planes = self._number_of(param, owned.get(param))
+            alike.setdefault((theta, planes[0].device), []).append((name, planes))
+        for (theta, device), those in alike.items():
+            batch = Batch(
+                AVERAGE, (self._name, theta), torch.float32, 0.0, (self.decay,), False, self.seed,
+                [x for name, planes in those for x in (*locals_of(self.planes[name]), *planes)], (),
+                [self.steps] * len(those), [key_of(name) for name, _ in those],
+                [region(params[name]) for name, _ in those] if any_dtensor(params.values()) else (),
+            )  # fmt: skip
+            choose("auto", device).step(batch)
 
     def value(self, name: str) -> Tensor:
         """The average of one parameter, float32; a DTensor where the parameter is one."""
@@ -174,8 +176,12 @@ class EMA:
     @torch.no_grad()
     def _copy(self, name: str, part: Tensor) -> None:
         """Write this rank's part of the average, rounded to the tensor's dtype."""
-        for piece in pieces([part, *locals_of(self.planes[name])]):
-            piece[0].copy_(self.format.value(piece[1:]))
+        backend = choose("auto", part.device)
+        for piece, *planes in pieces([part, *locals_of(self.planes[name])]):
+            value = piece if piece.dtype == torch.float32 else torch.empty_like(piece, dtype=torch.float32)
+            backend.decode(self._name, [planes], [value])
+            if value is not piece:
+                piece.copy_(value)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -1,64 +1,97 @@
 """Planes in memory <-> numbers in registers, and the table of formats.
 
-A format holds one number per element in one or more *planes*: tensors of the parameter's shape and strides. Plane 0 is
-the visible one; for theta it is the parameter itself. A format is pure: it decodes planes into an accumulator and
-encodes an accumulator into new planes; only a backend writes.
+A format holds one number per element in one or more *planes*. Plane 0 is the visible one; for theta it is the parameter
+itself. Most planes have a word per element, in the parameter's shape and strides; a plane may have one per block of
+elements (a scale), and then its format is given whole blocks. A format is pure: it decodes planes into an accumulator
+and encodes an accumulator into new planes; only a backend writes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from collage import mcf
-from collage.accumulators import Accumulator, Expanded, Kahan, PaperExpanded, Register
+from collage.accumulators import Accumulator, Expanded, Kahan, PaperExpanded, Register, total
 
 Planes = Sequence[Tensor]
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 PIECE = 1 << 21  # elements
 
 
-class Format(Protocol):
-    """How one number per element lies in memory."""
+class Plane(NamedTuple):
+    """One tensor of a format: what follows the slot's prefix in its state key, its dtype, and elements per word.
+
+    A parameter is seen as [rows, columns] = (shape[0], all the rest); blocks lie along a row and never cross it, so a
+    shard by rows holds whole ones.
+    """
+
+    suffix: str
+    dtype: torch.dtype
+    per: int | None = 1  # None: a word per row
+
+    def shape(self, param: Sequence[int]) -> tuple[int, ...]:
+        """Of the plane of a parameter (or of its local part) of that shape."""
+        if self.per == 1:
+            return tuple(param)
+        rows, columns = as_rows(param)
+        return (rows,) if self.per is None else (rows, -(-columns // self.per))
+
+
+def as_rows(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) that a parameter is seen as where a format has blocks."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+class Format:
+    """How one number per element lies in memory. A format says what its planes are, and has these verbs.
+
+    stochastic: whether `encode` takes random bits.
+    """
+
+    planes: tuple[Plane, ...]
+    stochastic: bool
+
+    def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
+        """The number, in registers of the arithmetic's dtype."""
+        raise NotImplementedError
+
+    def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
+        """New planes. random: 16-bit integers for a stochastic format; without them it rounds to nearest."""
+        raise NotImplementedError
+
+    def value(self, planes: Planes) -> Tensor:
+        """The number the planes stand for, float32. What checkpoints hold."""
+        raise NotImplementedError
+
+    def components(self, planes: Planes) -> Planes:
+        """What EDQ differences: numbers whose sum is the number, largest first."""
+        raise NotImplementedError
+
+    def broken(self, planes: Planes) -> Tensor:
+        """bool per element: planes that no `encode` could have left, because plane 0 was changed alone."""
+        raise NotImplementedError
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """dtype of each plane."""
-        ...
+        return tuple(plane.dtype for plane in self.planes)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """What follows the slot's name in the state key of each plane."""
-        ...
+        """What follows the slot's prefix in the state key of each plane."""
+        return tuple(plane.suffix for plane in self.planes)
 
     @property
-    def stochastic(self) -> bool:
-        """Whether `encode` takes random bits."""
-        ...
-
-    def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
-        """The number, in registers of the arithmetic's dtype."""
-        ...
-
-    def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
-        """New planes. random: 16-bit integers for a stochastic format; without them it rounds to nearest."""
-        ...
-
-    def value(self, planes: Planes) -> Tensor:
-        """The number the planes stand for, float32. What checkpoints hold."""
-        ...
-
-    def components(self, planes: Planes) -> Planes:
-        """The planes whose sum is the number, largest first. What EDQ differences."""
-        ...
-
-    def broken(self, planes: Planes) -> Tensor:
-        """bool per element: planes that no `encode` could have left, because plane 0 was changed alone."""
-        ...
+    def elementwise(self) -> bool:
+        """Whether every plane has a word per element."""
+        return all(plane.per == 1 for plane in self.planes)
 
 
 def _register(plane: Tensor, arithmetic: torch.dtype) -> Tensor:
@@ -66,20 +99,19 @@ def _register(plane: Tensor, arithmetic: torch.dtype) -> Tensor:
 
 
 def _round(x: Tensor, dtype: torch.dtype, random: Tensor | None) -> Tensor:
-    return mcf.rn(x, dtype) if random is None else mcf.sr(x, random)
+    return mcf.rn(x, dtype) if random is None else mcf.sr(x, random, dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Single:
+@dataclass(frozen=True)
+class Single(Format):
     """One plane: fp32, bf16, fp16."""
 
     dtype: torch.dtype
     stochastic: bool = False
-    suffixes: tuple[str, ...] = ("",)
 
     @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        return (self.dtype,)
+    def planes(self) -> tuple[Plane, ...]:  # type: ignore[override]
+        return (Plane("", self.dtype),)
 
     def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
         return Register(_register(planes[0], arithmetic))
@@ -97,44 +129,54 @@ class Single:
         return torch.zeros_like(planes[0], dtype=torch.bool)
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """hi + lo, both of one dtype. hi = RN(x), lo = R(x - hi), and lo = +0 where either is not finite."""
+@dataclass(frozen=True)
+class Expansion(Format):
+    """n components of one dtype. c0 = RN(x), c1 = RN(x - c0), ..., and all but c0 are +0 where x or c0 is not finite.
+
+    The last is rounded to nearest or stochastically.
+    """
 
     dtype: torch.dtype
+    n: int = 2
     stochastic: bool = False
-    suffixes: tuple[str, ...] = ("", "_lo")
 
     @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        return (self.dtype, self.dtype)
+    def planes(self) -> tuple[Plane, ...]:  # type: ignore[override]
+        return tuple(Plane(suffix, self.dtype) for suffix in ("", "_lo", "_lo2")[: self.n])
 
     def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
         if arithmetic == F32:
-            return Expanded(planes[0].float(), planes[1].float(), self.dtype)
+            return Expanded(tuple(plane.float() for plane in planes), self.dtype)
         return PaperExpanded(planes[0], planes[1])
 
     def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
         hi, rest = (part.float() for part in number.parts(self.dtype))
         rest = rest.masked_fill(~(hi + rest).isfinite(), 0.0)
-        return mcf.rn(hi, self.dtype), _round(rest, self.dtype, random)
+        planes = [mcf.rn(hi, self.dtype)]
+        for _ in range(self.n - 2):
+            planes.append(mcf.rn(rest, self.dtype))
+            rest = rest - planes[-1].float()
+        return (*planes, _round(rest, self.dtype, random))
 
     def value(self, planes: Planes) -> Tensor:
-        return planes[1].float() + planes[0].float()
+        return total([plane.float() for plane in planes])
 
     def components(self, planes: Planes) -> Planes:
         return planes
 
     def broken(self, planes: Planes) -> Tensor:
-        return _broken(planes, self.dtype, 0.5, self.stochastic)
+        broken = _apart(planes[0], planes[1], self.dtype, 0.5, self.stochastic and self.n == 2)
+        for k in range(1, self.n - 1):
+            broken |= _apart(planes[k], planes[k + 1], self.dtype, 0.5, self.stochastic and k == self.n - 2)
+        return broken
 
 
-def _broken(planes: Planes, dtype: torch.dtype, ulps: float, stochastic: bool) -> Tensor:
+def _apart(hi: Tensor, lo: Tensor, dtype: torch.dtype, ulps: float, stochastic: bool) -> Tensor:
     """Where |lo| is more than so many ulps of hi and one step: stochastic rounding of a tail just above may go there.
 
     To nearest, hi is 0 only for what lo, too, rounds to 0.
     """
-    hi, lo = (p.float() for p in planes)
+    hi, lo = hi.float(), lo.float()
     f = mcf.FLOATS[dtype]
     binade = (hi.view(torch.int32) & 0x7F800000).view(F32)  # 2**exponent
     bound = binade.clamp(min=2.0**f.emin) * (ulps * 2.0 ** (1 - f.precision))
@@ -143,19 +185,22 @@ def _broken(planes: Planes, dtype: torch.dtype, ulps: float, stochastic: bool) -
     return ~torch.where(alone, lo == 0, lo.abs() <= bound)
 
 
-@dataclass(frozen=True, slots=True)
-class Master:
-    """bf16 for the forward pass, and the float32 master weight it is a cast of. The number is the master alone."""
+@dataclass(frozen=True)
+class Master(Format):
+    """16 bits for the forward pass, and the float32 master weight they are a cast of. The number is the master alone."""
 
-    dtypes: tuple[torch.dtype, ...] = (BF16, F32)
-    suffixes: tuple[str, ...] = ("", "_master")
+    dtype: torch.dtype = BF16
     stochastic: bool = False
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:  # type: ignore[override]
+        return Plane("", self.dtype), Plane("_master", F32)
 
     def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
         return Register(planes[1])
 
     def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
-        return mcf.rn(number.value, self.dtypes[0]), number.value
+        return mcf.rn(number.value, self.dtype), number.value
 
     def value(self, planes: Planes) -> Tensor:
         return planes[1].clone()
@@ -164,23 +209,24 @@ class Master:
         return planes[1:]
 
     def broken(self, planes: Planes) -> Tensor:
-        hi, cast = planes[0].float(), mcf.rn(planes[1], self.dtypes[0]).float()
+        hi, cast = planes[0].float(), mcf.rn(planes[1], self.dtype).float()
         return ~((hi == cast) | (hi.isnan() & cast.isnan()))
 
 
-@dataclass(frozen=True, slots=True)
-class Compensated:
+@dataclass(frozen=True)
+class Compensated(Format):
     """bf16 with Kahan's compensation in a second bf16 plane."""
 
-    dtypes: tuple[torch.dtype, ...] = (BF16, BF16)
-    suffixes: tuple[str, ...] = ("", "_kahan")
+    planes: tuple[Plane, ...] = (Plane("", BF16), Plane("_kahan", BF16))
     stochastic: bool = False
 
     def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
+        if arithmetic == F32:  # it is only looked at: the recurrence is one in bfloat16
+            return Register(self.value(planes))
         return Kahan(planes[0], planes[1])
 
     def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
-        return Pair(BF16).encode(number)
+        return Expansion(BF16).encode(number)
 
     def value(self, planes: Planes) -> Tensor:
         return planes[1].float() + planes[0].float()
@@ -189,18 +235,24 @@ class Compensated:
         return planes
 
     def broken(self, planes: Planes) -> Tensor:
-        return _broken(planes, BF16, 1.0, stochastic=False)  # where |delta| > |theta| it reaches a whole ulp
+        return _apart(planes[0], planes[1], BF16, 1.0, stochastic=False)  # where |delta| > |theta| it reaches an ulp
 
 
 FORMATS: dict[str, Format] = {
     "fp32": Single(F32),
     "bf16": Single(BF16),
-    "fp16": Single(torch.float16),
-    "bf16x2": Pair(BF16),
-    "bf16+fp32": Master(),
+    "fp16": Single(FP16),
+    "bf16x2": Expansion(BF16),
+    "bf16x3": Expansion(BF16, 3),
+    "fp16x2": Expansion(FP16),
+    "bf16+fp32": Master(BF16),
+    "fp16+fp32": Master(FP16),
     "bf16+kahan": Compensated(),
     "bf16:sr": Single(BF16, stochastic=True),
-    "bf16x2:sr": Pair(BF16, stochastic=True),
+    "fp16:sr": Single(FP16, stochastic=True),
+    "bf16x2:sr": Expansion(BF16, stochastic=True),
+    "bf16x3:sr": Expansion(BF16, 3, stochastic=True),
+    "fp16x2:sr": Expansion(FP16, stochastic=True),
 }
 
 
@@ -211,9 +263,52 @@ def format_of(name: str) -> Format:
     return FORMATS[name]
 
 
-def split(fmt: Format, x: Tensor) -> tuple[Tensor, ...]:
-    """Planes that hold float32 ``x`` as well as the format can."""
-    return fmt.encode(Register(x))
+def split(fmt: Format, x: Tensor, random: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Planes that hold float32 ``x`` as well as the format can. With blocks: x is [rows, columns] of whole ones."""
+    return fmt.encode(Register(x), random)
+
+
+def zeros(fmt: Format, param: Tensor) -> list[Tensor]:
+    """Planes that hold 0 for every element of a parameter, with its strides and placement where they have its shape."""
+    return [
+        torch.zeros_like(param, dtype=plane.dtype, requires_grad=False)
+        if plane.per == 1
+        else param.new_zeros(plane.shape(param.shape), dtype=plane.dtype)
+        for plane in fmt.planes
+    ]
+
+
+def sizes_of(fmt: Format, numel: int) -> tuple[float, ...]:
+    """Bytes of each plane for one element, on average; of a plane with a word per row as if rows were that long."""
+    return tuple(plane.dtype.itemsize / (numel if plane.per is None else plane.per) for plane in fmt.planes)
+
+
+def bytes_per_value(fmt: Format, columns: int = 1024) -> float:
+    """Bytes of all planes for one element, in rows of so many columns."""
+    whole = sum(sizes_of(fmt, columns))
+    return int(whole) if whole == int(whole) else whole
+
+
+def aligned(formats: Sequence[Format], planes: Sequence[Planes], others: Planes, size: int) -> Iterator[list[Tensor]]:
+    """Views, piece by piece in row-major order, of every plane of every format, then of other tensors of one word each.
+
+    A piece is ``size`` elements or less of contiguous tensors, and all of strided ones, whose operations are
+    elementwise. Where a format has blocks it is some whole rows, as [rows, columns]; their planes are cut with them.
+    """
+    layouts = [plane for fmt in formats for plane in fmt.planes] + [Plane("", F32)] * len(others)
+    tensors = [plane for own in planes for plane in own] + list(others)
+    first = next(t for t, plane in zip(tensors, layouts, strict=True) if plane.per == 1)
+    if all(fmt.elementwise for fmt in formats):
+        if not all(t.is_contiguous() for t in tensors):
+            yield tensors
+            return
+        flat = [t.view(-1) for t in tensors]
+        yield from map(list, zip(*(t.split(size) for t in flat), strict=True))
+        return
+    rows, columns = as_rows(first.shape)
+    some = max(1, size // max(columns, 1))
+    in_rows = [t.reshape(rows, columns) if plane.per == 1 else t for t, plane in zip(tensors, layouts, strict=True)]
+    yield from map(list, zip(*(t.split(some) for t in in_rows), strict=True))
 
 
 def pieces(planes: Planes) -> Iterator[Planes]:
@@ -222,11 +317,6 @@ def pieces(planes: Planes) -> Iterator[Planes]:
         planes = [plane.view(-1) for plane in planes]
     rows = max(1, PIECE * len(planes[0]) // max(1, planes[0].numel()))
     return zip(*(torch.split(plane, rows) for plane in planes), strict=True)
-
-
-def bytes_per_value(fmt: Format) -> int:
-    """Bytes of all planes for one element."""
-    return sum(dtype.itemsize for dtype in fmt.dtypes)
 
 
 def fitted(fmt: Format, planes: Planes) -> tuple[tuple[Tensor, ...], Tensor]:

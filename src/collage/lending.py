@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from collage.edits import LENT, LENT_AT
+from collage.optimizers.edits import LENT, LENT_AT
 from collage.saying import warn
 from collage.sharding import local, reshard
 

@@ -81,19 +81,38 @@ def rn(x: Tensor, dtype: torch.dtype) -> Tensor:
     return _pack(code, bits, magnitude, f).view(dtype)
 
 
-def sr(x: Tensor, random: Tensor) -> Tensor:
-    """Round float32 ``x`` to bfloat16 stochastically: up in magnitude with the probability of the part dropped.
+def sr(x: Tensor, random: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Round float32 ``x`` stochastically: up in magnitude with the probability of the part dropped.
 
     Args:
         x: float32.
-        random: int32, uniform in [0, 2**16), of x's shape. They are added to the 16 dropped bits.
+        random: int32, uniform in [0, 2**16), of x's shape. They are added to the dropped bits, cut or stretched to as
+            many: exactly unbiased for the 16 that bfloat16 drops, within 2**-17 of an ulp where more are dropped.
+        dtype: bfloat16 or float16.
 
-    Unbiased for finite x up to the largest bfloat16, which it never passes; +-0, +-Inf and exact values stay.
+    Finite x never pass the largest finite number, where rounding is biased; +-0, +-Inf and exact values stay.
     """
-    f = FLOATS[torch.bfloat16]
-    code = (x.view(torch.int32) + random) >> 16
-    code -= (((code & 0x7FFF) == f.inf_code) & x.isfinite()).to(torch.int32)  # back from Inf
-    return code.masked_fill_(x.isnan(), f.nan_code).to(f.storage).view(torch.bfloat16)
+    f = FLOATS[dtype]
+    bits = x.view(torch.int32)
+    if f.emin == -126:  # float32's exponents
+        code = (bits + random) >> 16
+        code -= (((code & 0x7FFF) == f.inf_code) & x.isfinite()).to(torch.int32)  # back from Inf
+        return code.masked_fill_(x.isnan(), f.nan_code).to(f.storage).view(dtype)
+    magnitude = bits & _MAGNITUDE
+    exponent = (magnitude >> 23).clamp(min=1)
+    significand = torch.where(magnitude < 1 << 23, magnitude, (magnitude & 0x7FFFFF) | (1 << 23))
+    least = 127 + f.emin - 1  # of the exponents that are this format's subnormals in float32
+    shift = ((24 - f.precision) + (least + 1 - exponent).clamp(min=0)).clamp(max=30)
+    wide = (shift - 16).clamp(min=0)
+    stretched = (random << wide) + torch.where(wide > 0, (1 << wide) >> 1, 0)
+    code = (significand + torch.where(wide > 0, stretched, random >> (16 - shift).clamp(min=0))) >> shift
+    code = (code + ((exponent - least - 1).clamp(min=0) << (f.precision - 1))).clamp(max=f.max_code)
+    return _pack(code, bits, magnitude, f).view(dtype)
+
+
+def sign(x: Tensor) -> Tensor:
+    """1, -1, or x itself where it is +-0 or NaN."""
+    return torch.where(x > 0, 1.0, torch.where(x < 0, -1.0, x)).to(x.dtype)
 
 
 def sqrt(x: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from collage import state
-from collage.formats import Format, Planes, Single
-from collage.optim import PrecisionOptimizer
+from collage.formats import Planes, format_of
+from collage.optimizers.base import PrecisionOptimizer
 from collage.sharding import local
-from collage.state import Entry
+from collage.unwrapping import unwrapped
+from collage.optimizers.parameters import Parameter, dtype_of
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -21,7 +21,12 @@ class Owner(NamedTuple):
     """Whose a parameter is."""
 
     optimizer: PrecisionOptimizer
-    entry: Entry
+    parameter: Parameter
+
+    @property
+    def format(self) -> str:
+        """The format that its weights are kept in."""
+        return self.optimizer.strategy_of(self.parameter).param
 
 
 def owners(model: nn.Module, optimizers: Optimizers) -> dict[Tensor, Owner]:
@@ -32,8 +37,8 @@ def owners(model: nn.Module, optimizers: Optimizers) -> dict[Tensor, Owner]:
     found: dict[Tensor, Owner] = {}
     own = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     for given in optimizers if isinstance(optimizers, Sequence) else [optimizers]:
-        optimizer = state.unwrapped(given, PrecisionOptimizer)
-        theirs = {entry.param: Owner(optimizer, entry) for entry in optimizer.entries()}
+        optimizer = unwrapped(given, PrecisionOptimizer)
+        theirs = {parameter.tensor: Owner(optimizer, parameter) for parameter in optimizer.parameters()}
         if own and not any(p in theirs for p in own.values()):
             raise ValueError(
                 f"optimizer: has none of the model's parameters, not even '{next(iter(own))}'; was it made for another "
@@ -45,25 +50,28 @@ def owners(model: nn.Module, optimizers: Optimizers) -> dict[Tensor, Owner]:
                 "components there; shard with FSDP2 (fully_shard) instead, which shows every rank its part of each"
             )
         for param in theirs.keys() & found.keys():
-            raise ValueError(f"optimizer: two of those given have param '{theirs[param].entry.name}'")
+            raise ValueError(f"optimizer: two of those given have param '{theirs[param].parameter.name}'")
         found |= theirs
     if not found:
         raise ValueError("optimizer: needs the one that trains the model, or all of them; got none")
     return found
 
 
-def number_of(param: Tensor, owner: Owner | None) -> tuple[Format, Planes]:
-    """The local planes of a parameter, and the format that reads them; the visible one where no optimizer has more.
+_VISIBLE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def number_of(param: Tensor, owner: Owner | None) -> tuple[str, Planes]:
+    """(format, local planes) of a parameter; the visible one, or a float32 copy, where no optimizer has more.
 
     Raises ValueError where the optimizer has more than the parameter's dtype lets it use.
     """
     if owner is None or not owner.optimizer.state.get(param):
-        return Single(param.dtype), (local(param.detach()),)
-    fmt = owner.optimizer.strategy_of(owner.entry).formats[0]
+        visible = local(param.detach())
+        return _VISIBLE.get(param.dtype, "fp32"), (visible if param.dtype in _VISIBLE else visible.float(),)
     kept = {key for key in owner.optimizer.state[param] if key.startswith("param")}
-    if kept != {"param" + suffix for suffix in fmt.suffixes[1:]}:
+    if kept != {"param" + suffix for suffix in format_of(owner.format).suffixes[1:]}:
         raise ValueError(
-            f"param '{owner.entry.name}': it is {state.dtype_of(param)}, and its state has {sorted(kept) or 'nothing'} "
+            f"param '{owner.parameter.name}': it is {dtype_of(param)}, and its state has {sorted(kept) or 'nothing'} "
             "beside it: was it cast after the optimizer was made? Cast it back first, p.data = p.data.to(...)"
         )
-    return fmt, owner.optimizer.planes(owner.entry)[0]
+    return owner.format, owner.optimizer.theta(owner.parameter)

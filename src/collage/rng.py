@@ -1,9 +1,10 @@
 """Counter-based random bits for stochastic rounding: reproducible, and independent of sharding, device and threads.
 
-The bits of an element are a pure function of (seed, step, parameter key, slot, 64-bit row-major index in the unsharded
-tensor). A strong 64-bit mix turns everything but the low 32 bits of the index into two 32-bit keys, once per tensor;
-each element then costs four 32-bit multiplications in all for the 16 bits of each of its three slots. It is cheaper
-than Philox, vectorises everywhere, and its bits pass the tests of bias and correlation in ``tests/test_rng.py``.
+The bits of an element are a pure function of (seed, step, parameter key, state prefix of the slot, 64-bit row-major
+index in the unsharded tensor). A strong 64-bit mix turns everything but the low 32 bits of the index into two 32-bit
+keys, once per tensor; each element then costs four 32-bit multiplications in all for a word, of which Adam's three
+slots take 16 bits each. It is cheaper than Philox, vectorises everywhere, and its bits pass the tests of bias and
+correlation in ``tests/test_rng.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +37,22 @@ def mix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
+class Draw(NamedTuple):
+    """Which bits a slot draws: the salt of its words (0: the words of the stream itself), and which part of a word."""
+
+    salt: int
+    part: int
+
+
+_SHARED = {"param": Draw(0, 0), "exp_avg": Draw(0, 1), "exp_avg_sq": Draw(0, 2)}  # one word for Adam's three
+
+
+@cache
+def draw_of(prefix: str) -> Draw:
+    """What the slot of that state prefix draws: bits that no other slot has, of averages and accumulators too."""
+    return _SHARED.get(prefix) or Draw(key_of(prefix), 0)
+
+
 @lru_cache(maxsize=64)
 def _of_step(seed: int, step: int) -> int:
     return mix64(mix64(seed) ^ step)
@@ -44,7 +62,7 @@ def _of_step(seed: int, step: int) -> int:
 class Stream:
     """The random bits of one parameter at one step.
 
-    >>> Stream(seed=0, step=1, key=key_of("wte")).bits(torch.arange(3), slot=0).tolist()
+    >>> Stream(seed=0, step=1, key=key_of("wte")).bits(torch.arange(3), "param").tolist()
     [39238, 40713, 14651]
     """
 
@@ -57,26 +75,27 @@ class Stream:
         """Everything but the element's index, mixed to 64 bits."""
         return mix64(_of_step(self.seed, self.step) ^ self.key)
 
-    def keys(self, index_high: int) -> tuple[int, int]:
+    def keys(self, index_high: int, salt: int = 0) -> tuple[int, int]:
         """Two 32-bit keys for the elements whose index has these high 32 bits."""
-        mixed = mix64(self.base ^ index_high)
+        mixed = mix64((mix64(self.base ^ salt) if salt else self.base) ^ index_high)
         return mixed & _M32, mixed >> 32
 
-    def bits(self, index: Tensor, slot: int) -> Tensor:
+    def bits(self, index: Tensor, prefix: str) -> Tensor:
         """16 random bits per element.
 
         Args:
             index: int64, row-major index in the unsharded tensor.
-            slot: 0 parameter, 1 momentum, 2 variance. Pairwise independent.
+            prefix: of the slot's state keys: "param", "exp_avg", ... Pairwise independent.
 
         Returns:
             int32 in [0, 2**16), of index's shape.
         """
+        salt, part = draw_of(prefix)
         x = torch.empty_like(index)
         high = index >> 32
         for h in range(int(high.min()), int(high.max()) + 1) if index.numel() else ():
-            x = torch.where(high == h, _mix32(index & _M32, *self.keys(h)), x)
-        word = (x, x >> 16, ((x * 0x9E3779B1) & _M32) >> 16)[slot]
+            x = torch.where(high == h, _mix32(index & _M32, *self.keys(h, salt)), x)
+        word = (x, x >> 16, ((x * 0x9E3779B1) & _M32) >> 16)[part]
         return (word & 0xFFFF).to(torch.int32)
 
 

@@ -1,28 +1,30 @@
-"""The table of precision strategies: one number format per slot, and the arithmetic between them."""
+"""The table of precision strategies: a number format for each role, and the arithmetic between them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cache
 
 import torch
 
-from collage.formats import FORMATS, Format, bytes_per_value, format_of
+from collage.formats import FORMATS, bytes_per_value, format_of
 
 ARITHMETICS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SLOTS = ("param", "momentum", "variance")
-_PARAM_ONLY = ("bf16+fp32", "bf16+kahan")  # a visible plane that only a forward pass reads
+ROLES = ("param", "momentum", "variance")
+_PARAM_ONLY = ("bf16+fp32", "fp16+fp32", "bf16+kahan")  # a visible plane that only a forward pass reads
+_PAPER = ("bf16", "bf16x2", "bf16+kahan")  # what bfloat16 arithmetic is written for
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A number format for each slot of the optimizer, and the arithmetic of its update.
+    """A number format for each role that a rule's slots have, and the arithmetic of its update.
 
     Args:
         param: format of the weights; its first plane is the parameter itself and sets its dtype.
-        momentum: format of ``exp_avg``.
-        variance: format of ``exp_avg_sq``.
+        momentum: format of first moments: ``exp_avg``, ``momentum_buffer``.
+        variance: format of second moments: ``exp_avg_sq``, ``max_exp_avg_sq``.
         arithmetic: "float32" decodes planes into fp32 registers; "bfloat16" rounds every operation to bf16, as in the
             paper's Algorithm 2.
 
@@ -41,23 +43,21 @@ class Strategy:
     def __post_init__(self) -> None:
         if self.arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic: unknown {self.arithmetic!r}; known: {', '.join(ARITHMETICS)}")
-        for slot in SLOTS:
-            name = getattr(self, slot)
+        for role in ROLES:
+            name = getattr(self, role)
             if name not in FORMATS:
-                raise ValueError(f"{slot}: unknown format {name!r}; known formats: {', '.join(FORMATS)}")
-            if slot != "param" and name in _PARAM_ONLY:
-                raise ValueError(f"{slot}: {name!r} is a format for param; use 'fp32', 'bf16' or 'bf16x2'")
-            fmt = FORMATS[name]
-            if self.arithmetic == "bfloat16" and (fmt.stochastic or set(fmt.dtypes) != {torch.bfloat16}):
-                raise ValueError(f"{slot}: bfloat16 arithmetic takes nearest bf16 formats, got {name!r}; "
-                                 "use arithmetic='float32'")  # fmt: skip
+                raise ValueError(f"{role}: unknown format {name!r}; known formats: {', '.join(FORMATS)}")
+            if role != "param" and name in _PARAM_ONLY:
+                raise ValueError(f"{role}: {name!r} is a format for param; use 'fp32', 'bf16' or 'bf16x2'")
+            if self.arithmetic == "bfloat16" and name not in _PAPER:
+                known = "', '".join(_PAPER)
+                raise ValueError(f"{role}: bfloat16 arithmetic takes '{known}', got {name!r}; use arithmetic='float32'")
         if self.param == "bf16+kahan" and self.arithmetic != "bfloat16":
             raise ValueError("param: 'bf16+kahan' is a recurrence in bf16; use arithmetic='bfloat16'")
 
-    @property
-    def formats(self) -> tuple[Format, Format, Format]:
-        """Formats of param, momentum and variance."""
-        return format_of(self.param), format_of(self.momentum), format_of(self.variance)
+    def formats(self, roles: Iterable[str] = ROLES) -> tuple[str, ...]:
+        """The names of these roles' formats."""
+        return tuple(getattr(self, role) for role in roles)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,13 +71,16 @@ class Strategy:
 
     @property
     def stochastic(self) -> bool:
-        """Whether any slot rounds stochastically."""
-        return any(fmt.stochastic for fmt in self.formats)
+        """Whether any format rounds stochastically."""
+        return any(format_of(name).stochastic for name in self.formats())
 
-    def bytes_per_param(self, gradient_bytes: int | None = None) -> int:
-        """Bytes of weights, optimizer state and gradient for one parameter; the gradient in the parameter's dtype."""
+    def bytes_per_param(self, gradient_bytes: int | None = None, roles: Iterable[str] = ROLES) -> float:
+        """Bytes of weights, optimizer state and gradient for one parameter; the gradient in the parameter's dtype.
+
+        roles: of the rule's slots; by default Adam's.
+        """
         gradient = self.dtype.itemsize if gradient_bytes is None else gradient_bytes
-        return gradient + sum(map(bytes_per_value, self.formats))
+        return gradient + sum(bytes_per_value(format_of(name)) for name in self.formats(roles))
 
     def __str__(self) -> str:
         """Its name in STRATEGIES, or the canonical spec that `Strategy.parse` reads."""
@@ -111,6 +114,7 @@ STRATEGIES: dict[str, Strategy] = {
     "fp32": Strategy("fp32", "fp32", "fp32"),
     "kahan": Strategy("bf16+kahan", "bf16", "bf16", "bfloat16"),
     "stochastic": Strategy("bf16:sr", "bf16:sr", "bf16:sr"),
+    "collage-fp16": Strategy("fp16x2", "bf16", "bf16"),
 }
 
 ALIASES = {"A": "paper-bf16", "B": "paper-light", "C": "paper-plus", "D": "fp32-master", "D-MW": "fp32-states"}

@@ -7,7 +7,8 @@ import inspect
 import pickle
 
 import torch
-from oracle import assert_same_bits, codes
+from helpers import assert_same_bits
+from oracle import codes
 from torch import nn
 
 import collage

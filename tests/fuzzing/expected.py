@@ -13,7 +13,7 @@ import torch
 from oracle import SPECS, codes
 from torch import Tensor
 
-from collage.monitor import Quality
+from collage.monitor.quality import Quality
 from collage.strategies import Strategy
 
 Planes = dict[str, Tensor]  # "param" and the optimizer's state keys but "step"

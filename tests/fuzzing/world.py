@@ -9,7 +9,8 @@ import re
 from contextlib import contextmanager
 
 import torch
-from oracle import assert_same_bits, codes
+from helpers import assert_same_bits
+from oracle import codes
 from torch import nn
 
 import collage

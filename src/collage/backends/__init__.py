@@ -1,144 +1,65 @@
-"""Backends: what a step is made of, who carries it out, and why one of them cannot."""
+"""Backends: who carries out a step, for which devices, and why one of them cannot. BACKENDS is the table."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from collage.backends.batch import Batch, Noise, Region, Row
 from collage.formats import Planes
-from collage.rng import Stream
-from collage.rules import Rule
-from collage.strategies import Strategy
 
-
-class Region(NamedTuple):
-    """Where a shard lies in the unsharded tensor: per dimension its size, first index and the global stride."""
-
-    sizes: tuple[int, ...]
-    starts: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def indices(self, device: torch.device) -> Tensor:
-        """int64 row-major index in the unsharded tensor, of every local element."""
-        total = torch.zeros((), dtype=torch.int64, device=device)
-        for size, start, stride in zip(self.sizes, self.starts, self.strides, strict=True):
-            total = total.unsqueeze(-1) + (torch.arange(size, device=device) + start) * stride
-        return total
-
-    def span(self, first: int, last: int, device: torch.device) -> Tensor:
-        """`indices` of the elements first to last (excluded) of the local part, in row-major order; one-dimensional."""
-        rest = torch.arange(first, last, device=device)
-        total = torch.zeros_like(rest)
-        for size, start, stride in zip(self.sizes[::-1], self.starts[::-1], self.strides[::-1], strict=True):
-            total += (rest % size + start) * stride
-            rest = rest // size
-        return total
-
-
-class Share(NamedTuple):
-    """One parameter's share of a step. Tensors are local (never DTensors); planes are written in place."""
-
-    slots: tuple[Planes, ...]  # planes of theta, then of the rule's other slots
-    grad: Tensor  # the parameter's dtype or float32
-    step: int  # t, from 1
-    key: int  # of the parameter's random bits, below 2**64
-    region: Region | None = None  # None: not sharded
-    sums: Tensor | None = None  # [5] float64, on the CPU: `reference.SUMS` are added to it
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """All parameters of one group, strategy, device and gradient dtype, as columns: one call of a backend."""
-
-    rule: Rule
-    strategy: Strategy
-    lr: float | Tensor
-    hyper: Sequence[float]  # the rule's other hyper-parameters
-    maximize: bool
-    seed: int  # of stochastic rounding, below 2**64
-    planes: Sequence[Tensor]  # of every parameter in turn: those of theta, then of the rule's other slots
-    grads: Sequence[Tensor]
-    steps: Sequence[int]  # t, from 1
-    keys: Sequence[int]  # none: nothing is random
-    regions: Sequence[Region]  # none: nothing is sharded
-    sums: Sequence[Tensor]  # none: not measured
-    counters: Sequence[Tensor] = ()  # 0-d int64: t, where the backend is to read it and lr on the device; then no steps
-
-    def constants(self, step: int) -> Any:
-        """The folded constants of a step, as floats."""
-        return self.rule.fold(float(self.lr), self.hyper, step, self.strategy.register)
-
-    def own(self, k: int) -> Sequence[Tensor]:
-        """The planes of one parameter."""
-        width = len(self.planes) // len(self.grads)
-        return self.planes[k * width : (k + 1) * width]
-
-    def shares(self) -> Iterator[Share]:
-        """Parameter after parameter."""
-        ends = list(accumulate((len(fmt.dtypes) for fmt in self.strategy.formats), initial=0))
-        for k, grad in enumerate(self.grads):
-            own = self.own(k)
-            yield Share(
-                tuple(own[i:j] for i, j in pairwise(ends)), grad, self.steps[k], self.keys[k] if self.keys else 0,
-                self.regions[k] if self.regions else None, self.sums[k] if self.sums else None,
-            )  # fmt: skip
-
-    def stream(self, share: Share) -> Stream:
-        """The random bits of one parameter at this step."""
-        return Stream(self.seed, share.step, share.key)
-
-    def take(self, positions: Sequence[int]) -> Batch:
-        """The same step of these parameters only, in order."""
-        if len(positions) == len(self.grads):
-            return self
-
-        def taken(column: Sequence[Any]) -> list[Any]:
-            return [column[k] for k in positions] if column else []
-
-        return replace(
-            self, planes=[plane for k in positions for plane in self.own(k)],
-            grads=taken(self.grads), steps=taken(self.steps), keys=taken(self.keys), regions=taken(self.regions),
-            sums=taken(self.sums), counters=taken(self.counters),
-        )  # fmt: skip
+__all__ = ["BACKENDS", "Backend", "Batch", "Noise", "Region", "Row", "choose", "fastest", "missing", "require"]
 
 
 class Backend(Protocol):
-    """Carries out a batch, in place.
+    """Carries out a batch, in place, and turns planes into numbers and numbers into planes, of many tensors at once.
 
-    `broken` counts elements of theta whose planes no step could have left. `stream` reads and writes all planes of
-    contiguous tensors without arithmetic: the time below which no step can be.
+    FOLDS_ON_DEVICE: whether it can take t, lr, scale and skip as tensors, and so be captured in a graph.
+    step: one step of a batch.
+    decode: out[k] <- the float32 number that planes[k] stand for.
+    encode: planes[k] <- values[k], float32, rounded to nearest, or stochastically with noise.
+    broken: how many elements have planes that no step could have left.
+    stream: reads and writes all planes of contiguous tensors of these formats, and reads grads, without arithmetic: the
+        time below which no step can be.
     """
 
-    FOLDS_ON_DEVICE: bool  # whether it can take t and lr as tensors, and so be captured in a graph
+    FOLDS_ON_DEVICE: bool
 
     def step(self, batch: Batch) -> None: ...
 
-    def broken(self, strategy: Strategy, thetas: Sequence[Planes]) -> int: ...
+    def decode(self, format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None: ...
 
-    def stream(self, rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None: ...
+    def encode(
+        self, format: str, values: Sequence[Tensor], planes: Sequence[Planes], noise: Noise | None = None
+    ) -> None: ...
+
+    def broken(self, format: str, thetas: Sequence[Planes]) -> int: ...
+
+    def stream(self, formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None: ...
 
 
-BACKENDS = ("auto", "cpu", "triton", "reference")
+class Known(NamedTuple):
+    """A row of the table: the module of a backend, the types of device it has kernels for, why it is missing here.
 
+    other: what to say of any other device; "": it takes them all.
+    """
 
-def missing(name: str) -> str | None:
-    """Why a backend is not available on this machine; None if it is."""
-    from collage.backends import cpu
+    module: str
+    devices: tuple[str, ...]
+    missing: Callable[[], str]
+    other: str = ""
 
-    if name == "cpu" and cpu.native is None:
-        return cpu.MISSING
-    if name == "triton" and find_spec("triton") is None:
-        return "Triton is not installed; torch's builds for GPUs bring it (or pip install triton)"
-    if name == "triton" and not torch.cuda.is_available() and not interpreted():
-        return "torch sees no GPU: torch.cuda.is_available() is False (TRITON_INTERPRET=1 runs the kernels in Python)"
-    return None
+    def refusal(self, name: str, device: torch.device) -> str:
+        """Why it cannot update parameters there; "" if it can."""
+        if device.type in self.devices or not self.other or (name == "triton" and interpreted()):
+            return ""
+        return f"'{name}' cannot update parameters on {device}; {self.other}"
 
 
 def interpreted() -> bool:
@@ -146,10 +67,36 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+def _cpu_missing() -> str:
+    from collage.backends import cpu
+
+    return "" if cpu.native is not None else cpu.MISSING
+
+
+def _triton_missing() -> str:
+    if find_spec("triton") is None:
+        return "Triton is not installed; torch's builds for GPUs bring it (or pip install triton)"
+    if not torch.cuda.is_available() and not interpreted():
+        return "torch sees no GPU: torch.cuda.is_available() is False (TRITON_INTERPRET=1 runs the kernels in Python)"
+    return ""
+
+
+BACKENDS: dict[str, Known] = {  # "auto" takes the first that has kernels for a device
+    "cpu": Known("collage.backends.cpu", ("cpu",), _cpu_missing, "use 'auto' or 'reference'"),
+    "triton": Known("collage.backends.triton", ("cuda",), _triton_missing, "move them to a GPU or use 'auto'"),
+    "reference": Known("collage.backends.reference", (), lambda: ""),
+}
+
+
+def missing(name: str) -> str:
+    """Why a backend is not available on this machine; "" if it is."""
+    return BACKENDS[name].missing() if name in BACKENDS else ""
+
+
 def require(name: str) -> None:
     """Raise ValueError for an unknown backend, RuntimeError, saying why, for one that is not there."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend: unknown {name!r}; known: {', '.join(BACKENDS)}")
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: unknown {name!r}; known: {', '.join(('auto', *BACKENDS))}")
     reason = missing(name)
     if reason:
         raise RuntimeError(f"backend: {name!r} is not available: {reason}")
@@ -157,24 +104,20 @@ def require(name: str) -> None:
 
 def fastest(device: torch.device) -> str:
     """The backend with kernels for a device, whether or not it is available."""
-    return {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
+    return next((name for name, known in BACKENDS.items() if device.type in known.devices), "reference")
+
+
 
 
 def choose(name: str, device: torch.device) -> Backend:
     """The backend of that name for tensors on a device. "auto" takes the fastest there is."""
-    from collage.backends import cpu, reference
-
-    if name not in BACKENDS or (name == "cpu" and cpu.native is None):
-        require(name)  # raises; here only if it was set after the optimizer was made
     wanted = fastest(device) if name == "auto" else name
     if name == "auto" and missing(wanted):
         wanted = "reference"
-    if wanted == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend: 'cpu' cannot update parameters on {device}; use 'auto' or 'reference'")
-    if wanted == "triton":
-        if device.type == "cpu" and not interpreted():
-            raise ValueError("backend: 'triton' cannot update parameters on cpu; move them to a GPU or use 'auto'")
-        from collage.backends import triton  # takes its time
-
-        return triton
-    return cpu if wanted == "cpu" else reference
+    if wanted not in BACKENDS or (wanted != "triton" and missing(wanted)):
+        require(wanted)  # raises; here only if it was set after the optimizer was made
+    refusal = BACKENDS[wanted].refusal(wanted, device)
+    if refusal:
+        raise ValueError(f"backend: {refusal}")
+    backend: Backend = import_module(BACKENDS[wanted].module)  # type: ignore[assignment]
+    return backend

@@ -7,6 +7,7 @@ step is one opaque call that neither breaks the graph nor compiles anew when a s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import attrgetter
 
 import torch
@@ -15,10 +16,8 @@ from torch.autograd.graph import increment_version
 
 from collage.backends import Batch, Region, choose
 from collage.backends.cpu import native
-from collage.rules.adamw import ADAMW
+from collage.rules import RULES
 from collage.strategies import Strategy
-
-RULES = {rule.name: rule for rule in (ADAMW,)}
 
 _device, _dtype, _is_cpu = map(attrgetter, ("device", "dtype", "is_cpu"))
 
@@ -46,15 +45,31 @@ def step_(
     capturable: bool,  # read t and lr where they are, if the backend can: nothing waits for the device
 ) -> None:
     """One step of all parameters of one group and strategy."""
-    positions = _by_kind(grads)
+    known = Strategy.parse(strategy)
+    batch = Batch(
+        RULES[rule], known.formats(RULES[rule].roles), known.register, lr, hyper.tolist(), maximize, seed % 2**64,
+        planes, grads, (), [key % 2**64 for key in keys], regions_of(regions), list(sums), steps,
+    )  # fmt: skip
+    carry_out(batch, backend, capturable)
+
+
+def carry_out(batch: Batch, backend: str, capturable: bool = False) -> None:
+    """Count every parameter's steps up, and make the step of a batch whose counters are given.
+
+    capturable: whether to read t, lr, scale and skip where they are, if the backends can: nothing waits for the device.
+    """
+    positions = _by_kind(batch.grads or batch.visible())
     backends = {kind: choose(backend, kind[0]) for kind in positions}
     on_device = capturable and all(chosen.FOLDS_ON_DEVICE for chosen in backends.values())
-    numbers = _count_up(steps, on_device)
-    whole = Batch(
-        RULES[rule], Strategy.parse(strategy), lr if on_device else float(lr), hyper.tolist(), maximize, seed % 2**64,
-        planes, grads, numbers, [key % 2**64 for key in keys], _regions(regions),
-        list(sums), steps if on_device else (),
-    )  # fmt: skip
+    if not on_device and batch.skip is not None and bool(batch.skip):
+        return
+    numbers = _count_up(batch.counters, on_device, batch.skip)
+    if on_device:
+        whole = replace(batch, steps=())
+    else:
+        whole = replace(
+            batch, lr=float(batch.lr), steps=numbers, counters=(), scale=float(batch.scale), skip=None
+        )
     for kind, chosen in backends.items():
         chosen.step(whole.take(positions[kind]))
 
@@ -70,7 +85,7 @@ def _by_kind(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], 
     return dict(kinds)
 
 
-def _count_up(steps: Sequence[Tensor], on_device: bool) -> list[int]:
+def _count_up(steps: Sequence[Tensor], on_device: bool, skip: Tensor | None) -> list[int]:
     """Every counter plus one; the counts, unless they are to stay on the device.
 
     Before anything else is written, so that what cannot be counted is not updated either.
@@ -81,11 +96,14 @@ def _count_up(steps: Sequence[Tensor], on_device: bool) -> list[int]:
         increment_version(list(steps))
         numbers: list[int] = native.count_up(list(map(Tensor.data_ptr, steps)))
         return [] if on_device else numbers
-    torch._foreach_add_(list(steps), 1)
+    if skip is None:
+        torch._foreach_add_(list(steps), 1)
+    else:
+        torch._foreach_add_(list(steps), [1 - skip.to(step.device, torch.int64).reshape(()) for step in steps])
     return [] if on_device else [int(step) for step in steps]
 
 
-def _regions(numbers: Sequence[int]) -> list[Region]:
+def regions_of(numbers: Sequence[int]) -> list[Region]:
     regions: list[Region] = []
     at = 0
     while at < len(numbers):

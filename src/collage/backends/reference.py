@@ -1,6 +1,6 @@
 """The reference backend: the definition of a step, in plain PyTorch, on any device.
 
-Pure functions on whole tensors; `step` walks them chunk by chunk and is the only one that writes.
+Pure functions on whole tensors; `step` and `encode` walk them piece by piece and are the only ones that write.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from collage import mcf
-from collage.accumulators import Accumulator
-from collage.backends import Batch, Share
-from collage.formats import Planes, pieces
-from collage.rules import Rule
-from collage.strategies import Strategy
+from collage.backends.batch import Batch, Noise, Row, cut, indices
+from collage.formats import PIECE, Format, Planes, aligned, format_of, split
+from collage.rules.folding import tensors
 
 FOLDS_ON_DEVICE = False
 CHUNK = 1 << 15  # elements, a multiple of BLOCK: stays in cache, and below what torch splits over threads
@@ -27,75 +25,96 @@ SUMS = ("dot", "dot_visible", "norm2", "nonzero", "lost")
 
 def step(batch: Batch) -> None:
     """Carry out the batch, parameter after parameter."""
-    increment_version(batch.planes)  # once, as by any in-place operation; the writes below count for nothing
+    increment_version(written(batch))  # once, as by any in-place operation; the writes below count for nothing
     constants: dict[tuple[int, torch.device], Any] = {}
-    for share in batch.shares():
-        at = share.step, share.grad.device
-        if at not in constants:
-            constants[at] = batch.constants(share.step).on(batch.strategy.register, share.grad.device)
-        for slots, grad, index in _chunks(batch, share):
-            g = _gradient(grad, batch.strategy.register, batch.maximize)
-            random = _random(batch, share, index)
-            delta, new = advance(batch.rule, batch.strategy, slots, g, constants[at], random)
-            if share.sums is not None:
-                measure(batch.strategy, slots[0], new[0], delta, share.sums)
-            for planes, fresh in zip(slots, new, strict=True):
-                for plane, value in zip(planes, fresh, strict=True):
+    for row in batch.rows():
+        device = row.slots[0][0].device
+        if (row.step, device) not in constants:
+            constants[row.step, device] = tensors(batch.constants(row.step), batch.register, device)
+        for slots, grad, random in _chunks(batch, row):
+            g = gradient(batch, grad) if grad is not None else torch.zeros((), dtype=batch.register, device=device)
+            delta, new = advance(batch, slots, g, constants[row.step, device], random)
+            if row.sums is not None and delta is not None:
+                measure(batch.layouts[0], slots[0], new[0], delta, row.sums)
+            for slot, planes, fresh in zip(batch.rule.slots, slots, new, strict=True):
+                for plane, value in zip(planes if slot.written else (), fresh, strict=False):
                     plane.copy_(value)
 
 
-def broken(strategy: Strategy, thetas: Sequence[Planes]) -> int:
+def written(batch: Batch) -> list[Tensor]:
+    """The planes that a step writes to."""
+    if all(slot.written for slot in batch.rule.slots):
+        return list(batch.planes)
+    pairs = [pair for row in batch.rows() for pair in zip(batch.rule.slots, row.slots, strict=True)]
+    return [plane for slot, planes in pairs for plane in planes if slot.written]
+
+
+def decode(format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None:
+    """out[k] <- the float32 number that planes[k] stand for."""
+    fmt = format_of(format)
+    for own, result in zip(planes, out, strict=True):
+        for *piece, part in aligned([fmt], [own], [result], PIECE):
+            part.copy_(fmt.value(piece))
+
+
+def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], noise: Noise | None = None) -> None:
+    """planes[k] <- values[k], float32, rounded to nearest, or stochastically with noise."""
+    fmt = format_of(format)
+    for k, (own, x) in enumerate(zip(planes, values, strict=True)):
+        drawn = [noise.of(k, x.shape, x.device)] if noise and fmt.stochastic else []
+        for piece in aligned([fmt], [own], [x, *drawn], PIECE):
+            for plane, value in zip(piece, split(fmt, *piece[len(own) :]), strict=False):
+                plane.copy_(value)
+
+
+def broken(format: str, thetas: Sequence[Planes]) -> int:
     """How many elements of all parameters' theta have planes that no step could have left."""
-    return sum(int(strategy.formats[0].broken(piece).sum()) for planes in thetas for piece in pieces(planes))
+    fmt = format_of(format)
+    return sum(int(fmt.broken(piece).sum()) for own in thetas for piece in aligned([fmt], [own], [], PIECE))
 
 
-def stream(rule: Rule, strategy: Strategy, planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Read all planes and gradients, and write the planes, without arithmetic."""
     for tensor in (*planes, *grads):
         tensor.copy_(tensor.clone())
 
 
 def advance(
-    rule: Rule,
-    strategy: Strategy,
+    batch: Batch,
     slots: Sequence[Planes],
     g: Tensor,
     constants: Any,  # the rule's, as tensors
     random: Sequence[Tensor | None],
-) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+) -> tuple[Tensor | None, list[tuple[Tensor, ...]]]:
     """(intended update, new planes of every slot). Pure."""
-    numbers: tuple[Accumulator, ...] = tuple(
-        fmt.load(planes, strategy.register) for fmt, planes in zip(strategy.formats, slots, strict=True)
-    )
-    delta, grown = rule.update(numbers, g, constants)
-    new = [fmt.encode(x, bits) for fmt, x, bits in zip(strategy.formats, grown, random, strict=True)]
-    return delta, new
+    numbers = tuple(fmt.load(planes, batch.register) for fmt, planes in zip(batch.layouts, slots, strict=True))
+    grown, delta = batch.rule.update(numbers, g, constants)
+    return delta, [fmt.encode(x, bits) for fmt, x, bits in zip(batch.layouts, grown, random, strict=True)]
 
 
-def measure(strategy: Strategy, old: Planes, new: Planes, delta: Tensor, sums: Tensor) -> None:
+def measure(fmt: Format, old: Planes, new: Planes, delta: Tensor, sums: Tensor) -> None:
     """Add one chunk's SUMS to ``sums``: three float64 sums and two counts.
 
     Intended update Delta; arrived update = sum over components, last first, of new - old, each in float64.
     """
-    fmt = strategy.formats[0]
     intended = delta.double()
     arrived = torch.zeros_like(intended)
     for before, after in reversed(list(zip(fmt.components(old), fmt.components(new), strict=True))):
         arrived += after.double() - before.double()
     visible = new[0].double() - old[0].double()
+    in_rows = delta.shape if not fmt.elementwise else (1, delta.numel())
     for k, terms in enumerate((intended * arrived, intended * visible, intended * intended)):
-        _add_in_blocks(terms, sums, k)
+        _add_in_blocks(terms.reshape(in_rows), sums, k)
     moved = torch.zeros_like(delta, dtype=torch.bool)
     for before, after in zip(old, new, strict=True):
-        moved |= before != after
+        moved |= (before != after).expand_as(moved) if before.shape == moved.shape else False
     sums[3] += (delta != 0).sum().item()
     sums[4] += ((delta != 0) & ~moved).sum().item()
 
 
 def _add_in_blocks(terms: Tensor, sums: Tensor, k: int) -> None:
-    """sums[k] += terms in a fixed order: halving pairwise inside blocks of BLOCK elements, then block after block."""
-    flat = terms.reshape(-1)
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    """sums[k] += terms [rows, columns] in a fixed order: halving pairwise in blocks of BLOCK along a row, then in order."""
+    blocks = torch.nn.functional.pad(terms, (0, -terms.shape[1] % BLOCK)).view(-1, BLOCK)
     while blocks.shape[1] > 1:
         half = blocks.shape[1] // 2
         blocks = blocks[:, :half] + blocks[:, half:]
@@ -105,37 +124,31 @@ def _add_in_blocks(terms: Tensor, sums: Tensor, k: int) -> None:
     sums[k] = total
 
 
-def _chunks(batch: Batch, share: Share) -> Iterator[tuple[list[list[Tensor]], Tensor, Tensor | None]]:
-    """(planes per slot, gradient, global index where random bits are needed), chunk by chunk in row-major order.
-
-    A tensor that is not contiguous is one chunk: the operations are elementwise, so its strides do not matter.
-    """
-    share = share._replace(slots=tuple(tuple(plane.data for plane in planes) for planes in share.slots))
-    tensors = [share.grad, *(plane for planes in share.slots for plane in planes)]
-    index = _index(share) if batch.strategy.stochastic else None
-    if not all(t.is_contiguous() for t in tensors):
-        yield [list(planes) for planes in share.slots], share.grad, index
+def _chunks(batch: Batch, row: Row) -> Iterator[tuple[tuple[Planes, ...], Tensor | None, list[Tensor | None]]]:
+    """(planes per slot, gradient, random bits per slot), chunk by chunk in row-major order."""
+    if row.shape.numel() == 0:
         return
-    for i in range(0, share.grad.numel(), CHUNK):
-        chunk = slice(i, i + CHUNK)
-        slots = [[plane.view(-1)[chunk] for plane in planes] for planes in share.slots]
-        yield slots, share.grad.view(-1)[chunk], None if index is None else index.view(-1)[chunk]
+    planes = [[plane.data for plane in own] for own in row.slots]
+    others = [] if row.grad is None else [row.grad]
+    if batch.stochastic:
+        others.append(indices(row.region, row.shape, planes[0][0].device))
+    for tensors_ in aligned(batch.layouts, planes, others, CHUNK):
+        rest = tensors_[batch.width :]
+        grad = rest[0] if row.grad is not None else None
+        yield cut(batch.formats, tensors_[: batch.width]), grad, _random(batch, row, rest[-1] if rest else None)
 
 
-def _index(share: Share) -> Tensor:
-    """Row-major index in the unsharded tensor, of every element."""
-    if share.region is not None:
-        return share.region.indices(share.grad.device)
-    return torch.arange(share.grad.numel(), device=share.grad.device).view(share.grad.shape)
+def gradient(batch: Batch, grad: Tensor) -> Tensor:
+    """As a rule reads it: unscaled in float32, then rounded to a register."""
+    g = grad.float()
+    if isinstance(batch.scale, Tensor) or batch.scale != 1.0:
+        g = g / torch.as_tensor(batch.scale, dtype=torch.float32, device=g.device)
+    g = mcf.rn(g, batch.register)
+    return -g if batch.maximize else g
 
 
-def _gradient(grad: Tensor, register: torch.dtype, maximize: bool) -> Tensor:
-    g = grad.float() if register == torch.float32 else mcf.rn(grad.float(), register)
-    return -g if maximize else g
-
-
-def _random(batch: Batch, share: Share, index: Tensor | None) -> list[Tensor | None]:
+def _random(batch: Batch, row: Row, index: Tensor | None) -> list[Tensor | None]:
     return [
-        batch.stream(share).bits(index, slot) if index is not None and fmt.stochastic else None
-        for slot, fmt in enumerate(batch.strategy.formats)
+        batch.stream(row).bits(index, slot.prefix) if fmt.stochastic and slot.written and index is not None else None
+        for slot, fmt in zip(batch.rule.slots, batch.layouts, strict=True)
     ]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from collage.monitor import jsonable
+from collage.monitor.quality import jsonable
 
 MISSING = "–"
 

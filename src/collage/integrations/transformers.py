@@ -12,10 +12,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from collage.adamw import AdamW
-from collage.monitor import Monitor, Quality, Report, Tally, monitor
-from collage.optim import PrecisionOptimizer
-from collage.state import unwrapped
+from collage.optimizers.adamw import AdamW
+from collage.monitor import Monitor, monitor
+from collage.monitor.quality import Quality, Report, Tally
+from collage.optimizers.base import PrecisionOptimizer
+from collage.unwrapping import unwrapped
 from collage.strategies import Strategy
 
 NEVER = 2**62  # calls of a monitor

@@ -1,34 +1,23 @@
-"""Update rules: what an optimizer intends, written once over the three verbs."""
+"""Update rules: what an optimizer intends, written once over the verbs of a number. RULES is the table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collage.rules.accumulate import ACCUMULATE
+from collage.rules.adam import ADAM, ADAM_AMSGRAD
+from collage.rules.adamw import ADAMW, ADAMW_AMSGRAD
+from collage.rules.apply import APPLY
+from collage.rules.average import AVERAGE
+from collage.rules.lion import LION
+from collage.rules.momentum import MOMENTUM, MOMENTUM_NESTEROV
+from collage.rules.rule import Advance, Rule, Setting, Slot
+from collage.rules.sgd import SGD, SGD_MOMENTUM, SGD_NESTEROV
 
-import torch
-from torch import Tensor
+__all__ = ["RULES", "Advance", "Rule", "Setting", "Slot"]
 
-from collage.accumulators import Accumulator
-
-
-class Advance(NamedTuple):
-    """What a rule returns: the intended update, then every slot's new number, theta first."""
-
-    delta: Tensor
-    slots: tuple[Accumulator, ...]
-
-
-class Rule(NamedTuple):
-    """A rule and its slots.
-
-    slots: (state prefix, slot of the strategy) pairs, theta first.
-    update: (slots' numbers, gradient, constants) -> Advance.
-    fold: (lr, hyper-parameters, step from 1, dtype of the arithmetic) -> constants, as floats.
-    constants: how many they are in a kernel's row.
-    """
-
-    name: str
-    slots: tuple[tuple[str, str], ...]
-    update: Callable[[tuple[Accumulator, ...], Tensor, Any], Advance]
-    fold: Callable[[float, Sequence[float], int, torch.dtype], Any]
-    constants: int
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        *(ADAMW, ADAMW_AMSGRAD, ADAM, ADAM_AMSGRAD, SGD, SGD_MOMENTUM, SGD_NESTEROV, LION),
+        *(AVERAGE, ACCUMULATE, MOMENTUM, MOMENTUM_NESTEROV, APPLY),
+    )
+}

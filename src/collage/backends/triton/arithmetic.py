@@ -73,6 +73,24 @@ def fp16_code(x):
 
 
 @triton.jit
+def fp16_stochastic_code(x, random):
+    """Up in magnitude with the probability of the part dropped, never past the largest (mcf.sr).
+
+    Of a subnormal more than 16 bits are dropped: the random ones are stretched to as many.
+    """
+    bits = bits_of(x)
+    magnitude = bits & 0x7FFFFFFF
+    exponent = tl.maximum(magnitude >> 23, 1)
+    significand = tl.where(magnitude < 0x800000, magnitude, (magnitude & 0x7FFFFF) | 0x800000)
+    shift = tl.minimum(13 + tl.maximum(113 - exponent, 0), 30)
+    stretched = (2 * random + 1) << tl.maximum(shift - 17, 0)
+    added = tl.where(shift <= 16, random >> tl.maximum(16 - shift, 0), stretched)
+    code = ((significand + added) >> shift) + (tl.maximum(exponent - 113, 0) << 10)
+    code = tl.where(magnitude == 0x7F800000, 0x7C00, tl.minimum(code, 0x7BFF)) | ((bits >> 16) & 0x8000)
+    return tl.where(magnitude > 0x7F800000, 0x7E00, code)
+
+
+@triton.jit
 def fp16_value(code):
     return code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -109,6 +127,12 @@ def sqrt(a):
 @triton.jit
 def minus(a):
     return Real(-a.x, a.ROUND)
+
+
+@triton.jit
+def sign(a):
+    """1, -1, or a itself where it is +-0 or NaN."""
+    return Real(tl.where(a.x > 0.0, 1.0, tl.where(a.x < 0.0, -1.0, a.x)), a.ROUND)
 
 
 @triton.jit

@@ -37,21 +37,9 @@ def rounded(x, NARROW: tl.constexpr):
 
 
 @triton.jit
-def adamw(t, lr, hyper):
-    """hyper: beta1, beta2, eps, weight_decay (constants.fold)."""
-    beta1, beta2 = tl.load(hyper), tl.load(hyper + 1)
-    s = tl.sqrt(1.0 - power(beta2, t))
-    a = lr * s / (1.0 - power(beta1, t))
-    return beta1, 1.0 - beta1, beta2, 1.0 - beta2, a, tl.load(hyper + 2) * s, lr * tl.load(hyper + 3)
-
-
-FOLDS = {"adamw": adamw}
-
-
-@triton.jit
 def fold(
     counters, keys, seed, lr, hyper, constants, streams,
-    RULE: tl.constexpr, FOLD: tl.constexpr, NARROW: tl.constexpr, RANDOM: tl.constexpr,
+    RULE: tl.constexpr, SETTINGS: tl.constexpr, NARROW: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
     """One program per tensor: its row of constants, and its stream of random bits (Stream.base).
 
@@ -59,7 +47,10 @@ def fold(
     """
     tensor = tl.program_id(0)
     t = tl.load(tl.load(counters + tensor).to(tl.pointer_type(tl.int64)))
-    values = FOLD(t, tl.load(lr), hyper)
+    settings = ()
+    for k in tl.static_range(SETTINGS):
+        settings = settings + (tl.load(hyper + k),)
+    values = RULE.fold(tl.load(lr), settings, t)
     c = constants + tensor * RULE.columns
     for k in tl.static_range(len(RULE.widths)):
         hi = rounded(values[k], NARROW)

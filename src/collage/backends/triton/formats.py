@@ -1,9 +1,10 @@
 """Planes in memory <-> numbers in registers. One for one what formats.py says. FORMATS is the table.
 
-A format is given its planes' elements as their words decode them: a block of one row each, or one word per `per` of it.
+A format is given its planes as their words decode them: the elements of a block, which lies in one row; of a plane with
+a word for several elements, the words of that block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -17,6 +18,7 @@ from collage.backends.triton.arithmetic import (
     bits_of,
     float_of,
     fp16_code,
+    fp16_stochastic_code,
     fp16_value,
     is_finite,
     same,
@@ -25,7 +27,7 @@ from collage.backends.triton.language import Row, static
 from collage.backends.triton.numbers import Expanded, Kahan, Paper, Register, total
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Word(Row):
     """An element of a plane.
 
@@ -42,10 +44,10 @@ class Word(Row):
 
 FP32 = static(Word(tl.float32, same, same))
 BF16 = static(Word(tl.int16, bf16_value, bf16_code, bf16_stochastic_code, 8))
-FP16 = static(Word(tl.int16, fp16_value, fp16_code, None, 11, -14))
+FP16 = static(Word(tl.int16, fp16_value, fp16_code, fp16_stochastic_code, 11, -14))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Format(Row):
     """How one number per element lies in memory. Every function is given the format's row, last.
 
@@ -64,7 +66,30 @@ class Format(Row):
     components: Any
     broken: Any
     stochastic: bool = False
-    per: tuple[int, ...] = (1, 1, 1)  # elements that share a word, plane by plane
+    shared: tuple[int, ...] = ()  # elements that share a word, plane by plane; none: a word for every element
+
+    @property
+    def per(self) -> tuple[int, ...]:
+        return self.shared or (1,) * len(self.words)
+
+    @property
+    def nearest(self) -> "Format":
+        """The same, rounding to nearest."""
+        return replace(self, stochastic=False)
+
+
+@triton.jit
+def largest(x, mask, PER: tl.constexpr):
+    """The largest magnitude of every PER elements of a block; what is not of the tensor does not count."""
+    size = tl.where(mask, tl.abs(x), 0.0)
+    return tl.max(tl.reshape(size, [size.shape[0] // PER, PER]), axis=1)
+
+
+@triton.jit
+def spread(words, PER: tl.constexpr):
+    """Words for every PER elements -> one for each."""
+    n: tl.constexpr = words.shape[0]
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(words, 1), [n, PER]), [n * PER])
 
 
 @triton.jit
@@ -127,25 +152,32 @@ def expansion_decode(planes, F: tl.constexpr):
 
 
 @triton.jit
-def half_an_ulp(planes, F: tl.constexpr):
-    return (alike(planes, 0.5, F)) == 0
+def expansion_broken(planes, F: tl.constexpr):
+    n: tl.constexpr = len(F.words)
+    fits = within(planes[n - 2], planes[n - 1], 0.5, F.stochastic, F.words[0])
+    for k in tl.static_range(n - 2):
+        fits = fits & within(planes[k], planes[k + 1], 0.5, False, F.words[0])
+    return fits == 0
 
 
 @triton.jit
-def alike(planes, ULPS: tl.constexpr, F: tl.constexpr):
-    """Whether each component is within so many ulps of the one before, and one step (formats._broken)."""
-    hi, lo = planes
-    step: tl.constexpr = 2.0 ** (1 - F.words[0].precision)
-    bound = tl.maximum(float_of(bits_of(hi) & 0x7F800000), 2.0 ** F.words[0].emin) * (ULPS * step)
-    limit = bound + tl.maximum(bound * step, 2.0 ** F.words[0].emin * step)
+def within(hi, lo, ULPS: tl.constexpr, STOCHASTIC: tl.constexpr, WORD: tl.constexpr):
+    """Whether lo is within so many ulps of hi, and one step: stochastic rounding of a tail just above may go there.
+
+    To nearest, hi is 0 only for what lo, too, rounds to 0.
+    """
+    ulp: tl.constexpr = 2.0 ** (1 - WORD.precision)
+    least: tl.constexpr = 2.0**WORD.emin
+    bound = tl.maximum(float_of(bits_of(hi) & 0x7F800000), least) * (ULPS * ulp)
+    limit = bound + tl.maximum(bound * ulp, least * ulp)
     paired = is_finite(hi)
-    if not F.stochastic:
+    if not STOCHASTIC:
         paired = paired & (hi != 0.0)
     return tl.where(paired, tl.abs(lo) <= limit, lo == 0.0)
 
 
 def expansion(word: Any, n: int, stochastic: bool = False) -> Format:
-    return Format((word,) * n, expansion_number, expansion_encode, expansion_decode, every, half_an_ulp, stochastic)
+    return Format((word,) * n, expansion_number, expansion_encode, expansion_decode, every, expansion_broken, stochastic)
 
 
 @triton.jit
@@ -186,17 +218,23 @@ def kahan_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def a_whole_ulp(planes, F: tl.constexpr):
-    return (alike(planes, 1.0, F)) == 0
+def kahan_broken(planes, F: tl.constexpr):
+    return within(planes[0], planes[1], 1.0, False, F.words[0]) == 0  # where |delta| > |theta| it reaches an ulp
 
 
 FORMATS = {
     "fp32": single(FP32),
     "bf16": single(BF16),
     "fp16": single(FP16),
-    "bf16:sr": single(BF16, stochastic=True),
     "bf16x2": expansion(BF16, 2),
-    "bf16x2:sr": expansion(BF16, 2, stochastic=True),
+    "bf16x3": expansion(BF16, 3),
+    "fp16x2": expansion(FP16, 2),
     "bf16+fp32": master(BF16),
-    "bf16+kahan": Format((BF16, BF16), kahan_number, expansion_encode, expansion_decode, every, a_whole_ulp),
+    "fp16+fp32": master(FP16),
+    "bf16+kahan": Format((BF16, BF16), kahan_number, expansion_encode, expansion_decode, every, kahan_broken),
+    "bf16:sr": single(BF16, stochastic=True),
+    "fp16:sr": single(FP16, stochastic=True),
+    "bf16x2:sr": expansion(BF16, 2, stochastic=True),
+    "bf16x3:sr": expansion(BF16, 3, stochastic=True),
+    "fp16x2:sr": expansion(FP16, 2, stochastic=True),
 }

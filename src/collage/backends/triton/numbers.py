@@ -1,6 +1,6 @@
-"""Numbers that survive small increments: value, scaled(beta), grown(delta). One for one what accumulators.py says.
+"""Numbers that survive small increments: value, scaled(beta), grown(delta), and raised(other), the larger of two.
 
-`parts` is what a format stores: (c0, representable; what is left for the other components, unrounded), as float32.
+One for one what accumulators.py says. `parts` is what a format stores: (c0, representable; what is left for the other components, unrounded), as float32.
 """
 
 import triton
@@ -27,6 +27,10 @@ class Register:
     @triton.jit
     def grown(self, delta):
         return Register(self.x + delta)
+
+    @triton.jit
+    def raised(self, other):
+        return raised_value(self, other)
 
     @triton.jit
     def parts(self, WORD: tl.constexpr):
@@ -60,8 +64,23 @@ class Expanded:
         return Expanded((h, (c[0] - h) + r), self.WORD)
 
     @triton.jit
+    def raised(self, other):
+        return raised_value(self, other)
+
+    @triton.jit
     def parts(self, WORD: tl.constexpr):
-        return self.components[0], self.components[1]  # of a grown one
+        return self.components[0], total(self.components[1:])
+
+
+@triton.jit
+def raised_value(number, other):
+    x, y = number.value(), other.value()
+    return Register(chosen((y.x > x.x) | (y.x != y.x), y, x))
+
+
+@triton.jit
+def chosen(condition, a, b):
+    return Real(tl.where(condition, a.x, b.x), a.ROUND)
 
 
 @triton.jit
@@ -93,6 +112,11 @@ class Paper:
     def grown(self, delta):
         hi, lo = grow(self.hi, self.lo, delta)
         return Paper(hi, lo)
+
+    @triton.jit
+    def raised(self, other):
+        higher = (other.hi.x > self.hi.x) | (other.hi.x != other.hi.x)
+        return Paper(chosen(higher, other.hi, self.hi), chosen(higher, other.lo, self.lo))
 
     @triton.jit
     def parts(self, WORD: tl.constexpr):

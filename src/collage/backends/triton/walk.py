@@ -1,17 +1,17 @@
 """The one walk: every rule, format and size goes through it. One program takes one block of 1,024 elements.
 
-A launch covers all tensors of a batch: `blocks` says which tensor a program's block is of; `table` has a row for each.
+A launch covers all tensors of a batch: `owners` says which tensor a program's block is of; `table` has a row for each.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from collage.backends.triton.arithmetic import Real
-from collage.backends.triton.formats import Format
+from collage.backends.triton.arithmetic import Real, same
 from collage.backends.triton.language import Row
-from collage.backends.triton.random import bits, words, words_of_run
+from collage.backends.triton.random import bits, salted, words, words_of_run
 
 BLOCK = tl.constexpr(1024)
 
@@ -19,150 +19,193 @@ BLOCK = tl.constexpr(1024)
 # order under a mask; by sizes and strides.
 WHOLE, MASKED, STRIDED = (tl.constexpr(way) for way in range(3))
 
-# A row of the table, all int64: elements; number of the first block; which row of constants and stream of random bits;
-# index of the first element in the unsharded tensor; whether the tensors are contiguous and begin at multiples of 16
-# bytes; where in `shapes` sizes and strides stand, and how many dimensions (none: contiguous); the same of the place in
-# the unsharded tensor (none: one run of it); elements in a row, for planes with a word per block of one. Then the
-# addresses of the gradient and of all planes: TENSORS of them.
+# A row of the table, all int64: elements; number of the first block; which row of constants; index of the first element
+# in the unsharded tensor; whether the tensors are contiguous and begin at multiples of 16 bytes; where in `shapes`
+# sizes and strides stand, and how many dimensions (none: contiguous); the same of the place in the unsharded tensor
+# (none: one run of it); elements in a row. Then addresses: of the gradient (or what is decoded or encoded), and of all
+# planes.
 NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS, WIDTH, ADDRESSES = (
     tl.constexpr(k) for k in range(11)
 )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Slot(Row):
-    """A rule's slot in a batch: its format, which of the row's addresses is its first plane's, its random bits."""
+    """A slot of a batch: its format; which of a row's addresses is its first plane's; what bits it draws (rng.Draw)."""
 
-    format: Format
+    format: Any
     first: int
-    part: int
+    written: bool = True
+    salt: int = 0
+    part: int = 0
+
+    @property
+    def stochastic(self) -> bool:
+        return bool(getattr(self.format, "value", self.format).stochastic)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Row):
+    """What makes one kernel differ from another.
+
+    gradient: its word, or None. ROUND: to the arithmetic. shared: a stochastic slot draws from the stream itself.
+    by_rows: blocks do not cross the rows of a tensor, because a plane has words for several elements of one.
+    rest: the way to what is not a whole block, MASKED or STRIDED.
+    """
+
+    slots: tuple[Any, ...]
+    columns: int  # of the table
+    rest: int
+    by_rows: bool = False
+    gradient: Any = None
+    rule: Any = None
+    ROUND: Any = same
+    scaled: bool = False
+    maximize: bool = False
+    skips: bool = False
+    shared: bool = False
+    measured: bool = False
 
 
 @triton.jit
-def step(
-    table, blocks, shapes, constants, streams, sums,
-    RULE: tl.constexpr, SLOTS: tl.constexpr, GRADIENT: tl.constexpr, ROUND: tl.constexpr, MAXIMIZE: tl.constexpr,
-    RANDOM: tl.constexpr, TENSORS: tl.constexpr, BY_ROWS: tl.constexpr, REST: tl.constexpr, MEASURED: tl.constexpr,
-):  # fmt: skip
+def step(table, owners, shapes, constants, streams, scale, skip, sums, PLAN: tl.constexpr):
     """One step of all elements of all tensors.
 
-    sums: [programs, 5] float64, if measured. REST: the way to what is not a whole block, MASKED or STRIDED.
+    constants: [distinct steps, rule's] float32; streams: [tensors] int64; scale: of the gradients; skip: not 0 if
+    nothing is to be done; sums: [programs, 5] float64, if measured.
     """
     program = tl.program_id(0)
-    row = table + tl.load(blocks + program).to(tl.int64) * (ADDRESSES + TENSORS)
-    begin, end = span(row, program, BY_ROWS)
-    c = constants + tl.load(row + ROW) * RULE.columns
-    stream = streams + tl.load(row + ROW)
+    owner = tl.load(owners + program).to(tl.int64)
+    row = table + owner * PLAN.columns
+    begin, end = span(row, program, PLAN)
+    if PLAN.skips:
+        end = tl.where(tl.load(skip) != 0, 0, end)
+    c = constants + tl.load(row + ROW) * PLAN.rule.columns
     out = sums + program.to(tl.int64) * 5
     if (tl.load(row + ALIGNED) != 0) & (begin + BLOCK <= end):
-        block(
-            row,
-            begin,
-            end,
-            shapes,
-            c,
-            stream,
-            out,
-            RULE,
-            SLOTS,
-            GRADIENT,
-            ROUND,
-            MAXIMIZE,
-            RANDOM,
-            BY_ROWS,
-            MEASURED,
-            WHOLE,
-        )
+        block(row, begin, end, shapes, c, streams + owner, scale, out, PLAN, WHOLE)
     else:
-        block(
-            row,
-            begin,
-            end,
-            shapes,
-            c,
-            stream,
-            out,
-            RULE,
-            SLOTS,
-            GRADIENT,
-            ROUND,
-            MAXIMIZE,
-            RANDOM,
-            BY_ROWS,
-            MEASURED,
-            REST,
-        )
+        block(row, begin, end, shapes, c, streams + owner, scale, out, PLAN, PLAN.rest)
 
 
 @triton.jit
-def span(row, program, BY_ROWS: tl.constexpr):
+def span(row, program, PLAN: tl.constexpr):
     """(first element of a program's block, end of those it may take): of the tensor, or of one row of it."""
     index = program - tl.load(row + FIRST)
-    numel = tl.load(row + NUMEL)
-    if BY_ROWS:
+    if PLAN.by_rows:
         width = tl.load(row + WIDTH)
-        a_row = tl.cdiv(width, BLOCK)
-        start = index // a_row * width
-        return start + index % a_row * BLOCK, start + width
+        blocks = tl.cdiv(width, BLOCK)
+        start = index // blocks * width
+        return start + index % blocks * BLOCK, start + width
     else:
-        return index * BLOCK, numel
+        return index * BLOCK, tl.load(row + NUMEL)
 
 
 @triton.jit
-def block(
-    row, begin, end, shapes, c, stream, out,
-    RULE: tl.constexpr, SLOTS: tl.constexpr, GRADIENT: tl.constexpr, ROUND: tl.constexpr, MAXIMIZE: tl.constexpr,
-    RANDOM: tl.constexpr, BY_ROWS: tl.constexpr, MEASURED: tl.constexpr, WAY: tl.constexpr,
-):  # fmt: skip
+def block(row, begin, end, shapes, c, stream, scale, out, PLAN: tl.constexpr, WAY: tl.constexpr):
     """One block."""
-    at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
+    at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK) if WAY == WHOLE else begin + tl.arange(0, BLOCK)
     mask = at < end
     planes = ()
-    for k in tl.static_range(len(SLOTS)):
-        planes = planes + (load(row, at, mask, shapes, SLOTS[k], WAY),)
-    raw = read(row, 0, at, mask, shapes, GRADIENT, WAY)
-    g = Real(ROUND(-raw if MAXIMIZE else raw), ROUND)
+    for k in tl.static_range(len(PLAN.slots)):
+        planes = planes + (load(row, at, begin, end, shapes, PLAN.slots[k], WAY),)
+    g = gradient(row, at, mask, shapes, scale, PLAN, WAY)
     numbers = ()
-    for k in tl.static_range(len(SLOTS)):
-        numbers = numbers + (SLOTS[k].format.number(planes[k], ROUND, SLOTS[k].format),)
-    delta, numbers = RULE.update(numbers, g, constants_of(c, RULE, ROUND))
+    for k in tl.static_range(len(PLAN.slots)):
+        numbers = numbers + (PLAN.slots[k].format.number(planes[k], PLAN.ROUND, PLAN.slots[k].format),)
+    numbers, delta = PLAN.rule.update(numbers, g, constants_of(c, PLAN))
     word = at
-    if RANDOM:
-        word = random_words(row, stream, begin, at, shapes, WAY)
-    for k in tl.static_range(len(SLOTS)):
-        random = bits(word, SLOTS[k].part) if SLOTS[k].format.stochastic else at
-        codes = SLOTS[k].format.encode(numbers[k], random, mask, SLOTS[k].format)
-        store(row, at, mask, shapes, codes, SLOTS[k], WAY)
-        if MEASURED and k == 0:
-            measure(out, mask, delta, planes[0], decoded(codes, SLOTS[0].format), SLOTS[0].format)
+    if PLAN.shared:
+        word = random_words(row, tl.load(stream), begin, at, shapes, WAY)
+    for k in tl.static_range(len(PLAN.slots)):
+        if PLAN.slots[k].written:
+            random = random_bits(word, row, stream, begin, at, shapes, PLAN.slots[k], WAY)
+            codes = PLAN.slots[k].format.encode(numbers[k], random, mask, PLAN.slots[k].format)
+            store(row, at, begin, end, shapes, codes, PLAN.slots[k], WAY)
+            if PLAN.measured and k == 0:
+                measure(out, mask, delta, planes[0], decoded(codes, PLAN.slots[0].format), PLAN.slots[0].format)
 
 
 @triton.jit
-def constants_of(c, RULE: tl.constexpr, ROUND: tl.constexpr):
+def gradient(row, at, mask, shapes, scale, PLAN: tl.constexpr, WAY: tl.constexpr):
+    """As a rule reads it: unscaled in float32, then rounded to a register."""
+    if PLAN.gradient is None:
+        return None
+    else:
+        g = read(row, 0, at, mask, shapes, PLAN.gradient, WAY)
+        if PLAN.scaled:
+            g = tl.div_rn(g, tl.load(scale))
+        return Real(PLAN.ROUND(-g if PLAN.maximize else g), PLAN.ROUND)
+
+
+@triton.jit
+def constants_of(c, PLAN: tl.constexpr):
     """A row of folded constants, by their names. An expansion takes two numbers of it, hi and lo."""
     values = ()
-    for k in tl.static_range(len(RULE.widths)):
-        if RULE.widths[k] == 2:
-            values = values + ((Real(tl.load(c), ROUND), Real(tl.load(c + 1), ROUND)),)
+    for k in tl.static_range(len(PLAN.rule.widths)):
+        if PLAN.rule.widths[k] == 2:
+            values = values + ((Real(tl.load(c), PLAN.ROUND), Real(tl.load(c + 1), PLAN.ROUND)),)
         else:
-            values = values + (Real(tl.load(c), ROUND),)
-        c += RULE.widths[k]
-    return RULE.constants(*values)
+            values = values + (Real(tl.load(c), PLAN.ROUND),)
+        c += PLAN.rule.widths[k]
+    return PLAN.rule.constants(*values)
 
 
 @triton.jit
-def load(row, at, mask, shapes, SLOT: tl.constexpr, WAY: tl.constexpr):
+def random_bits(word, row, stream, begin, at, shapes, SLOT: tl.constexpr, WAY: tl.constexpr):
+    """16 for each element, of the word that slots share, or of the slot's own."""
+    if not SLOT.format.stochastic:
+        return at
+    elif SLOT.salt == 0:
+        return bits(word, SLOT.part)
+    else:
+        return bits(random_words(row, salted(tl.load(stream), SLOT.salt), begin, at, shapes, WAY), SLOT.part)
+
+
+@triton.jit
+def random_words(row, base, begin, at, shapes, WAY: tl.constexpr):
+    """32 random bits for each element, by its row-major index in the unsharded tensor."""
+    base = base.to(tl.uint64, bitcast=True)
+    offset = tl.load(row + OFFSET)
+    if WAY != STRIDED:
+        return words_of_run(base, offset + begin, tl.arange(0, BLOCK))
+    else:
+        dims = tl.load(row + REGION_DIMS)
+        sizes = shapes + tl.load(row + REGION)
+        return words(base, offset + dot(at, dims, sizes, sizes + dims))
+
+
+@triton.jit
+def load(row, at, begin, end, shapes, SLOT: tl.constexpr, WAY: tl.constexpr):
     """What a slot's planes hold, as its format reads it."""
     planes = ()
     for p in tl.static_range(len(SLOT.format.words)):
-        planes = planes + (read(row, SLOT.first + p, at, mask, shapes, SLOT.format.words[p], WAY),)
+        if SLOT.format.per[p] == 1:
+            x = read(row, SLOT.first + p, at, at < end, shapes, SLOT.format.words[p], WAY)
+        else:
+            where, mask = shared(row, begin, end, SLOT.format.per[p])
+            x = read(row, SLOT.first + p, where, mask, shapes, SLOT.format.words[p], MASKED)
+        planes = planes + (x,)
     return planes
 
 
 @triton.jit
-def store(row, at, mask, shapes, codes, SLOT: tl.constexpr, WAY: tl.constexpr):
+def store(row, at, begin, end, shapes, codes, SLOT: tl.constexpr, WAY: tl.constexpr):
     for p in tl.static_range(len(SLOT.format.words)):
-        write(row, SLOT.first + p, at, mask, shapes, codes[p], SLOT.format.words[p], WAY)
+        if SLOT.format.per[p] == 1:
+            write(row, SLOT.first + p, at, at < end, shapes, codes[p], SLOT.format.words[p], WAY)
+        else:
+            where, mask = shared(row, begin, end, SLOT.format.per[p])
+            write(row, SLOT.first + p, where, mask, shapes, codes[p], SLOT.format.words[p], MASKED)
+
+
+@triton.jit
+def shared(row, begin, end, PER: tl.constexpr):
+    """(offsets of a block's words in a plane with one for PER elements of a row, which of them there are)."""
+    width = tl.load(row + WIDTH)
+    lane = tl.arange(0, BLOCK // PER)
+    first = begin // width * tl.cdiv(width, PER) + begin % width // PER
+    return first + lane, begin + lane * PER < end
 
 
 @triton.jit
@@ -224,19 +267,6 @@ def dot(at, dims, sizes, strides):
 
 
 @triton.jit
-def random_words(row, stream, begin, at, shapes, WAY: tl.constexpr):
-    """32 random bits for each element, by its row-major index in the unsharded tensor."""
-    base = tl.load(stream).to(tl.uint64, bitcast=True)
-    offset = tl.load(row + OFFSET)
-    if WAY != STRIDED:
-        return words_of_run(base, offset + begin, tl.arange(0, BLOCK))
-    else:
-        dims = tl.load(row + REGION_DIMS)
-        sizes = shapes + tl.load(row + REGION)
-        return words(base, offset + dot(at, dims, sizes, sizes + dims))
-
-
-@triton.jit
 def measure(out, mask, delta, old, new, FORMAT: tl.constexpr):
     """The monitor's sums over one block (reference.measure): intended, arrived and visible update, in float64."""
     intended = tl.where(mask, delta.x, 0.0).to(tl.float64)
@@ -247,7 +277,8 @@ def measure(out, mask, delta, old, new, FORMAT: tl.constexpr):
         arrived += difference(mask, after[len(before) - k], before[len(before) - k])
     moved = new[0] != old[0]
     for p in tl.static_range(1, len(old)):
-        moved = moved | (new[p] != old[p])
+        if FORMAT.per[p] == 1:
+            moved = moved | (new[p] != old[p])
     tl.store(out, halved(intended * arrived))
     tl.store(out + 1, halved(intended * visible))
     tl.store(out + 2, halved(intended * intended))
@@ -267,53 +298,3 @@ def halved(x):
     for level in tl.static_range(10):
         x = tl.sum(tl.reshape(x, [2, 512 >> level]), axis=0)
     return tl.sum(x)
-
-
-@triton.jit
-def add_up(sums, first, totals):
-    """totals[tensor] += the sums of its blocks, one after another. first: [tensors + 1], number of its first block."""
-    tensor = tl.program_id(0)
-    lane = tl.arange(0, 8)
-    total = tl.load(totals + tensor * 5 + lane, mask=lane < 5, other=0.0)
-    at = sums + tl.load(first + tensor) * 5 + lane
-    for _ in range(tl.load(first + tensor + 1) - tl.load(first + tensor)):
-        total += tl.load(at, mask=lane < 5, other=0.0)
-        at += 5
-    tl.store(totals + tensor * 5 + lane, total, mask=lane < 5)
-
-
-@triton.jit
-def broken(table, blocks, shapes, counts, SLOT: tl.constexpr, TENSORS: tl.constexpr, REST: tl.constexpr):
-    """How many elements of a slot, in each block, have planes that no step could have left."""
-    program = tl.program_id(0)
-    row = table + tl.load(blocks + program).to(tl.int64) * (ADDRESSES + TENSORS)
-    begin, end = span(row, program, False)
-    at = begin + tl.arange(0, BLOCK)
-    planes = load(row, at, at < end, shapes, SLOT, REST)
-    tl.store(counts + program, tl.sum(SLOT.format.broken(planes, SLOT.format).to(tl.int32)))
-
-
-@triton.jit
-def stream(table, blocks, zero, SLOTS: tl.constexpr, GRADIENT: tl.constexpr, TENSORS: tl.constexpr):
-    """The limit of a step: reads and writes the planes of whole blocks, without arithmetic. zero holds a 0.
-
-    What is written depends on what was read, the gradient included: no compiler can leave it out.
-    """
-    program = tl.program_id(0)
-    row = table + tl.load(blocks + program).to(tl.int64) * (ADDRESSES + TENSORS)
-    begin, end = span(row, program, False)
-    at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
-    if begin + BLOCK <= end:
-        g = read(row, 0, at, at, zero, GRADIENT, WHOLE).to(tl.int32, bitcast=True) & tl.load(zero)
-        for k in tl.static_range(len(SLOTS)):
-            for p in tl.static_range(len(SLOTS[k].format.words)):
-                stream_plane(row, SLOTS[k].first + p, at, g, SLOTS[k].format.words[p])
-
-
-@triton.jit
-def stream_plane(row, TENSOR: tl.constexpr, at, g, WORD: tl.constexpr):
-    x = fetch(row, TENSOR, at, at, at, WORD, WHOLE)
-    if WORD.memory == tl.float32:
-        write(row, TENSOR, at, at, at, (x.to(tl.int32, bitcast=True) | g).to(tl.float32, bitcast=True), WORD, WHOLE)
-    else:
-        write(row, TENSOR, at, at, at, x | g.to(WORD.memory), WORD, WHOLE)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import collage
 from collage.backends import choose
-from collage.formats import Master, bytes_per_value
+from collage.formats import Master, bytes_per_value, format_of
 from collage.strategies import Strategy
 
 Shapes = Sequence[tuple[int, ...]]
@@ -62,15 +62,15 @@ def ours(name: str, monitored: int | None = None) -> Row:
         opt = collage.AdamW(params, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, strategy=strategy)
 
         def values() -> list[Tensor]:
-            return [strategy.formats[0].value(opt.planes(entry)[0]) for entry in opt.entries()]
+            return [format_of(strategy.param).value(opt.theta(parameter)) for parameter in opt.parameters()]
 
         if monitored is None:
             return Contestant(params, opt.step, values)
         collage.monitor(opt, every=monitored)
         return Contestant(params, lambda: [opt.step() for _ in range(10)], values, steps=10)
 
-    planes = sum(map(bytes_per_value, strategy.formats))
-    unread = 2 if isinstance(strategy.formats[0], Master) else 0  # of a master's bf16 copy only writes
+    planes = sum(map(bytes_per_value, map(format_of, strategy.formats())))
+    unread = 2 if isinstance(format_of(strategy.param), Master) else 0  # of a master's bf16 copy only writes
     moved = 2 * planes - unread + strategy.dtype.itemsize
     label = name if monitored is None else f"{name}, monitored 1 in {monitored}"
     return Row(label, build, moved, strategy.bytes_per_param())
@@ -84,11 +84,11 @@ def limit(name: str) -> Row:
         params = parameters(shapes, device, strategy.dtype)
         opt = collage.AdamW(params, lr=lr, strategy=strategy)
         grads = [torch.zeros_like(param) for param in params]
-        planes = [plane for entry in opt.entries() for slot in opt.planes(entry) for plane in slot]
+        planes = [plane for parameter in opt.parameters() for slot in opt.planes(parameter) for plane in slot]
         backend = choose("auto", grads[0].device)
-        return Contestant(params, lambda: backend.stream(opt.rule, strategy, planes, grads), list)
+        return Contestant(params, lambda: backend.stream(strategy.formats(), planes, grads), list)
 
-    held = sum(map(bytes_per_value, strategy.formats))
+    held = sum(map(bytes_per_value, map(format_of, strategy.formats())))
     return Row(f"limit of {name}", build, 2 * held + strategy.dtype.itemsize, strategy.bytes_per_param())
 
 

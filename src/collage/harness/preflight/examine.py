@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from collage import mcf
-from collage.constants import rounded
+from collage.rules.folding import rounded
 from collage.floors import MANTISSAS, THETA_FORMATS, decay_floors, movable_below, register_of, unchanged
 from collage.formats import format_of, split
 from collage.harness.tasks.weights import KINDS, kind_of, read

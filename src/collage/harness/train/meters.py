@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from collage.monitor import Monitor
-from collage.optim import PrecisionOptimizer
-from collage.shadow import Item, intended
+from collage.backends import Batch, Row
+from collage.formats import format_of
+from collage.monitor.shadow import Stepping, intended
+from collage.optimizers.base import PrecisionOptimizer
 
 
 def bytes_by_slot(optimizer: PrecisionOptimizer) -> dict[str, int]:
@@ -27,10 +29,10 @@ def bytes_by_slot(optimizer: PrecisionOptimizer) -> dict[str, int]:
     The step counter, 8 bytes for each tensor, is left out.
     """
     result = {"gradient": 0, "param": 0}
-    for entry in optimizer.entries():
-        result["param"] += entry.param.nbytes
-        result["gradient"] += 0 if entry.param.grad is None else entry.param.grad.nbytes
-        for key, plane in optimizer.state[entry.param].items():
+    for parameter in optimizer.parameters():
+        result["param"] += parameter.tensor.nbytes
+        result["gradient"] += 0 if parameter.tensor.grad is None else parameter.tensor.grad.nbytes
+        for key, plane in optimizer.state[parameter.tensor].items():
             if key != "step":
                 result[key] = result.get(key, 0) + plane.nbytes
     return result
@@ -129,9 +131,9 @@ class UpdateSizes(Monitor):
     EDGES = tuple(k / 2 for k in range(-60, 21))
 
     def __init__(self, optimizer: PrecisionOptimizer, every: int = 10, stride: int = 61) -> None:
-        super().__init__(optimizer.rule, every, None, ())
+        super().__init__(every, None, ())
         self.counts = torch.zeros(len(self.EDGES) - 1, dtype=torch.int64)
-        self._rule, self._stride = optimizer.rule, stride
+        self._stride = stride
         optimizer.monitors.append(self)
 
     @property
@@ -139,15 +141,16 @@ class UpdateSizes(Monitor):
         """Never: it needs none of the step's sums."""
         return False
 
-    def before(self, items: Sequence[Item], changed: Mapping[str, int]) -> None:
-        if (self._calls + 1) % self.every == 0:
-            for item in items:
-                self._count(item)
+    def before(self, stepping: Sequence[Stepping], changed: Mapping[str, int]) -> None:
+        if (self._step + 1) % self.every == 0:
+            for _, batch in stepping:
+                for k, row in enumerate(batch.rows()):
+                    self._count(batch.take([k]), row)
 
-    def _count(self, item: Item) -> None:
-        slots = [[self._sample(plane) for plane in planes] for planes in item.share.slots]
-        delta = intended(self._rule, item.strategy, item, slots, self._sample(item.share.grad)).double()
-        theta = item.strategy.formats[0].value(tuple(slots[0])).double()
+    def _count(self, batch: Batch, row: Row) -> None:
+        slots = [[self._sample(plane) for plane in planes] for planes in row.slots]
+        delta = intended(batch, slots, self._sample(batch.grads[0])).double()
+        theta = format_of(batch.formats[0]).value(slots[0]).double()
         seen = (theta != 0) & (delta != 0)
         exponent = torch.frexp(theta[seen]).exponent.clamp(min=-125) - 8  # ulp = 2**exponent
         logs = delta[seen].abs().log2() - exponent

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from collage.harness.train.config import RunConfig
 from collage.integrations.transformers import LOGGED, EDQCallback
-from collage.monitor import Quality
+from collage.monitor.quality import Quality
 
 Record = dict[str, Any]
 

@@ -19,7 +19,7 @@ from collage.harness.train.meters import PeakMemory, StepMeter, UpdateSizes
 from collage.harness.train.recording import Record, Recorder
 from collage.harness.train.trainer import PrecisionTrainer, arguments, quiet
 from collage.integrations.transformers import LOGGED, EDQCallback
-from collage.monitor import Report
+from collage.monitor.quality import Report
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,18 @@
-"""AdamW, the optimizer: its arguments, and what they may be."""
+"""AdamW, the optimizer: its arguments."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from collage.optim import PrecisionOptimizer
-from collage.rules.adamw import ADAMW
-from collage.settings import number, without_foreign
-from collage.state import Group
+from collage.optimizers.adam import Moments
+from collage.rules.adamw import ADAMW, ADAMW_AMSGRAD
 from collage.strategies import Strategy
 
-ROUNDED = 1e-12  # what a schedule may end below 0 (LinearLR to end_factor=0, by its recursion): it moves nothing
 
-
-class AdamW(PrecisionOptimizer):
+class AdamW(Moments):
     """AdamW on low-precision weights without a float32 copy: Collage (Yu et al. 2024), Algorithm 2.
 
         m <- beta1 m + (1 - beta1) g
@@ -34,6 +29,7 @@ class AdamW(PrecisionOptimizer):
         betas: decay rates of the two moments, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled.
+        amsgrad: whether to divide by the root of the largest second moment so far (Reddi et al. 2018).
         strategy: a name in ``collage.STRATEGIES``, or a ``collage.Strategy``.
         cast: whether to cast the float32 parameters that train to the strategy's dtype, in place and one at a time;
             what the cast cuts off goes to their low components. Their gradients are dropped.
@@ -55,7 +51,8 @@ class AdamW(PrecisionOptimizer):
     ['exp_avg', 'exp_avg_sq', 'exp_avg_sq_lo', 'param_lo', 'step']
     """
 
-    rule = ADAMW
+    rules = (ADAMW, ADAMW_AMSGRAD)
+    decoupled = True
 
     def __init__(
         self,
@@ -66,6 +63,7 @@ class AdamW(PrecisionOptimizer):
         weight_decay: float = 1e-2,
         strategy: str | Strategy = "collage-plus",
         *,
+        amsgrad: bool = False,
         cast: bool = False,
         maximize: bool = False,
         seed: int = 0,
@@ -73,30 +71,5 @@ class AdamW(PrecisionOptimizer):
         backend: str = "auto",
         **dropped: Any,
     ) -> None:
-        unknown = without_foreign(dropped, "AdamW")
-        if unknown:
-            raise TypeError(f"AdamW: cannot take {', '.join(sorted(unknown))}; it is unknown")
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "strategy": strategy,
-            "maximize": maximize, "seed": seed, "capturable": capturable,
-        }  # fmt: skip
-        super().__init__(params, defaults, backend, cast)
-
-    def _validate(self, group: Group) -> None:
-        super()._validate(group)
-        for key in ("lr", "eps", "weight_decay"):
-            if not isinstance(group[key], Tensor):
-                group[key] = number(key, group[key])
-            if isinstance(group[key], Tensor) and group[key].numel() != 1:
-                raise ValueError(f"{key}: a tensor needs one element, got shape {tuple(group[key].shape)}")
-            elsewhere = isinstance(group[key], Tensor) and group[key].device.type != "cpu"  # reading it would wait
-            least = -ROUNDED if key == "lr" else 0.0
-            if not elsewhere and not least <= float(group[key]) < math.inf:
-                raise ValueError(f"{key}: needs a finite number >= 0, got {group[key]}")
-        betas = tuple(beta if isinstance(beta, Tensor) else number("betas", beta) for beta in group["betas"])
-        if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
-            raise ValueError(f"betas: needs two numbers in [0, 1), got {group['betas']}")
-        group["betas"] = betas
-
-    def _hyper(self, group: Group) -> list[float | Tensor]:
-        return [*group["betas"], group["eps"], group["weight_decay"]]
+        settings = {"amsgrad": amsgrad, "maximize": maximize, "seed": seed, "capturable": capturable}
+        super().__init__(params, lr, betas, eps, weight_decay, strategy, settings, backend, cast, dropped)

@@ -8,22 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collage import state
+from collage.optimizers import planes
+from collage.optimizers.parameters import Group, Parameter, State
 from collage.rules import Rule
-from collage.settings import FOREIGN
-from collage.state import Entry, Group, State
-from collage.strategies import Strategy
+from collage.strategies import ROLES, Strategy
 
-# What torch's optimizers keep in a group and this one does not: dropped when their state is loaded.
-_TORCH_ONLY = (*FOREIGN, "capturable", "decoupled_weight_decay")
+# What torch's optimizers keep in a group and ours do not, or have as their own: dropped when their state is loaded.
+_TORCH_ONLY = ("foreach", "fused", "differentiable", "capturable", "amsgrad", "decoupled_weight_decay")
 
 
-def paired(entries: Iterable[Entry], saved: dict[str, Any]) -> list[tuple[Entry, int, str]]:
+def paired(parameters: Iterable[Parameter], saved: dict[str, Any]) -> list[tuple[Parameter, int, str]]:
     """Each parameter with its id and name in a saved state."""
     groups = saved["param_groups"]
     ids = [i for group in groups for i in group["params"]]
     names = [name for group in groups for name in _names(group) or map(str, group["params"])]
-    return list(zip(entries, ids, names, strict=False))
+    return list(zip(parameters, ids, names, strict=False))
 
 
 def _names(group: Group) -> list[str] | None:
@@ -44,7 +43,7 @@ def _in_order(groups: Sequence[Group], saved: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "state_dict: it is of other parameters, by name. Only in the state: "
             f"{_listed(there - here)}; only in this optimizer: {_listed(here - there)}. Give both the same parameters, "
-            "or make the state one of these: drop or rename entries of 'param_names' and 'params' together"
+            "or make the state one of these: drop or rename parameters of 'param_names' and 'params' together"
         )
     if len(ours) != len(theirs):
         return saved  # torch's own error says it best
@@ -68,14 +67,14 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def adopt(
-    rule: Rule,
     groups: Sequence[Group],
-    entries: Sequence[Entry],
+    parameters: Sequence[Parameter],
     saved: dict[str, Any],
-    strategy_of: Callable[[Entry], Strategy],
+    rule_of: Callable[[Group], Rule],
+    strategy_of: Callable[[Parameter], Strategy],
     live: Mapping[Tensor, State] | None = None,  # the optimizer's states now; never changed
 ) -> dict[str, Any]:
-    """A state_dict for these parameters, out of one of ours or of torch.optim.AdamW.
+    """A state_dict for these parameters, out of one of ours or of the torch.optim optimizer of the same rule.
 
     Raises:
         ValueError: another strategy or optimizer, other names, planes or shapes.
@@ -86,24 +85,26 @@ def adopt(
     if next(sizes) != next(sizes):
         return saved  # torch's own error says it best
     states = dict(saved["state"])
-    adopted = []
+    adopted, rules = [], []
     for index, (theirs, ours) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        if "strategy" not in theirs:
-            _require_adamw(rule, index, theirs, [states[i] for i in theirs["params"] if states.get(i)])
         adopted.append(_adopt_group(index, theirs, ours))
-    for entry, saved_id, saved_name in paired(entries, saved):
+        rules.append(rule_of(adopted[-1]))
+        if "strategy" not in theirs:
+            _require_same_rule(rules[-1], index, theirs, [states[i] for i in theirs["params"] if states.get(i)])
+    for parameter, saved_id, saved_name in paired(parameters, saved):
         theirs = states.get(saved_id)
         if not theirs:
             continue
-        strategy, name = strategy_of(entry), entry.name
+        rule, strategy, name = rules[parameter.group_index], strategy_of(parameter), parameter.name
         if saved_name != name:
             name += f" (saved as {saved_name})"
         if isinstance(theirs.get("step"), int | float):  # so in old releases of torch, and by hand
             theirs = {**theirs, "step": torch.tensor(theirs["step"], dtype=torch.float64, device="cpu")}
-        if "strategy" not in saved["param_groups"][entry.group_index]:
-            theirs = state.from_torch(rule, strategy, entry.param, theirs, (live or {}).get(entry.param, {}), name)
-        state.check(rule, strategy, entry.param, theirs, name)
-        states[saved_id] = {**theirs, "step": state.count(theirs["step"], name)}
+        if "strategy" not in saved["param_groups"][parameter.group_index]:
+            own = (live or {}).get(parameter.tensor, {})
+            theirs = planes.from_torch(rule, strategy, parameter.tensor, theirs, own, name)
+        planes.check(rule, strategy, parameter.tensor, theirs, name)
+        states[saved_id] = {**theirs, "step": planes.count(theirs["step"], name)}
     return {**saved, "state": states, "param_groups": adopted}
 
 
@@ -122,23 +123,14 @@ def _require_state_dict(saved: Mapping[str, Any]) -> None:
         )
 
 
-def _require_adamw(rule: Rule, index: int, group: Group, states: Sequence[State]) -> None:
+def _require_same_rule(rule: Rule, index: int, group: Group, states: Sequence[State]) -> None:
     """Raise ValueError, with the reason, for a group of any torch optimizer whose rule is not this one."""
-    needed = ["step", *(prefix for prefix, _ in rule.slots[1:])]
+    needed = [*(["step"] if rule.torch_counts else []), *rule.prefixes[1:]]
     found = sorted({key for theirs in states for key in theirs})
     lacking = any(key not in theirs for theirs in states for key in needed)
-    # Only Adam and AdamW have "amsgrad"; older releases of torch do not say which of the two it was
-    reasons = {
-        f"it needs {', '.join(needed)}, and has {', '.join(found)}": lacking,
-        "it has amsgrad=True, which is not kept here": group.get("amsgrad") or "max_exp_avg_sq" in found,
-        "it has the setting momentum_decay, as NAdam": "momentum_decay" in group,
-        "it has no setting amsgrad, as RAdam and others": "amsgrad" not in group,
-        f"it is Adam's with weight_decay={group.get('weight_decay')}, which is in its moments; here decay is "
-        "decoupled": group.get("decoupled_weight_decay") is False and bool(group.get("weight_decay")),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ValueError(f"param_groups[{index}]: the saved state is not one of torch.optim.AdamW: {reason}")
+    reason = f"it needs {', '.join(needed)}, and has {', '.join(found)}" if lacking else rule.torch(group, set(found))
+    if reason:
+        raise ValueError(f"param_groups[{index}]: the saved state is not one of torch's {rule.title}: {reason}")
 
 
 def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
@@ -147,12 +139,17 @@ def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
     names = {"param_names": ours["param_names"]} if "param_names" in ours else {}  # they give the random bits
     if "strategy" not in theirs:
         return {**settings, **{key: value for key, value in theirs.items() if key not in _TORCH_ONLY}, **names}
+    for key in ("decoupled_weight_decay", "amsgrad", "nesterov"):  # they make another rule of the same settings
+        if theirs.get(key, ours.get(key)) != ours.get(key):
+            raise ValueError(
+                f"param_groups[{index}]: the state was saved with {key}={theirs[key]}, this optimizer has {ours[key]}; "
+                "construct it as the one that was saved"
+            )
     saved, current = Strategy.parse(theirs["strategy"]), Strategy.parse(ours["strategy"])
     if saved == current:
         # A setting that came later keeps our value. `capturable` says how to run, not what was trained.
         return {**settings, **theirs, **names, "capturable": ours["capturable"]}
-    slots = ("param", "momentum", "variance", "arithmetic")
-    pairs = [(name, getattr(saved, name), getattr(current, name)) for name in slots]
+    pairs = [(name, getattr(saved, name), getattr(current, name)) for name in (*ROLES, "arithmetic")]
     difference = "; ".join(f"{name}: saved {a}, here {b}" for name, a, b in pairs if a != b)
     raise ValueError(
         f"param_groups[{index}]: the state was saved under strategy '{saved}', this optimizer has '{current}' "

@@ -9,11 +9,13 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from collage import backends, state
+from collage import backends
+from collage.formats import format_of
+from collage.optimizers import planes
 from collage.rules import Rule
 from collage.saying import several, warn_once
 from collage.sharding import any_dtensor
-from collage.state import Entry, Group, State
+from collage.optimizers.parameters import Group, Parameter, State, name_of
 from collage.strategies import STRATEGIES, Strategy
 
 log = logging.getLogger("collage")
@@ -21,18 +23,18 @@ log = logging.getLogger("collage")
 _stepped_last: dict[int, Callable[[], object]] = {}  # by seed: the optimizer with unnamed parameters that did
 
 
-def strategy_of(entry: Entry) -> Strategy:
+def strategy_of(parameter: Parameter) -> Strategy:
     """The group's strategy; float32 parameters are updated in float32. Raises TypeError for any other dtype."""
-    strategy = Strategy.parse(entry.group["strategy"])
-    if entry.param.dtype == strategy.dtype:
+    strategy = Strategy.parse(parameter.group["strategy"])
+    if parameter.tensor.dtype == strategy.dtype:
         return strategy
-    if entry.param.dtype == torch.float32:
+    if parameter.tensor.dtype == torch.float32:
         return STRATEGIES["fp32"]
-    raise _wrong_dtype(entry, strategy)
+    raise _wrong_dtype(parameter, strategy)
 
 
-def _wrong_dtype(entry: Entry, strategy: Strategy) -> TypeError:
-    found, wanted = entry.param.dtype, state.name_of(strategy.dtype)
+def _wrong_dtype(parameter: Parameter, strategy: Strategy) -> TypeError:
+    found, wanted = parameter.tensor.dtype, name_of(strategy.dtype)
     cast = f"cast it, p.data = p.data.to(torch.{wanted})"
     if found.is_complex:
         fix = "no strategy takes complex numbers; leave it to an optimizer of torch"
@@ -41,11 +43,11 @@ def _wrong_dtype(entry: Entry, strategy: Strategy) -> TypeError:
     elif found == torch.float64:
         fix = f"{cast}, which drops most of its bits, or leave it to an optimizer of torch"
     else:
-        fix = f"{cast}, or choose a strategy for {state.name_of(found)}"
-    return TypeError(f"param '{entry.name}': strategy '{strategy}' needs {wanted}, got {state.name_of(found)}; {fix}")
+        fix = f"{cast}, or choose a strategy for {name_of(found)}"
+    return TypeError(f"param '{parameter.name}': strategy '{strategy}' needs {wanted}, got {name_of(found)}; {fix}")
 
 
-def require_low_precision(entries: Sequence[Entry], before: int | None) -> int:
+def require_low_precision(parameters: Sequence[Parameter], before: int | None) -> int:
     """How many of the parameters that train are float32 under a strategy for narrower ones.
 
     Args:
@@ -54,10 +56,10 @@ def require_low_precision(entries: Sequence[Entry], before: int | None) -> int:
     Raises:
         ValueError: all are, so that the strategy has nothing to work on. (Beside frozen low ones it is a warning.)
     """
-    trained = [entry for entry in entries if entry.param.requires_grad]
-    full = [entry for entry in trained if strategy_of(entry).dtype != Strategy.parse(entry.group["strategy"]).dtype]
+    trained = [parameter for parameter in parameters if parameter.tensor.requires_grad]
+    full = [parameter for parameter in trained if strategy_of(parameter).dtype != Strategy.parse(parameter.group["strategy"]).dtype]
     if full and len(full) == len(trained):
-        _refuse_float32(full, {e.param.dtype for e in entries if not e.param.requires_grad}, later=before is not None)
+        _refuse_float32(full, {p.tensor.dtype for e in parameters if not p.tensor.requires_grad}, later=before is not None)
     return len(full)
 
 
@@ -72,9 +74,9 @@ def tell_of_float32(now: int, before: int | None) -> None:
         )
 
 
-def _refuse_float32(full: Sequence[Entry], frozen: set[torch.dtype], later: bool) -> None:
+def _refuse_float32(full: Sequence[Parameter], frozen: set[torch.dtype], later: bool) -> None:
     strategy = Strategy.parse(full[0].group["strategy"])
-    low = state.name_of(strategy.dtype)
+    low = name_of(strategy.dtype)
     what = f"all {len(full)} trainable parameters are float32, and strategy '{strategy}' trains {low} ones"
     if frozen - {torch.float32}:
         warn_once(
@@ -94,22 +96,22 @@ def _refuse_float32(full: Sequence[Entry], frozen: set[torch.dtype], later: bool
         )
 
 
-def to_be_cast(entries: Sequence[Entry]) -> list[Entry]:
+def to_be_cast(parameters: Sequence[Parameter]) -> list[Parameter]:
     """The float32 parameters that train under a strategy for narrower ones. Raises ValueError if one cannot be cast.
 
-    entries: all of the optimizer's that are there so far.
+    parameters: all of the optimizer's that are there so far.
     """
     wide = [
-        entry
-        for entry in entries
-        if entry.param.requires_grad
-        and entry.param.dtype == torch.float32 != Strategy.parse(entry.group["strategy"]).dtype
+        parameter
+        for parameter in parameters
+        if parameter.tensor.requires_grad
+        and parameter.tensor.dtype == torch.float32 != Strategy.parse(parameter.group["strategy"]).dtype
     ]
-    users: dict[int, list[Entry]] = {}
-    for entry in entries:
-        if not any_dtensor([entry.param]) and entry.param.numel():
-            users.setdefault(entry.param.untyped_storage().data_ptr(), []).append(entry)
-    for name, param, group in ((entry.name, entry.param, entry.group) for entry in wide):
+    users: dict[int, list[Parameter]] = {}
+    for parameter in parameters:
+        if not any_dtensor([parameter.tensor]) and parameter.tensor.numel():
+            users.setdefault(parameter.tensor.untyped_storage().data_ptr(), []).append(parameter)
+    for name, param, group in ((parameter.name, parameter.tensor, parameter.group) for parameter in wide):
         if any_dtensor([param]):
             raise ValueError(
                 f"param '{name}': cast=True cannot cast a DTensor; cast the model before it is sharded, "
@@ -121,15 +123,17 @@ def to_be_cast(entries: Sequence[Entry]) -> list[Entry]:
                 f"param '{name}': cast=True would part it from '{other.name}', with which it shares memory; give them "
                 "memory of their own, p.data = p.data.clone(), or use collage.to_bf16(model)"
             )
-        state.require_finite(name, param.detach(), Strategy.parse(group["strategy"]).dtype)
+        planes.require_finite(name, param.detach(), Strategy.parse(group["strategy"]).dtype)
     return wide
 
 
-def cast(rule: Rule, wide: Sequence[Entry], states: MutableMapping[Tensor, State]) -> None:
+def cast(
+    rule_of: Callable[[Group], Rule], wide: Sequence[Parameter], states: MutableMapping[Tensor, State]
+) -> None:
     """Cast these parameters, one at a time."""
-    for entry in wide:
-        strategy = Strategy.parse(entry.group["strategy"])
-        state.cast(rule, strategy, entry.param, states[entry.param], entry.group["capturable"])
+    for parameter in wide:
+        strategy = Strategy.parse(parameter.group["strategy"])
+        planes.cast(rule_of(parameter.group), strategy, parameter.tensor, states[parameter.tensor], parameter.group["capturable"])
 
 
 def warn_of_fallback(devices: set[torch.device]) -> None:
@@ -156,7 +160,7 @@ def warn_of_shared_bits(optimizer: object, groups: Sequence[Group], first: bool)
 
 def warn_of_cleared(strategy: Strategy, lost: Sequence[str]) -> None:
     """Where states were taken away after steps, and the weights stayed, their low components went with them."""
-    if lost and len(strategy.formats[0].dtypes) > 1:
+    if lost and len(format_of(strategy.param).planes) > 1:
         warn_once(
             f"the optimizer state of {several(lost)} was cleared after steps, and with it the low "
             "components of these weights; opt.reset_moments() starts moments anew and keeps weights"

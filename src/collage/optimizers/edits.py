@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from collage.backends import choose
-from collage.formats import Planes, fitted, pieces
+from collage.formats import Plane, Planes, fitted, format_of, pieces
+from collage.optimizers.planes import kept
+from collage.rules import RULES
 from collage.saying import warn
 from collage.strategies import Strategy
 
@@ -25,7 +27,7 @@ _version = attrgetter("_version")
 UNSEEN = -1
 VERSION, TOLD, TRACED, AHEAD, ADDRESS = range(5)  # rows of `seen`
 NAME = "collage::adopt_"
-SCHEMA = "(Tensor(a!)[] planes, Tensor(b!) seen, str[] names, str strategy, str backend) -> ()"
+SCHEMA = "(Tensor(a!)[] planes, Tensor(b!) seen, str[] names, str rule, str strategy, str backend) -> ()"
 
 # id of each parameter that an average stands in for (`EMA.averaged`) -> its local part of that average, float32.
 LENT: dict[int, Callable[[], Tensor]] = {}
@@ -36,7 +38,7 @@ def adopt(
     planes: Sequence[Tensor],  # of every parameter in turn: those of theta, then of the rule's other slots
     seen: Tensor,  # [5, parameters] int64: the version that theta had after its last step; whether an edit was told
     names: Sequence[str],
-    strategy: str,
+    format: str,  # theta's
     backend: str,
     every: bool = False,  # look at all parameters: some writes no counter sees
     compiled: bool = False,  # a compiled step counts versions up before it runs, by as much as `seen` says
@@ -53,14 +55,14 @@ def adopt(
         if compiled:
             seen[VERSION].add_(seen[AHEAD])
         return {}
-    known = Strategy.parse(strategy)
-    thetas = [planes[k : k + len(known.formats[0].dtypes)] for k in range(0, len(planes), width)]
+    fmt = format_of(format)
+    thetas = [planes[k : k + len(fmt.planes)] for k in range(0, len(planes), width)]
     changed = {k for k, (now, then) in enumerate(zip(versions, expected, strict=True)) if now != then}
     looked = range(len(thetas)) if every else sorted(changed)
-    counts = {k: count for k, count in _misfits(known, backend, thetas, looked).items() if count or k in changed}
+    counts = {k: count for k, count in _misfits(format, backend, thetas, looked).items() if count or k in changed}
     for k, count in counts.items():
         for piece in pieces(thetas[k]) if count else ():
-            for plane, value in zip(piece[1:], fitted(known.formats[0], piece)[0][1:], strict=True):
+            for plane, value in zip(piece[1:], fitted(fmt, piece)[0][1:], strict=True):
                 plane.copy_(value)
     new = [k for k, count in counts.items() if count and not seen[TOLD, k]]
     tell([(names[k], counts[k], thetas[k][0].numel()) for k in new])
@@ -84,9 +86,12 @@ def traced(thetas: Sequence[Tensor], seen: Tensor) -> None:
     seen[ADDRESS] = _row(list(map(Tensor.data_ptr, thetas)))
 
 
-def _adopt_(planes: Sequence[Tensor], seen: Tensor, names: Sequence[str], strategy: str, backend: str) -> None:
+def _adopt_(
+    planes: Sequence[Tensor], seen: Tensor, names: Sequence[str], rule: str, strategy: str, backend: str
+) -> None:
     """`adopt` in a compiled step. By how much it counts versions up before it runs shows when it runs first."""
-    _require_as_compiled(planes, names, Strategy.parse(strategy))
+    known = Strategy.parse(strategy)
+    _require_as_compiled(planes, names, kept(RULES[rule], known).planes)
     thetas = planes[:: len(planes) // len(names)]
     if LENT_AT and not LENT_AT.isdisjoint(map(Tensor.data_ptr, planes)):
         raise RuntimeError(_LENT.format("step()"))
@@ -95,15 +100,15 @@ def _adopt_(planes: Sequence[Tensor], seen: Tensor, names: Sequence[str], strate
     now = _row(list(map(Tensor.data_ptr, thetas)))
     seen[VERSION] = torch.where(seen[ADDRESS] == now, seen[VERSION], UNSEEN)  # another place: who knows
     seen[ADDRESS] = now
-    adopt(planes, seen, names, strategy, backend, compiled=True)
+    adopt(planes, seen, names, known.param, backend, compiled=True)
 
 
-def _require_as_compiled(planes: Sequence[Tensor], names: Sequence[str], strategy: Strategy) -> None:
+def _require_as_compiled(planes: Sequence[Tensor], names: Sequence[str], layout: Sequence[Plane]) -> None:
     """Raise ValueError where a compiled step is run on other tensors than it was compiled for: torch does not look."""
-    dtypes = [dtype for fmt in strategy.formats for dtype in fmt.dtypes]
-    found, shapes = list(map(attrgetter("dtype"), planes)), list(map(attrgetter("shape"), planes))
+    dtypes = [plane.dtype for plane in layout]
+    found, shapes = list(map(attrgetter("dtype"), planes)), [tuple(plane.shape) for plane in planes]
     width = len(dtypes)
-    wanted = [shape for shape in shapes[::width] for _ in dtypes]
+    wanted = [plane.shape(shape) for shape in shapes[::width] for plane in layout]
     if found == dtypes * len(names) and shapes == wanted:
         return
     k = next(k for k in range(len(planes)) if found[k] != dtypes[k % width] or shapes[k] != wanted[k])
@@ -114,7 +119,7 @@ def _require_as_compiled(planes: Sequence[Tensor], names: Sequence[str], strateg
     )
 
 
-def _misfits(strategy: Strategy, backend: str, thetas: Sequence[Planes], looked: Iterable[int]) -> dict[int, int]:
+def _misfits(format: str, backend: str, thetas: Sequence[Planes], looked: Iterable[int]) -> dict[int, int]:
     """How many elements of each parameter that is looked at have planes that no step could have left."""
     devices: dict[torch.device, list[int]] = {}
     for k in looked:
@@ -122,9 +127,20 @@ def _misfits(strategy: Strategy, backend: str, thetas: Sequence[Planes], looked:
     counts: dict[int, int] = {}
     for device, positions in devices.items():
         broken = choose(backend, device).broken
-        none = broken(strategy, [thetas[k] for k in positions]) == 0  # in one call, as nearly always
-        counts |= {k: 0 if none else broken(strategy, [thetas[k]]) for k in positions}
+        none = broken(format, [thetas[k] for k in positions]) == 0  # in one call, as nearly always
+        counts |= {k: 0 if none else broken(format, [thetas[k]]) for k in positions}
     return counts
+
+
+def decode(format: str, planes: Planes, out: Tensor) -> int:
+    """The number that theta's planes stand for, as `adopt` would leave them. Returns how many elements did not fit."""
+    backend = choose("auto", out.device)
+    misfits = backend.broken(format, [planes])
+    if not misfits:
+        backend.decode(format, [planes], [out])
+    for part, *piece in pieces([out, *planes]) if misfits else ():
+        part.copy_(format_of(format).value(fitted(format_of(format), piece)[0]))
+    return misfits
 
 
 def tell(found: Sequence[tuple[str, int, int]]) -> None:

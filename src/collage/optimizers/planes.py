@@ -1,0 +1,194 @@
+"""What an optimizer keeps for one parameter: a step counter and, per slot of its rule, the planes of its format.
+
+Plane 0 of "param" is the parameter itself; every other plane is a tensor under a key of the optimizer's state
+(``param_lo``, ``exp_avg``, ``exp_avg_sq_lo``, ...), of its shape, strides and placement if it has a word per element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from collage.backends import Backend, choose
+from collage.formats import Plane, Planes, format_of, pieces, zeros
+from collage.optimizers.memory import in_memory
+from collage.optimizers.parameters import State, dtype_of, name_of
+from collage.rules import Rule
+from collage.sharding import local
+from collage.strategies import Strategy
+
+
+class Kept(NamedTuple):
+    """What a rule keeps under a strategy."""
+
+    formats: tuple[str, ...]  # of each slot
+    keys: tuple[str, ...]  # of the state, of every plane but the parameter
+    planes: tuple[Plane, ...]  # likewise, the parameter first
+
+
+@cache
+def kept(rule: Rule, strategy: Strategy) -> Kept:
+    """Formats and planes of every slot of the rule, in order."""
+    formats = strategy.formats(rule.roles)
+    keyed = [
+        (slot.prefix + plane.suffix, plane)
+        for slot, name in zip(rule.slots, formats, strict=True)
+        for plane in format_of(name).planes
+    ]
+    return Kept(formats, tuple(key for key, _ in keyed[1:]), tuple(plane for _, plane in keyed))
+
+
+def dtypes(rule: Rule, strategy: Strategy) -> dict[str, torch.dtype]:
+    """State key -> dtype of every plane but the parameter itself."""
+    own = kept(rule, strategy)
+    return {key: plane.dtype for key, plane in zip(own.keys, own.planes[1:], strict=True)}
+
+
+def planes_of(rule: Rule, strategy: Strategy, param: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The local planes of all slots in a row, theta's first."""
+    return [local(param.detach()), *(local(state[key]) for key in kept(rule, strategy).keys)]
+
+
+def theta_of(rule: Rule, strategy: Strategy, param: Tensor, state: Mapping[str, Tensor]) -> Planes:
+    """The local planes of theta."""
+    return planes_of(rule, strategy, param, state)[: len(format_of(strategy.param).planes)]
+
+
+def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capturable: bool) -> None:
+    """Fill an empty state: step 0 (on the parameter's device, if capturable), theta as it is, every other number 0."""
+    fresh: State = {"step": torch.zeros((), dtype=torch.int64, device=param.device if capturable else "cpu")}
+    own = kept(rule, strategy)
+    every = [plane for name in own.formats for plane in zeros(format_of(name), param.detach())]
+    fresh |= dict(zip(own.keys, every[1:], strict=True))
+    resync(rule, strategy, param, fresh)
+    state |= fresh
+
+
+def require_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError, naming the parameter, for a finite number that would become infinite in dtype."""
+    if values.is_meta or (dtype.itemsize >= values.dtype.itemsize and dtype != torch.float16):
+        return
+    for (part,) in pieces([values]):
+        broken = part[part.to(dtype).isinf() & part.isfinite()]
+        if broken.numel():
+            raise ValueError(
+                f"param '{name}': {broken[0].item():.6g} is beyond {name_of(dtype)}'s largest number, "
+                f"{torch.finfo(dtype).max:g}" + ("; use bfloat16" if dtype == torch.float16 else "")
+            )
+
+
+def backend_of(planes: Planes) -> Backend:
+    """The fastest backend for planes, whatever the optimizer steps with: all have the same bits."""
+    return choose("auto", planes[0].device)
+
+
+def cast(rule: Rule, strategy: Strategy, param: Tensor, state: State, capturable: bool) -> None:
+    """Cast a float32 parameter to the strategy's dtype, in place; its other planes keep what that cuts off."""
+    low = torch.empty_like(param.detach(), dtype=strategy.dtype)
+    fresh: State = {}
+    initialise(rule, strategy, low, fresh, capturable)
+    theta = theta_of(rule, strategy, low, fresh)
+    backend_of(theta).encode(strategy.param, [param.detach()], [theta])
+    param.data, param.grad = low, None
+    state |= fresh
+
+
+def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> int:
+    """Derive theta's other planes from the parameter as it is now. Returns how many elements that changed."""
+    theta, changed = theta_of(rule, strategy, param, state), 0
+    for planes in pieces(theta) if len(theta) > 1 else ():
+        before = [plane.clone() for plane in planes[1:]]
+        visible = torch.empty_like(planes[0])  # written to instead of the parameter, which has it already
+        backend_of(planes).encode(strategy.param, [planes[0].float()], [[visible, *planes[1:]]])
+        moved = torch.zeros_like(visible, dtype=torch.bool)
+        for old, new in zip(before, planes[1:], strict=True):
+            moved |= old != new
+        changed += int(moved.sum())
+    return changed
+
+
+def write(planes: Planes, values: Planes) -> None:
+    """Copy values into planes, one by one."""
+    for plane, value in zip(planes, values, strict=True):
+        plane.copy_(value)
+
+
+def check(rule: Rule, strategy: Strategy, param: Tensor, state: Mapping[str, Any], name: str, hint: str = "") -> None:
+    """Raise ValueError, naming the parameter, if a state has not exactly this strategy's planes."""
+    wanted = dtypes(rule, strategy)
+    require_tensors(state, name)
+    found = {key: value.dtype for key, value in state.items() if key != "step"}
+    if "step" not in state or found != wanted:
+        raise ValueError(
+            f"param '{name}': strategy '{strategy}' keeps step, {_listing(wanted)}; its state has "
+            f"{'step, ' if 'step' in state else ''}{_listing(found)}{hint}"
+        )
+    own = kept(rule, strategy)
+    for key, plane in zip(own.keys, own.planes[1:], strict=True):
+        require_shape(key, state[key], param, name, plane)
+
+
+def require_tensors(state: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError, naming the parameter, if anything in a saved state is not a tensor."""
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"param '{name}': {key} needs to be a tensor, got {value!r:.50} ({type(value).__name__})")
+
+
+def require_shape(key: str, tensor: Tensor, param: Tensor, name: str, plane: Plane) -> None:
+    """Raise ValueError, naming the parameter, for a plane that is not as its format has it."""
+    wanted = plane.shape(param.shape)
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(
+            f"param '{name}': {key} has shape {tuple(tensor.shape)}, not the parameter's {wanted}. If it "
+            "was resized, start its state anew: opt.state.pop(param), or drop its entry from a state_dict's 'state'"
+        )
+
+
+def check_counter(step: object, name: str) -> None:
+    """Raise ValueError, naming the parameter, for a step counter that cannot be counted up."""
+    if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() or not in_memory(step):
+        got = f"{dtype_of(step)} of shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
+        raise ValueError(f"param '{name}': step needs to be a 0-d int64 tensor with memory in its state, got {got:.50}")
+
+
+def count(step: Tensor, name: str) -> Tensor:
+    """A saved step counter as int64. Raises ValueError, naming the parameter, if it is not one whole number >= 0."""
+    if step.numel() != 1 or not float(step) >= 0 or not float(step).is_integer():
+        raise ValueError(f"param '{name}': step needs one whole number >= 0, got {step!r:.50}")
+    return step.detach().to("cpu", torch.int64).reshape(())
+
+
+def _listing(planes: Mapping[str, torch.dtype]) -> str:
+    return ", ".join(f"{key} ({name_of(dtype)})" for key, dtype in planes.items()) or "nothing"
+
+
+def from_torch(
+    rule: Rule, strategy: Strategy, param: Tensor, saved: Mapping[str, Any], live: Mapping[str, Tensor], name: str
+) -> State:
+    """A torch.optim state, its moments split into this strategy's planes.
+
+    Theta's other planes are those of the ``live`` state, which may hold more of the weights than plane 0 does; where it
+    has none they are derived from the parameter. SGD's states have no counter: one with a momentum has made a step.
+    """
+    saved = {key: saved[key] for key in (*rule.prefixes[1:], "step") if saved.get(key) is not None}
+    require_tensors(saved, name)
+    state: State = {}
+    initialise(rule, strategy, param, state, capturable=False)
+    state["step"] = count(saved.get("step", torch.tensor(float(bool(saved)), device="cpu")), name)
+    own = kept(rule, strategy)
+    at = 0
+    local_planes = planes_of(rule, strategy, param, state)
+    for slot, form in zip(rule.slots, own.formats, strict=True):
+        planes = local_planes[at : at + len(format_of(form).planes)]
+        at += len(planes)
+        if slot.prefix in saved:
+            require_shape(slot.prefix, saved[slot.prefix], param, name, Plane("", torch.float32))
+            value = local(saved[slot.prefix]).to(planes[0].device, torch.float32)
+            backend_of(planes).encode(form, [value], [planes])
+    theta = {"param" + plane.suffix for plane in format_of(strategy.param).planes[1:]}
+    return state | {key: live[key] for key in theta if key in live and live[key].dtype == state[key].dtype}
