@@ -1,6 +1,7 @@
 """Compile Triton's kernels for GPUs that are not here, and print what came out as JSON. test_triton.py runs it.
 
-python tests/triton_targets.py TARGETS STRATEGIES [measured] [strided] [others] [contract]
+python tests/triton_targets.py TARGETS CASES [measured] [strided] [scaled] [others] [contract]
+CASES: strategies, as of AdamW, or RULE:STRATEGY, or RULE:(FORMAT FORMAT ...); comma-separated.
 """
 
 import json
@@ -8,17 +9,19 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from collage.backends.triton import BLOCK, GRADIENTS, fold, slots, walk
-from collage.backends.triton.arithmetic import bf16, same
-from collage.backends.triton.rules import RULES
+from collage.backends.triton import BLOCK, FORMATS, _plan, _plan_of_all, _plan_of_one, other, rules, walk
+from collage.backends.triton.fold import fold
 from collage.backends.triton.walk import MASKED, STRIDED
+from collage.rules import RULES
 from collage.strategies import Strategy
 
 TARGETS = {
@@ -41,48 +44,69 @@ def compiled(function, pointers: dict[str, str], constants: dict, target: GPUTar
     return triton.compile(source, target=target, options=options)
 
 
-def step(s: Strategy, target: GPUTarget, measured: bool, strided: bool):
-    pointers = {
-        "table": "*i64", "blocks": "*i32", "shapes": "*i64", "constants": "*fp32", "streams": "*i64", "sums": "*fp64",
-    }  # fmt: skip
-    constants = {
-        "RULE": RULES["adamw"], **formats(s), "ROUND": bf16 if s.arithmetic == "bfloat16" else same, "MAXIMIZE": False,
-        "RANDOM": s.stochastic, "BY_ROWS": False, "REST": (STRIDED if strided else MASKED).value, "MEASURED": measured,
-    }  # fmt: skip
-    return compiled(walk.step, pointers, constants, target)
+class Case(NamedTuple):
+    """A rule and the formats of its slots."""
+
+    rule: str
+    formats: tuple[str, ...]
+    register: torch.dtype
+    dtype: torch.dtype  # of the parameter
+
+    @staticmethod
+    def parse(text: str) -> "Case":
+        rule, _, strategy = text.rpartition(":")
+        rule = rule or "adamw"
+        if strategy[0] == "(":
+            return Case(rule, tuple(strategy[1:-1].split(" ")), torch.float32, torch.bfloat16)
+        known = Strategy.parse(strategy)
+        return Case(rule, known.formats(RULES[rule].roles), known.register, known.dtype)
+
+    def plan(self, flags: Sequence[str]) -> walk.Plan:
+        gradient = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+        return _plan(
+            RULES[self.rule], self.formats, self.register, gradient if RULES[self.rule].gradient else None,
+            **self.shape("strided" in flags), maximize=False, scaled="scaled" in flags, skips="scaled" in flags,
+            measured="measured" in flags,
+        )  # fmt: skip
+
+    def shape(self, strided: bool) -> dict:
+        """Of the table."""
+        columns = walk.ADDRESSES.value + 1 + sum(len(FORMATS[name].words) for name in self.formats)
+        return {"columns": columns, "rest": (STRIDED if strided else MASKED).value, "by_rows": False}
 
 
-def formats(s: Strategy) -> dict:
-    """Where everything lies."""
-    names = s.param, s.momentum, s.variance
-    gradient = GRADIENTS[s.dtype if s.dtype == torch.float32 else torch.bfloat16]
-    planes = sum(len(fmt.dtypes) for fmt in s.formats)
-    return {"SLOTS": slots(names), "GRADIENT": gradient, "TENSORS": 1 + planes}
+TABLES = {"table": "*i64", "owners": "*i32", "shapes": "*i64"}
 
 
-def fold_on_device(s: Strategy, target: GPUTarget):
+def step(case: Case, target: GPUTarget, flags: Sequence[str]):
+    others = {"constants": "*fp32", "streams": "*i64", "scale": "*fp32", "skip": "*fp32", "sums": "*fp64"}
+    return compiled(walk.step, TABLES | others, {"PLAN": case.plan(flags)}, target)
+
+
+def others(case: Case, target: GPUTarget) -> dict:
+    """The kernels beside the step."""
+    narrow, rule = case.register == torch.bfloat16, RULES[case.rule]
     pointers = {
         "counters": "*i64", "keys": "*i64", "seed": "*i64", "lr": "*fp64", "hyper": "*fp64", "constants": "*fp32",
         "streams": "*i64",
     }  # fmt: skip
-    constants = {
-        "RULE": RULES["adamw"], "FOLD": fold.FOLDS["adamw"], "NARROW": s.arithmetic == "bfloat16",
-        "RANDOM": s.stochastic,
+    folds = {
+        "RULE": rules.RULES[case.rule], "SETTINGS": sum(setting.count for setting in rule.settings), "NARROW": narrow,
+        "RANDOM": True,
     }  # fmt: skip
-    return compiled(fold.fold, pointers, constants, target)
-
-
-def others(s: Strategy, target: GPUTarget) -> dict:
-    """The kernels beside the step."""
-    whole = formats(s)
-    tables = {"table": "*i64", "blocks": "*i32"}
-    theta = {"SLOT": whole["SLOTS"][0], "TENSORS": whole["TENSORS"], "REST": STRIDED.value}
-    return {
-        "fold": fold_on_device(s, target),
-        "broken": compiled(walk.broken, tables | {"shapes": "*i64", "counts": "*i32"}, theta, target),
-        "stream": compiled(walk.stream, tables | {"zero": "*i32"}, whole, target),
-        "add_up": compiled(walk.add_up, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}, target),
+    shape = case._replace(formats=case.formats[:1]).shape(True)
+    one = {"PLAN": _plan_of_one(case.formats[0], True, 0, 0, **shape)}
+    all_of_them = {"PLAN": _plan_of_all(case.formats, torch.bfloat16, **case.shape(False))}
+    counting = {"broken": (other.broken, TABLES | {"counts": "*i32"}, one)}
+    kernels = {
+        "fold": (fold, pointers, folds),
+        "decode": (other.decode, TABLES, one),
+        "encode": (other.encode, TABLES | {"streams": "*i64"}, one),
+        **(counting if FORMATS[case.formats[0]].broken else {}),
+        "stream": (other.stream, {"table": "*i64", "owners": "*i32", "zero": "*i32"}, all_of_them),
+        "add_up": (other.add_up, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}),
     }
+    return {name: compiled(*kernel, target) for name, kernel in kernels.items()}
 
 
 def facts(kernel) -> dict:
@@ -125,16 +149,15 @@ def amd(code: str) -> dict:
 
 
 def main() -> None:
-    targets, strategies, *flags = sys.argv[1:]
+    targets, cases, *flags = sys.argv[1:]
     result = {}
-    for name in strategies.split(","):
-        s = Strategy.parse(name)
+    for name in cases.split(","):
+        case = Case.parse(name)
         for target in targets.split(","):
-            kernel = step(s, TARGETS[target], "measured" in flags, "strided" in flags)
-            result[f"{name} {target}"] = facts(kernel)
+            result[f"{name} {target}"] = facts(step(case, TARGETS[target], flags))
             if "others" in flags:
-                for kind, other in others(s, TARGETS[target]).items():
-                    result[f"{kind} {name} {target}"] = facts(other)
+                for kind, kernel in others(case, TARGETS[target]).items():
+                    result[f"{kind} {name} {target}"] = facts(kernel)
     print(json.dumps(result))
 
 

@@ -214,7 +214,10 @@ def master(word: Any) -> Format:
 
 @triton.jit
 def kahan_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
-    return Kahan(Real(planes[0], ROUND), Real(planes[1], ROUND))
+    if ROUND is same:  # it is only looked at: the recurrence is one in bfloat16
+        return Register(Real(total(planes), same))
+    else:
+        return Kahan(Real(planes[0], ROUND), Real(planes[1], ROUND))
 
 
 @triton.jit

@@ -56,6 +56,9 @@ class Row:
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self._digest}"
 
+    def __deepcopy__(self, memo: Any) -> Row:
+        return self  # Triton compares copies of globals with the globals, and functions have no copies
+
     @cached_property
     def _digest(self) -> str:
         text = ", ".join(_text(getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
