@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REGIMES, assert_same_bits, batch_of, case_of, cases, copy_of, numbers, reshaped, row_of, strided
+from helpers import REGIMES, Case, assert_same_bits, batch_of, case_of, cases, copy_of, reshaped, row_of, strided
 from test_backends import REGIONS, STRIDED, assert_same, interpreted
 from test_backends import test_broken_planes_are_counted as check_broken
 from test_backends import test_decoding_and_encoding as check_decoding_and_encoding
 
 import collage
 from collage import backends
-from collage.backends import Region, reference
-from collage.formats import FORMATS, Master, format_of
+from collage.backends import Region, Row, reference
+from collage.formats import FORMATS, Master, format_of, zeros
 from collage.rng import bases, signed
 from collage.rules import RULES
 from collage.strategies import STRATEGIES, Strategy
@@ -69,6 +69,30 @@ def test_decoding_and_encoding(name, triton):
 @pytest.mark.parametrize("name", ["bf16x2", "fp16x2:sr", "bf16x3:sr", "bf16+kahan", "fp16+fp32", "bf16"])
 def test_broken_planes_are_counted(name, triton):
     check_broken(name, triton)
+
+
+@pytest.mark.parametrize("shape", [(3, 1100), (2, 2048), (7, 33), (5,)], ids=str)
+def test_a_format_with_a_scale_per_block(shape, triton, monkeypatch):
+    """Blocks of elements and of the walk stay inside rows; a format is given all numbers of a block."""
+    import triton_toy  # adds its rows
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found, wanted = zeros(FORMATS["toy"], x), zeros(FORMATS["toy"], x)
+    triton.encode("toy", [x], [found])
+    reference.encode("toy", [x], [wanted])
+    for rule, formats in (("apply", ("toy",)), ("adamw", ("bf16x2", "toy", "bf16")), ("sgd_momentum", ("fp32", "toy"))):
+        case = Case(RULES[rule], formats, torch.float32, torch.float32)
+        others = [tuple(torch.zeros(shape, dtype=d) for d in format_of(name).dtypes) for name in formats]
+        slots = [tuple(wanted) if name == "toy" else other for name, other in zip(formats, others, strict=True)]
+        assert_same(triton, case, [Row(tuple(slots), x * 0.01, 3)])
+    out = [torch.empty(shape) for _ in range(2)]
+    triton.decode("toy", [found], out[:1])
+    reference.decode("toy", [wanted], out[1:])
+    for got, want in zip((*found, out[0]), (*wanted, out[1]), strict=True):
+        assert_same_bits("toy", got, want)
+    for formats in (triton.FORMATS, FORMATS):
+        del formats["toy"]
+    sys.modules.pop(triton_toy.__name__)
 
 
 @pytest.mark.parametrize("kind", ["transposed", "spread"])

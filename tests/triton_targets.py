@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,8 +72,9 @@ class Case(NamedTuple):
 
     def shape(self, strided: bool) -> dict:
         """Of the table."""
+        by_rows = any(max(FORMATS[name].per) > 1 for name in self.formats)
         columns = walk.ADDRESSES.value + 1 + sum(len(FORMATS[name].words) for name in self.formats)
-        return {"columns": columns, "rest": (STRIDED if strided else MASKED).value, "by_rows": False}
+        return {"columns": columns, "rest": (STRIDED if strided else MASKED).value, "by_rows": by_rows}
 
 
 TABLES = {"table": "*i64", "owners": "*i32", "shapes": "*i64"}
@@ -150,6 +152,8 @@ def amd(code: str) -> dict:
 
 def main() -> None:
     targets, cases, *flags = sys.argv[1:]
+    if "toy" in cases:
+        import_module("triton_toy")
     result = {}
     for name in cases.split(","):
         case = Case.parse(name)

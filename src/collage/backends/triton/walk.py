@@ -104,7 +104,9 @@ def span(row, program, PLAN: tl.constexpr):
 @triton.jit
 def block(row, begin, end, shapes, c, stream, scale, out, PLAN: tl.constexpr, WAY: tl.constexpr):
     """One block."""
-    at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK) if WAY == WHOLE else begin + tl.arange(0, BLOCK)
+    if PLAN.by_rows and WAY == WHOLE:
+        begin = begin // BLOCK * BLOCK  # it is: this says so
+    at = begin + tl.arange(0, BLOCK)
     mask = at < end
     planes = ()
     for k in tl.static_range(len(PLAN.slots)):
