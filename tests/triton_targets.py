@@ -31,6 +31,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -55,7 +56,7 @@ class Case(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> "Case":
-        rule, _, strategy = text.rpartition(":")
+        rule, _, strategy = text.partition(":") if ":" in text else ("", "", text)
         rule = rule or "adamw"
         if strategy[0] == "(":
             return Case(rule, tuple(strategy[1:-1].split(" ")), torch.float32, torch.bfloat16)
@@ -114,12 +115,13 @@ def others(case: Case, target: GPUTarget) -> dict:
 def facts(kernel) -> dict:
     """Registers and spills; how wide memory is accessed; what LLVM and PTX say of contraction and flushing."""
     asm = kernel.asm
+    fma = r"|llvm\.fmuladd" + (r"|llvm\.fma\b" if "cubin" in asm or RELEASE >= (3, 8) else "")  # before: in its square root
     code = asm.get("ptx") or asm["amdgcn"]
     return {
         **(nvidia(asm["cubin"]) if "cubin" in asm else amd(code)),
         "loads": len(re.findall(r"ld\.global\S*\.v4\.b32|global_load_dwordx4", code)),
         "stores": len(re.findall(r"st\.global\S*\.v4\.b32|global_store_dwordx4", code)),
-        "contracted": len(re.findall(r"\b(?:contract|reassoc|fast|afn|arcp)\b|llvm\.fmuladd|llvm\.fma\b", asm["llir"]))
+        "contracted": len(re.findall(r"\b(?:contract|reassoc|fast|afn|arcp)\b" + fma, asm["llir"]))
         + len(re.findall(r"\bfma\.", code)),
         "flushed": len(re.findall(r"\.ftz\b|denormal-fp-math[^=]*=\"preserve-sign", code + asm["llir"])),
         "approximate": len(re.findall(r"\b(?:div|sqrt|rcp)\.(?:approx|full)|!fpmath", code + asm["llir"])),

@@ -21,6 +21,12 @@ def float_of(bits):
 
 
 @triton.jit
+def negative(x):
+    """Triton 3.6 computes -x as 0 - x, which is not -0 for 0."""
+    return x * -1.0
+
+
+@triton.jit
 def is_finite(x):
     return x - x == 0.0
 
@@ -126,7 +132,7 @@ def sqrt(a):
 
 @triton.jit
 def minus(a):
-    return Real(-a.x, a.ROUND)
+    return Real(negative(a.x), a.ROUND)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from collage.backends.triton.arithmetic import Real, same
+from collage.backends.triton.arithmetic import Real, negative, same
 from collage.backends.triton.language import Row
 from collage.backends.triton.random import bits, salted, words, words_of_run
 
@@ -137,7 +137,7 @@ def gradient(row, at, mask, shapes, scale, PLAN: tl.constexpr, WAY: tl.constexpr
         g = read(row, 0, at, mask, shapes, PLAN.gradient, WAY)
         if PLAN.scaled:
             g = tl.div_rn(g, tl.load(scale))
-        return Real(PLAN.ROUND(-g if PLAN.maximize else g), PLAN.ROUND)
+        return Real(PLAN.ROUND(negative(g) if PLAN.maximize else g), PLAN.ROUND)
 
 
 @triton.jit
