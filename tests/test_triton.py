@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from collage.strategies import STRATEGIES, Strategy
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TABLE = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", "fp32-master", "paper-plus")
+OTHERS = ("collage-plus-sr", "lion:collage-fp16", "adam_amsgrad:(fp16+fp32 bf16x3:sr fp16x2:sr fp16:sr)", "apply:(toy)")
+OTHERS += ("average:(bf16x2:sr bf16+kahan)", "momentum_nesterov:(bf16:sr fp32)", "sgd_momentum:paper-plus")
 SIZES = (0, 1, 31, 1000, 1024, 1025)
 CASES = [pytest.param(k, case, id=str(case)) for k, case in enumerate(cases())]
 
@@ -252,6 +255,13 @@ def test_it_says_what_is_missing(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="backend: 'triton' is not available: torch sees no GPU"):
             collage.AdamW([w], backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("triton.__version__", "3.5.1+git0")
+    with pytest.raises(
+        RuntimeError, match="'triton' is not available: Triton 3.5.1.* is too old: the kernels need 3.6"
+    ):
+        collage.AdamW([w], backend="triton")
+    assert backends.choose("auto", torch.device("cuda")).__name__ == "collage.backends.reference"
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="Triton is not installed; torch's builds for GPUs bring it"):
         collage.AdamW([w], backend="triton")
@@ -291,16 +301,32 @@ def test_compiled_code_and_the_table_in_the_docs():
     """No spills, no local memory, 16 bytes per access, nothing contracted; registers and bytes as docs/gpu.md says."""
     found = compiled(TARGETS, TABLE)
     check(found)
-    check(compiled(("sm_90", "gfx942"), ("collage-plus-sr", "fp32-master"), "others"))
+    check(compiled(("sm_90", "gfx942"), OTHERS, "others", "scaled"), widths=False)
+    assert 2 * sum(least_accesses(STRATEGIES["collage-light"])) == 18
+    assert 2 * sum(least_accesses(STRATEGIES["collage-plus"])) == 22
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    if version("triton") not in page:
+        pytest.skip("the page's registers are those of another Triton")
     for name in TABLE:
         row = re.search(rf"^\| `{name}` \| (.*) \|$", page, re.M)
         assert row, name
         registers = [found[f"{name} {target}"]["registers"] for target in TARGETS]
         bytes_moved = 2 * sum(least_accesses(STRATEGIES[name]))
         assert [int(cell) for cell in row[1].split(" | ")] == [bytes_moved, *registers]
-    assert 2 * sum(least_accesses(STRATEGIES["collage-light"])) == 18
-    assert 2 * sum(least_accesses(STRATEGIES["collage-plus"])) == 22
+
+
+def test_compiled_kernels_are_named_by_their_sources():
+    """Triton keeps them on disk, and does not look into tuples for functions that were edited."""
+    script = (
+        "from dataclasses import replace; from collage.backends.triton import FORMATS, slots_of, walk\n"
+        "a = FORMATS['bf16x2']; b = replace(a, decode=FORMATS['bf16'].decode)\n"
+        "assert repr(a) == repr(replace(a)) != repr(b)\n"
+        "plans = [walk.Plan((walk.Slot(x, 1),), 11, 0) for x in (a, b)]\n"
+        "assert repr(plans[0]) != repr(plans[1])\n"
+        "a.encode.hash = 'an edit'\n"
+        "assert repr(replace(a)) != repr(a)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"TRITON_INTERPRET": "0"}, check=True)
 
 
 def test_the_check_for_contraction_can_fail():

@@ -115,7 +115,9 @@ def others(case: Case, target: GPUTarget) -> dict:
 def facts(kernel) -> dict:
     """Registers and spills; how wide memory is accessed; what LLVM and PTX say of contraction and flushing."""
     asm = kernel.asm
-    fma = r"|llvm\.fmuladd" + (r"|llvm\.fma\b" if "cubin" in asm or RELEASE >= (3, 8) else "")  # before: in its square root
+    fma = r"|llvm\.fmuladd" + (
+        r"|llvm\.fma\b" if "cubin" in asm or RELEASE >= (3, 8) else ""
+    )  # before: in its square root
     code = asm.get("ptx") or asm["amdgcn"]
     return {
         **(nvidia(asm["cubin"]) if "cubin" in asm else amd(code)),

@@ -177,7 +177,9 @@ def within(hi, lo, ULPS: tl.constexpr, STOCHASTIC: tl.constexpr, WORD: tl.conste
 
 
 def expansion(word: Any, n: int, stochastic: bool = False) -> Format:
-    return Format((word,) * n, expansion_number, expansion_encode, expansion_decode, every, expansion_broken, stochastic)
+    return Format(
+        (word,) * n, expansion_number, expansion_encode, expansion_decode, every, expansion_broken, stochastic
+    )
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Numbers that survive small increments: value, scaled(beta), grown(delta), and raised(other), the larger of two.
 
-One for one what accumulators.py says. `parts` is what a format stores: (c0, representable; what is left for the other components, unrounded), as float32.
+One for one what accumulators.py says. `parts` is what a format stores: (c0, representable; what is left for the other
+components, unrounded), as float32.
 """
 
 import triton
