@@ -66,7 +66,9 @@ def case_of(strategy: str | Strategy, rule: str = "adamw", gradient: torch.dtype
 ONE_SLOT = {
     "average": [
         (own, theta)
-        for own, theta in itertools.product(("bf16x2:sr", "bf16x3", "fp32"), ("bf16x2", "bf16+fp32", "bf16+kahan", "fp16"))
+        for own, theta in itertools.product(
+            ("bf16x2:sr", "bf16x3", "fp32"), ("bf16x2", "bf16+fp32", "bf16+kahan", "fp16")
+        )
     ],
     "accumulate": [("fp32",), ("bf16",), ("bf16x2",), ("bf16x2:sr",), ("bf16x3:sr",), ("fp16x2",), ("fp16:sr",)],
     "momentum": [("bf16", "bf16"), ("bf16x2", "fp32"), ("fp32", "bf16"), ("bf16:sr", "fp16")],

@@ -8,7 +8,7 @@ from helpers import assert_same_bits
 from torch import nn
 
 import collage
-from collage.formats import FORMATS, split
+from collage.formats import FORMATS, format_of, split
 from collage.rng import Stream
 from collage.strategies import STRATEGIES
 
@@ -22,17 +22,18 @@ def value_of(p, opt):
 
 def second_moment(strategy, beta2, gradients):
     """mean(v) / mean(float64 v) after those gradients, through the three verbs."""
-    from collage.rules.folding import fold
+    from collage.rules.adamw import fold
+    from collage.rules.folding import tensors
 
     s = STRATEGIES[strategy]
-    fmt = s.formats[2]
-    c = fold(1e-3, (0.9, beta2), 1e-8, 0.0, 1, s.register).on(s.register, torch.device("cpu"))
+    fmt = format_of(s.variance)
+    c = tensors(fold(1e-3, (0.9, beta2, 1e-8, 0.0), 1, s.register), s.register, torch.device("cpu"))
     planes = split(fmt, torch.zeros_like(gradients[0]))
     exact = torch.zeros_like(gradients[0], dtype=torch.float64)
     for step, g in enumerate(gradients):
         x = g.to(s.register)
         number = fmt.load(planes, s.register).scaled(c.beta2).grown(c.one_minus_beta2 * (x * x))
-        bits = Stream(0, step, 0).bits(torch.arange(len(g)), slot=2) if fmt.stochastic else None
+        bits = Stream(0, step, 0).bits(torch.arange(len(g)), "exp_avg_sq") if fmt.stochastic else None
         planes = fmt.encode(number, bits)
         exact = beta2 * exact + (1 - beta2) * g.double() ** 2
     return (fmt.value(planes).double().mean() / exact.mean()).item()
@@ -172,9 +173,9 @@ def test_bf16_is_torchs_fused_adamw_up_to_ulps(record_property):
 
 
 def test_every_format_of_every_slot_is_tested():
-    """The strategies above use each format of the table but fp16, which has its own test below."""
-    used = {f for s in STRATEGIES.values() for f in (s.param, s.momentum, s.variance)}
-    assert FORMATS.keys() - used == {"fp16"}
+    """The strategies above use each format of the table but those of float16, and three components: test_formats."""
+    used = {f for s in STRATEGIES.values() for f in s.formats()}
+    assert FORMATS.keys() - used == {"fp16", "fp16:sr", "fp16x2:sr", "fp16+fp32", "bf16x3", "bf16x3:sr"}
 
 
 def test_fp16_weights():

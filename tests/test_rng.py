@@ -17,10 +17,10 @@ Z = 5.5
 N = 1 << 18
 INDEX = torch.arange(N)
 STREAM = Stream(seed=7, step=1000, key=key_of("transformer.h.0.attn.c_attn.weight"))
-SLOTS = (0, 1, 2)
+SLOTS = ("param", "exp_avg", "exp_avg_sq", "average")
 
 
-def bits(slot: int = 0, stream: Stream = STREAM, index: Tensor = INDEX) -> Tensor:
+def bits(slot: str = "param", stream: Stream = STREAM, index: Tensor = INDEX) -> Tensor:
     return stream.bits(index, slot)
 
 
@@ -61,7 +61,7 @@ def test_bits_are_reproducible():
     assert key_of("wte") == 0xEF2AFEE622591C5A
     stream = Stream(seed=0, step=1, key=key_of("wte"))
     got = [stream.bits(torch.arange(2), slot).tolist() for slot in SLOTS]
-    assert got == [[39238, 40713], [56324, 33000], [28074, 52464]]
+    assert got == [[39238, 40713], [56324, 33000], [28074, 52464], [51440, 21004]]
 
 
 def test_keys_of_names_and_positions():
@@ -97,14 +97,14 @@ def test_neighbouring_steps_seeds_and_positions_are_unrelated():
     )
     index = torch.arange(1 << 16)
     for family in families:
-        samples = [bits(0, stream, index) for stream in family]
+        samples = [bits("param", stream, index) for stream in family]
         for x, y in combinations(samples, 2):
             assert abs(correlation(x, y)) < Z
 
 
 def test_one_element_over_the_steps():
     """What one weight sees: 4,096 steps of 64 elements. Mean, and correlation from one step to the next."""
-    x = torch.stack([bits(0, Stream(0, step, key_of("w")), torch.arange(64)) for step in range(1, 4097)])
+    x = torch.stack([bits("param", Stream(0, step, key_of("w")), torch.arange(64)) for step in range(1, 4097)])
     scale = (((1 << 32) - 1) / 12) ** 0.5
     means = (x.double().mean(0) - ((1 << 16) - 1) / 2) / scale * x.shape[0] ** 0.5
     assert float(means.abs().max()) < Z
@@ -201,8 +201,8 @@ def test_rounding_errors_of_the_slots_are_uncorrelated():
         up = torch.stack([(bits(slot) >= (1 << 16) - limit).double() for slot in SLOTS]) - limit / 65536
         covariance = up @ up.T / N
         sigma = fraction * (1 - fraction)
-        z = (covariance / sigma - torch.eye(3)) * N**0.5
-        assert float(z[~torch.eye(3, dtype=torch.bool)].abs().max()) < Z
+        z = (covariance / sigma - torch.eye(len(SLOTS))) * N**0.5
+        assert float(z[~torch.eye(len(SLOTS), dtype=torch.bool)].abs().max()) < Z
 
 
 def test_indices_beyond_32_bits_continue_without_repeats():

@@ -10,6 +10,7 @@ from collage.strategies import ALIASES, STRATEGIES, Strategy
 BYTES = {
     "bf16": 8, "collage-light": 10, "collage-plus": 12, "collage-plus-sr": 12, "paper-bf16": 8, "paper-light": 10,
     "paper-plus": 12, "fp32-states": 12, "fp32-master": 16, "fp32": 16, "kahan": 10, "stochastic": 8,
+    "collage-fp16": 10,
 }  # fmt: skip
 
 
@@ -50,7 +51,10 @@ def test_letters_of_the_paper():
         ({"momentum": "bf16+fp32"}, "momentum: 'bf16\\+fp32' is a format for param"),
         ({"variance": "bf16+kahan"}, "variance: 'bf16\\+kahan' is a format for param"),
         ({"arithmetic": "float16"}, "arithmetic: unknown 'float16'; known: float32, bfloat16"),
-        ({"momentum": "fp32", "arithmetic": "bfloat16"}, "momentum: bfloat16 arithmetic takes nearest bf16 formats"),
+        (
+            {"momentum": "fp32", "arithmetic": "bfloat16"},
+            "momentum: bfloat16 arithmetic takes 'bf16', 'bf16x2', 'bf16[+]kahan'",
+        ),
         ({"param": "bf16:sr", "arithmetic": "bfloat16"}, "param: bfloat16 arithmetic"),
         ({"param": "bf16+kahan"}, "use arithmetic='bfloat16'"),
     ],

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from collage.sharding import any_dtensor, local
 from collage.optimizers.planes import require_finite
+from collage.sharding import any_dtensor, local
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -187,7 +186,7 @@ def _apart(hi: Tensor, lo: Tensor, dtype: torch.dtype, ulps: float, stochastic: 
 
 @dataclass(frozen=True)
 class Master(Format):
-    """16 bits for the forward pass, and the float32 master weight they are a cast of. The number is the master alone."""
+    """16 bits for the forward pass, and the float32 master weight they are a cast of. The number is the master."""
 
     dtype: torch.dtype = BF16
     stochastic: bool = False
@@ -303,12 +302,12 @@ def aligned(formats: Sequence[Format], planes: Sequence[Planes], others: Planes,
             yield tensors
             return
         flat = [t.view(-1) for t in tensors]
-        yield from map(list, zip(*(t.split(size) for t in flat), strict=True))
+        yield from map(list, zip(*(torch.split(t, size) for t in flat), strict=True))
         return
     rows, columns = as_rows(first.shape)
     some = max(1, size // max(columns, 1))
     in_rows = [t.reshape(rows, columns) if plane.per == 1 else t for t, plane in zip(tensors, layouts, strict=True)]
-    yield from map(list, zip(*(t.split(some) for t in in_rows), strict=True))
+    yield from map(list, zip(*(torch.split(t, some) for t in in_rows), strict=True))
 
 
 def pieces(planes: Planes) -> Iterator[Planes]:

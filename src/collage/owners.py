@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from collage.formats import Planes, format_of
 from collage.optimizers.base import PrecisionOptimizer
+from collage.optimizers.parameters import Parameter, dtype_of
 from collage.sharding import local
 from collage.unwrapping import unwrapped
-from collage.optimizers.parameters import Parameter, dtype_of
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 

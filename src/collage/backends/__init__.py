@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -114,8 +114,6 @@ def fastest(device: torch.device) -> str:
     return next((name for name, known in BACKENDS.items() if device.type in known.devices), "reference")
 
 
-
-
 def choose(name: str, device: torch.device) -> Backend:
     """The backend of that name for tensors on a device. "auto" takes the fastest there is."""
     wanted = fastest(device) if name == "auto" else name
@@ -126,5 +124,5 @@ def choose(name: str, device: torch.device) -> Backend:
     refusal = BACKENDS[wanted].refusal(wanted, device)
     if refusal:
         raise ValueError(f"backend: {refusal}")
-    backend: Backend = import_module(BACKENDS[wanted].module)  # type: ignore[assignment]
+    backend: Backend = import_module(BACKENDS[wanted].module)
     return backend

@@ -67,9 +67,7 @@ def carry_out(batch: Batch, backend: str, capturable: bool = False) -> None:
     if on_device:
         whole = replace(batch, steps=())
     else:
-        whole = replace(
-            batch, lr=float(batch.lr), steps=numbers, counters=(), scale=float(batch.scale), skip=None
-        )
+        whole = replace(batch, lr=float(batch.lr), steps=numbers, counters=(), scale=float(batch.scale), skip=None)
     for kind, chosen in backends.items():
         chosen.step(whole.take(positions[kind]))
 

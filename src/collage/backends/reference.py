@@ -113,7 +113,7 @@ def measure(fmt: Format, old: Planes, new: Planes, delta: Tensor, sums: Tensor) 
 
 
 def _add_in_blocks(terms: Tensor, sums: Tensor, k: int) -> None:
-    """sums[k] += terms [rows, columns] in a fixed order: halving pairwise in blocks of BLOCK along a row, then in order."""
+    """sums[k] += terms [rows, columns] in fixed order: halving pairwise in blocks of BLOCK of a row, then in turn."""
     blocks = torch.nn.functional.pad(terms, (0, -terms.shape[1] % BLOCK)).view(-1, BLOCK)
     while blocks.shape[1] > 1:
         half = blocks.shape[1] // 2

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from collage.optimizers.adamw import AdamW
 from collage.monitor import Monitor, monitor
 from collage.monitor.quality import Quality, Report, Tally
+from collage.optimizers.adamw import AdamW
 from collage.optimizers.base import PrecisionOptimizer
-from collage.unwrapping import unwrapped
 from collage.strategies import Strategy
+from collage.unwrapping import unwrapped
 
 NEVER = 2**62  # calls of a monitor
 

@@ -13,8 +13,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from collage.backends.reference import SUMS
-
-from collage.monitor.quality import Quality, Report, Tally, jsonable
+from collage.monitor.quality import Report, Tally
 from collage.monitor.shadow import Placed, Sampled, Shadow, Stepping
 from collage.strategies import Strategy
 from collage.unwrapping import unwrapped
@@ -83,8 +82,8 @@ class Monitor:
     def __init__(self, every: int, shadow: int | None, strategies: Sequence[Strategy]) -> None:
         self.every = every
         self.seconds = 0.0  # that its own work has taken so far
-        self._step = 0  # the optimizer's, since it is watched
-        self._stepped: set[str] = set()  # in that one, so far
+        self._now: tuple[int, frozenset[str]] = (0, frozenset())  # step of the optimizer, and who has made it so far
+        self._coming = self._now  # the same with the call under way, which may yet be refused
         self._new_shadow = partial(Shadow, shadow, tuple(dict.fromkeys(strategies))) if shadow else lambda: None
         self._shadow = self._new_shadow()
         self._all, self._window = _Books(), _Books()
@@ -92,17 +91,15 @@ class Monitor:
     @property
     def due(self) -> bool:
         """Whether the step under way is measured."""
-        return self._step % self.every == 0
+        return self._coming[0] % self.every == 0
 
     def begin(self, names: Iterable[str]) -> bool:
         """Called by the optimizer with all that are about to step; returns whether they are to be measured.
 
         A step of the optimizer may come in several calls, a few parameters each; it is over when one comes again.
         """
-        coming = set(names)
-        if not coming.isdisjoint(self._stepped):
-            self._step, self._stepped = self._step + 1, set()
-        self._stepped |= coming
+        (step, stepped), coming = self._now, frozenset(names)
+        self._coming = (step, stepped | coming) if coming.isdisjoint(stepped) else (step + 1, coming)
         return self.due
 
     def before(self, stepping: Sequence[Stepping], changed: Mapping[str, int]) -> None:
@@ -124,15 +121,16 @@ class Monitor:
         self.seconds += time.perf_counter() - start
 
     def _add(self, stepping: Sequence[Stepping]) -> None:
+        self._now, step = self._coming, self._coming[0]
         sampled, beside = self._shadow.after(stepping, self.due) if self._shadow else ({}, {})
         if not self.due:
             return
         group_of = {parameter.name: parameter.group_index for parameters, _ in stepping for parameter in parameters}
         for books in (self._all, self._window):
-            books.add(stepping, self._step)
-            books.add_sampled(sampled, group_of, self._step)
+            books.add(stepping, step)
+            books.add_sampled(sampled, group_of, step)
             for name, (sums, sample) in beside.items():
-                books.beside.setdefault(name, Tally()).add(sums, self._step, sample)
+                books.beside.setdefault(name, Tally()).add(sums, step, sample)
 
     def edited(self, parameters: Iterable[Placed], changed: Mapping[str, int]) -> None:
         """Called when other components were derived anew: how many elements of each parameter."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from collage import backends
 from collage.formats import format_of
 from collage.optimizers import planes
+from collage.optimizers.parameters import Group, Parameter, State, name_of
 from collage.rules import Rule
 from collage.saying import several, warn_once
 from collage.sharding import any_dtensor
-from collage.optimizers.parameters import Group, Parameter, State, name_of
 from collage.strategies import STRATEGIES, Strategy
 
 log = logging.getLogger("collage")
@@ -57,9 +57,15 @@ def require_low_precision(parameters: Sequence[Parameter], before: int | None) -
         ValueError: all are, so that the strategy has nothing to work on. (Beside frozen low ones it is a warning.)
     """
     trained = [parameter for parameter in parameters if parameter.tensor.requires_grad]
-    full = [parameter for parameter in trained if strategy_of(parameter).dtype != Strategy.parse(parameter.group["strategy"]).dtype]
+    full = [
+        parameter
+        for parameter in trained
+        if strategy_of(parameter).dtype != Strategy.parse(parameter.group["strategy"]).dtype
+    ]
     if full and len(full) == len(trained):
-        _refuse_float32(full, {p.tensor.dtype for e in parameters if not p.tensor.requires_grad}, later=before is not None)
+        _refuse_float32(
+            full, {p.tensor.dtype for p in parameters if not p.tensor.requires_grad}, later=before is not None
+        )
     return len(full)
 
 
@@ -118,7 +124,7 @@ def to_be_cast(parameters: Sequence[Parameter]) -> list[Parameter]:
                 "collage.to_bf16(model), and then collage.load_high_precision_state_dict(model, optimizer, full)"
             )
         sharing = users[param.untyped_storage().data_ptr()] if param.numel() else []
-        for other in (other for other in sharing if other.param is not param):
+        for other in (other for other in sharing if other.tensor is not param):
             raise ValueError(
                 f"param '{name}': cast=True would part it from '{other.name}', with which it shares memory; give them "
                 "memory of their own, p.data = p.data.clone(), or use collage.to_bf16(model)"
@@ -127,13 +133,17 @@ def to_be_cast(parameters: Sequence[Parameter]) -> list[Parameter]:
     return wide
 
 
-def cast(
-    rule_of: Callable[[Group], Rule], wide: Sequence[Parameter], states: MutableMapping[Tensor, State]
-) -> None:
+def cast(rule_of: Callable[[Group], Rule], wide: Sequence[Parameter], states: MutableMapping[Tensor, State]) -> None:
     """Cast these parameters, one at a time."""
     for parameter in wide:
         strategy = Strategy.parse(parameter.group["strategy"])
-        planes.cast(rule_of(parameter.group), strategy, parameter.tensor, states[parameter.tensor], parameter.group["capturable"])
+        planes.cast(
+            rule_of(parameter.group),
+            strategy,
+            parameter.tensor,
+            states[parameter.tensor],
+            parameter.group["capturable"],
+        )
 
 
 def warn_of_fallback(devices: set[torch.device]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from collage import backends
 from collage.backends import Batch, operator
@@ -35,7 +36,9 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     _in_float32: int | None = None  # how many parameters were, when they were last looked at
     _step_supports_amp_scaling = True  # torch.amp.GradScaler sets grad_scale and found_inf, and calls step()
 
-    def __init__(self, params: Any, defaults: dict[str, Any], backend: str, cast: bool, dropped: dict[str, Any]) -> None:
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], backend: str, cast: bool, dropped: dict[str, Any]
+    ) -> None:
         unknown = without_foreign(dropped, type(self).__name__, self.foreign)
         if unknown:
             raise TypeError(f"{type(self).__name__}: cannot take {', '.join(sorted(unknown))}; it is unknown")
@@ -69,6 +72,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         self._columns: dict[tuple[int, bool], Columns] = {}
         self._plans: dict[int, Plan] = {}
         self._named: dict[int, Named] = {}
+        self._told: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # of which an edit was, but for those planned
 
     def parameters(self) -> Iterator[Parameter]:
         """Every parameter, in order, with its name (or position) and group."""
@@ -166,9 +170,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """Check everything, then make the step."""
         todo: list[tuple[Columns, Batch]] = []
         self._fresh, first = [], 0
-        present = set(map(id, self.param_groups))
-        for gone in [key for key in self._columns if key[0] not in present]:
-            del self._columns[gone]
+        self._drop_the_gone()
         for group in self.param_groups:
             self._validate(group)
             for in_float32 in (False, True):
@@ -186,6 +188,16 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             for columns, batch in todo:
                 self._adopt(columns)
                 self._step(columns, batch)
+
+    def _drop_the_gone(self) -> None:
+        """Keep nothing of groups that were taken away."""
+        present = set(map(id, self.param_groups))
+        if present.issuperset(self._named) and present.issuperset(key for key, _ in self._columns):
+            return
+        self._named = {key: found for key, found in self._named.items() if key in present}
+        self._columns = {key: columns for key, columns in self._columns.items() if key[0] in present}
+        params = {id(param) for group in self.param_groups for param in group["params"]}
+        self._plans = {key: plan for key, plan in self._plans.items() if key in params}
 
     def _batch(self, group: Group, columns: Columns, grads: Sequence[Tensor]) -> Batch:
         """The step of these parameters, but for its step numbers."""
@@ -209,7 +221,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     def _step_measured(self, todo: Sequence[tuple[Columns, Batch]]) -> None:
         """The same step, between what the monitors look at before it and after it."""
         names = [name for columns, _ in todo for name in columns.names]
-        due = any([monitor.begin(names) for monitor in self.monitors])
+        due = sum(monitor.begin(names) for monitor in self.monitors) > 0  # every monitor counts
         changed: dict[str, int] = {}
         watched = []
         for columns, batch in todo:
@@ -232,9 +244,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         self._fresh += fresh
         columns = self._columns.get((id(group), in_float32))
         if not (
-            columns
-            and columns.holds(rule, strategy, first, held)
-            and accept(columns.thetas, grads, strategy.dtype)
+            columns and columns.holds(rule, strategy, first, held) and accept(columns.thetas, grads, strategy.dtype)
         ):
             columns = self._renew(group, first, in_float32, (rule, strategy), held, grads)
         return columns, grads
@@ -253,26 +263,24 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         if before:
             before.settle()
         params = held[:: len(held) // len(grads)]
-        new: list[Parameter] = []
+        wide: list[int] = []
 
         def look(parameter: Parameter, grad: Tensor) -> None:
+            if in_float32 and not wide:
+                wide.append(admission.require_low_precision(list(self.parameters()), self._in_float32))
             self.strategy_of(parameter)
             check(*under, parameter, grad, self.state[parameter.tensor])
-            new.append(parameter)
 
         try:
             plans = renewed(self._those_of(group, params), *under, held, grads, self._plans, look)
-            wide = None
-            if in_float32 and new:
-                wide = admission.require_low_precision(list(self.parameters()), self._in_float32)
         except BaseException:
             for param in self._fresh:
                 self.state.pop(param, None)
             raise
         self._keep(plans)
         columns = self._columns[id(group), in_float32] = Columns(first, plans)
-        if wide is not None:
-            self._count_float32(wide)
+        if wide:
+            self._count_float32(wide[0])
         fresh = set(map(id, self._fresh))
         lost = [p.parameter.name for p in plans if p.stayed and id(p.parameter.tensor) in fresh]
         admission.warn_of_cleared(under[1], lost)
@@ -281,6 +289,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
     def _keep(self, plans: Sequence[Plan]) -> None:
         """Remember them, and forget those of parameters that are gone."""
         self._plans.update((id(plan.parameter.tensor), plan) for plan in plans)
+        for plan in plans if self._told else ():
+            plan.told |= plan.parameter.tensor in self._told
         if len(self._plans) > sum(len(group["params"]) for group in self.param_groups):
             present = {id(param) for group in self.param_groups for param in group["params"]}
             self._plans = {key: plan for key, plan in self._plans.items() if key in present}
@@ -374,12 +384,15 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         new = []
         for parameter, count, numel in found:
             own = self._plans.get(id(parameter.tensor))
-            if own is None or not own.told:
+            if parameter.tensor not in self._told and not (own and own.told):
                 new.append((parameter.name, count, numel))
+            self._told[parameter.tensor] = True
             if own is not None:
                 own.told = 1
         for columns in self._columns.values():
-            columns.seen[edits.TOLD] = torch.tensor([own.told for own in columns.plans], device="cpu")
+            columns.seen[edits.TOLD] = torch.tensor(
+                [own.told for own in columns.plans], dtype=torch.int64, device="cpu"
+            )
         edits.tell(new)
 
     @torch.no_grad()
@@ -431,9 +444,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             own = list(self.parameters())
             if loading.is_foreign(saved):
                 unused.update((p, values) for p, values in self.state.items() if values and int(values["step"]) == 0)
-            adopted.update(
-                loading.adopt(self.param_groups, own, saved, self.rule_of, self.strategy_of, self.state)
-            )
+            adopted.update(loading.adopt(self.param_groups, own, saved, self.rule_of, self.strategy_of, self.state))
             return adopted
 
         hook = self.register_load_state_dict_pre_hook(adopt)  # runs last: what it returns is what is loaded
@@ -445,7 +456,9 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             if saved_id in adopted["state"]:  # torch has cast the planes to the parameter's dtype: take the originals
                 device, own = parameter.tensor.device, parameter.group["capturable"]
                 self.state[parameter.tensor] = {
-                    key: placed(value.detach().to(device if own or key != "step" else "cpu", copy=True), parameter.tensor)
+                    key: placed(
+                        value.detach().to(device if own or key != "step" else "cpu", copy=True), parameter.tensor
+                    )
                     for key, value in adopted["state"][saved_id].items()
                 }
             elif parameter.tensor in unused:

@@ -130,7 +130,7 @@ def _require_same_rule(rule: Rule, index: int, group: Group, states: Sequence[St
     lacking = any(key not in theirs for theirs in states for key in needed)
     reason = f"it needs {', '.join(needed)}, and has {', '.join(found)}" if lacking else rule.torch(group, set(found))
     if reason:
-        raise ValueError(f"param_groups[{index}]: the saved state is not one of torch's {rule.title}: {reason}")
+        raise ValueError(f"param_groups[{index}]: the saved state is not one of {rule.title}: {reason}")
 
 
 def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:

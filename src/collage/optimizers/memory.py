@@ -46,7 +46,8 @@ def check_gradient(parameter: Parameter, grad: Tensor) -> None:
     """Raise, naming the parameter, for a gradient, or this rank's part of it, that the step cannot read."""
     if grad.layout != torch.strided:
         raise TypeError(
-            f"param '{parameter.name}': its gradient is sparse ({grad.layout}); use a dense one (Embedding(sparse=False))"
+            f"param '{parameter.name}': its gradient is sparse ({grad.layout}); use a dense one "
+            "(Embedding(sparse=False))"
         )
     if grad.dtype not in (parameter.tensor.dtype, torch.float32):
         wanted = dict.fromkeys((dtype_of(parameter.tensor), "float32"))

@@ -42,7 +42,11 @@ class Named:
 
     def __init__(self, index: int, first: int, group: Group) -> None:
         found = list(named(index, first, group))
-        self._at, self._params, self._names = (index, first), list(group["params"]), list(group.get("param_names") or ())
+        self._at, self._params, self._names = (
+            (index, first),
+            list(group["params"]),
+            list(group.get("param_names") or ()),
+        )
         self.by_id = {id(parameter.tensor): parameter for parameter in found}
 
     def holds(self, index: int, first: int, group: Group) -> bool:

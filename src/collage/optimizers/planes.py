@@ -175,11 +175,13 @@ def from_torch(
     Theta's other planes are those of the ``live`` state, which may hold more of the weights than plane 0 does; where it
     has none they are derived from the parameter. SGD's states have no counter: one with a momentum has made a step.
     """
-    saved = {key: saved[key] for key in (*rule.prefixes[1:], "step") if saved.get(key) is not None}
+    saved = {key: saved[key] for key in (*rule.prefixes[1:], "step") if key in saved}
+    if not rule.torch_counts:
+        saved = {key: value for key, value in saved.items() if value is not None}
     require_tensors(saved, name)
     state: State = {}
     initialise(rule, strategy, param, state, capturable=False)
-    state["step"] = count(saved.get("step", torch.tensor(float(bool(saved)), device="cpu")), name)
+    state["step"] = count(saved.get("step", torch.tensor(int(bool(saved)), dtype=torch.int64, device="cpu")), name)
     own = kept(rule, strategy)
     at = 0
     local_planes = planes_of(rule, strategy, param, state)

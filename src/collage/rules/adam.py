@@ -34,9 +34,16 @@ def fold(lr: float, hyper: Sequence[float], step: int, dtype: torch.dtype) -> Co
 
 
 ADAM = Rule(
-    "adam", MOMENTS, SETTINGS, update, fold, 9, title="Adam", torch=lambda group, keys: adamw.of_torch(group, keys, False, False)
+    "adam",
+    MOMENTS,
+    SETTINGS,
+    update,
+    fold,
+    9,
+    title="torch.optim.Adam",
+    torch=lambda group, keys: adamw.of_torch(group, keys, False, False),
 )
 ADAM_AMSGRAD = Rule(
-    "adam_amsgrad", (*MOMENTS, LARGEST), SETTINGS, update, fold, 9, title="Adam",
+    "adam_amsgrad", (*MOMENTS, LARGEST), SETTINGS, update, fold, 9, title="torch.optim.Adam",
     torch=lambda group, keys: adamw.of_torch(group, keys, False, True),
 )  # fmt: skip

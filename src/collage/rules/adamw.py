@@ -76,11 +76,18 @@ def of_torch(group: Mapping[str, Any], keys: set[str], decoupled: bool, amsgrad:
 
 MOMENTS = (Slot("param", "param"), Slot("exp_avg", "momentum"), Slot("exp_avg_sq", "variance"))
 LARGEST = Slot("max_exp_avg_sq", "variance")
-SETTINGS = (Setting("betas", below=1.0, count=2), Setting("eps"), Setting("weight_decay"))
+SETTINGS = (Setting("betas", below=1.0, numbers=2), Setting("eps"), Setting("weight_decay"))
 ADAMW = Rule(
-    "adamw", MOMENTS, SETTINGS, update, fold, 9, title="AdamW", torch=lambda group, keys: of_torch(group, keys, True, False)
+    "adamw",
+    MOMENTS,
+    SETTINGS,
+    update,
+    fold,
+    9,
+    title="torch.optim.AdamW",
+    torch=lambda group, keys: of_torch(group, keys, True, False),
 )
 ADAMW_AMSGRAD = Rule(
-    "adamw_amsgrad", (*MOMENTS, LARGEST), SETTINGS, update, fold, 9, title="AdamW",
+    "adamw_amsgrad", (*MOMENTS, LARGEST), SETTINGS, update, fold, 9, title="torch.optim.AdamW",
     torch=lambda group, keys: of_torch(group, keys, True, True),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""theta grown by an update that is given, as Muon's second half and wrapped optimizers have one, and by weight decay."""
+"""theta grown by an update that is given, as Muon's second half and wrapped optimizers have one, and by decay."""
 
 from __future__ import annotations
 

@@ -43,5 +43,5 @@ def fold(lr: float, hyper: Sequence[float], step: int, dtype: torch.dtype) -> Co
 
 LION = Rule(
     "lion", (Slot("param", "param"), Slot("exp_avg", "momentum")),
-    (Setting("betas", below=1.0, count=2), Setting("weight_decay")), update, fold, 8, title="Lion",
+    (Setting("betas", below=1.0, numbers=2), Setting("weight_decay")), update, fold, 8, title="Lion",
 )  # fmt: skip

@@ -38,34 +38,31 @@ class Setting(NamedTuple):
     name: str
     least: float = 0.0
     below: float = math.inf
-    count: int = 1
+    numbers: int = 1
 
     def checked(self, value: Any) -> Any:
         """The value as Python's floats; a tensor stays. Raises TypeError or ValueError, naming the setting."""
-        if self.count == 1:
-            return self._one(value)
-        values = tuple(map(self._one, value))
-        if len(values) != self.count:
-            raise ValueError(f"{self.name}: needs {self.count} numbers, got {value}")
-        return values
+        values = tuple(map(self._number, value)) if self.numbers > 1 else (self._number(value),)
+        if len(values) != self.numbers or not all(map(self._is_inside, values)):
+            some = "a finite number" if self.numbers == 1 else f"{'two' if self.numbers == 2 else self.numbers} numbers"
+            bound = f">= {max(self.least, 0):g}" if self.below == math.inf else f"in [{self.least:g}, {self.below:g})"
+            raise ValueError(f"{self.name}: needs {some} {bound}, got {value}")
+        return values if self.numbers > 1 else values[0]
 
-    def _one(self, value: Any) -> float | Tensor:
-        x = value if isinstance(value, Tensor) else _number(self.name, value)
-        if isinstance(x, Tensor) and x.numel() != 1:
-            raise ValueError(f"{self.name}: a tensor needs one element, got shape {tuple(x.shape)}")
+    def _number(self, x: Any) -> float | Tensor:
+        """As Python's float, which a checkpoint can hold, or a tensor."""
+        if isinstance(x, Tensor):
+            if x.numel() != 1:
+                raise ValueError(f"{self.name}: a tensor needs one element, got shape {tuple(x.shape)}")
+            return x
+        try:
+            return float(x)
+        except (TypeError, ValueError):
+            raise TypeError(f"{self.name}: needs a number, got {x!r:.50} ({type(x).__name__})") from None
+
+    def _is_inside(self, x: float | Tensor) -> bool:
         elsewhere = isinstance(x, Tensor) and x.device.type != "cpu"  # reading it would wait
-        if not elsewhere and not self.least <= float(x) < self.below:
-            bound = "" if self.below == math.inf else f" and < {self.below:g}"
-            raise ValueError(f"{self.name}: needs a finite number >= {max(self.least, 0):g}{bound}, got {value}")
-        return x
-
-
-def _number(name: str, x: Any) -> float:
-    """As Python's float, which a checkpoint can hold."""
-    try:
-        return float(x)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: needs a number, got {x!r:.50} ({type(x).__name__})") from None
+        return elsewhere or self.least <= float(x) < self.below
 
 
 @dataclass(frozen=True)
@@ -119,5 +116,5 @@ class Rule:
         """A group's settings but lr, in the order that `fold` takes them."""
         values: list[Any] = []
         for setting in self.settings:
-            values += group[setting.name] if setting.count > 1 else (group[setting.name],)
+            values += group[setting.name] if setting.numbers > 1 else (group[setting.name],)
         return values

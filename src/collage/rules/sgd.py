@@ -70,6 +70,26 @@ def of_torch(group: Mapping[str, Any], keys: set[str]) -> str:
 THETA, BUFFER = Slot("param", "param"), Slot("momentum_buffer", "momentum")
 DECAY = Setting("weight_decay")
 SETTINGS = (Setting("momentum"), Setting("dampening"), DECAY)
-SGD = Rule("sgd", (THETA,), (DECAY,), plain, fold_plain, 2, title="SGD", torch=of_torch, torch_counts=False)
-SGD_MOMENTUM = Rule("sgd_momentum", (THETA, BUFFER), SETTINGS, heavy_ball, fold, 5, title="SGD", torch=of_torch, torch_counts=False)
-SGD_NESTEROV = Rule("sgd_nesterov", (THETA, BUFFER), SETTINGS, nesterov, fold, 5, title="SGD", torch=of_torch, torch_counts=False)
+SGD = Rule("sgd", (THETA,), (DECAY,), plain, fold_plain, 2, title="torch.optim.SGD", torch=of_torch, torch_counts=False)
+SGD_MOMENTUM = Rule(
+    "sgd_momentum",
+    (THETA, BUFFER),
+    SETTINGS,
+    heavy_ball,
+    fold,
+    5,
+    title="torch.optim.SGD",
+    torch=of_torch,
+    torch_counts=False,
+)
+SGD_NESTEROV = Rule(
+    "sgd_nesterov",
+    (THETA, BUFFER),
+    SETTINGS,
+    nesterov,
+    fold,
+    5,
+    title="torch.optim.SGD",
+    torch=of_torch,
+    torch_counts=False,
+)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from collage import mcf
-from collage.rules.folding import rounded
 from collage.floors import MANTISSAS, THETA_FORMATS, decay_floors, movable_below, register_of, unchanged
 from collage.formats import format_of, split
 from collage.harness.tasks.weights import KINDS, kind_of, read
+from collage.rules.folding import rounded
 
 CHUNK = 1 << 18  # elements evaluated at once: their temporaries stay in the cache
 _HALF = (torch.bfloat16, torch.float16)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from collage.monitor import Monitor
 from collage.backends import Batch, Row
 from collage.formats import format_of
+from collage.monitor import Monitor
 from collage.monitor.shadow import Stepping, intended
 from collage.optimizers.base import PrecisionOptimizer
 
@@ -142,7 +142,7 @@ class UpdateSizes(Monitor):
         return False
 
     def before(self, stepping: Sequence[Stepping], changed: Mapping[str, int]) -> None:
-        if (self._step + 1) % self.every == 0:
+        if (self._coming[0] + 1) % self.every == 0:
             for _, batch in stepping:
                 for k, row in enumerate(batch.rows()):
                     self._count(batch.take([k]), row)
