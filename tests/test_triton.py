@@ -177,7 +177,7 @@ def test_folding_on_the_device(name, narrow, triton):
     rule, register = RULES[name], torch.bfloat16 if narrow else torch.float32
     case = next(case for case in cases() if case.rule is rule)._replace(register=register)
     steps, keys, cpu = (1, 2, 3, 1000, 999_999_937), (0, 1, 2**64 - 1, 5, 2**63), torch.device("cpu")
-    count = sum(setting.count for setting in rule.settings)
+    count = sum(setting.numbers for setting in rule.settings)
     for lr, hyper in (
         (1e-3, (0.9, 0.999, 1e-8, 0.1)), (3e-39, (0.0, 0.95, 10.0, 10.0)), (1e30, (0.5, 1 - 2**-30, 0, 0)),
     ):  # fmt: skip
@@ -258,7 +258,7 @@ def test_it_says_what_is_missing(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("triton.__version__", "3.5.1+git0")
     with pytest.raises(
-        RuntimeError, match="'triton' is not available: Triton 3.5.1.* is too old: the kernels need 3.6"
+        RuntimeError, match=r"'triton' is not available: Triton 3.5.1.* is too old: the kernels need 3.6"
     ):
         collage.AdamW([w], backend="triton")
     assert backends.choose("auto", torch.device("cuda")).__name__ == "collage.backends.reference"

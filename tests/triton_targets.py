@@ -94,7 +94,7 @@ def others(case: Case, target: GPUTarget) -> dict:
         "streams": "*i64",
     }  # fmt: skip
     folds = {
-        "RULE": rules.RULES[case.rule], "SETTINGS": sum(setting.count for setting in rule.settings), "NARROW": narrow,
+        "RULE": rules.RULES[case.rule], "SETTINGS": sum(setting.numbers for setting in rule.settings), "NARROW": narrow,
         "RANDOM": True,
     }  # fmt: skip
     shape = case._replace(formats=case.formats[:1]).shape(True)
