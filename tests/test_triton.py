@@ -1,41 +1,37 @@
 """Triton's kernels without a GPU: bits in the interpreter, code by compilation. The whole grid: test_backends.py."""
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from itertools import chain
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_bits
-from test_backends import (
-    GRID,
-    HYPER,
-    REGIMES,
-    assert_same,
-    batch_of,
-    copy_of,
-    interpreted,
-    numbers,
-    shard,
-    share,
-    strided,
-)
+from helpers import REGIMES, Case, assert_same_bits, batch_of, case_of, cases, copy_of, reshaped, row_of, strided
+from test_backends import REGIONS, STRIDED, assert_same, interpreted
+from test_backends import test_broken_planes_are_counted as check_broken
+from test_backends import test_decoding_and_encoding as check_decoding_and_encoding
 
 import collage
 from collage import backends
-from collage.backends import Region, reference
-from collage.backends.triton.formats import CODES
-from collage.formats import FORMATS, Master
+from collage.backends import Region, Row, reference
+from collage.formats import FORMATS, Master, format_of, zeros
+from collage.rng import bases, signed
+from collage.rules import RULES
 from collage.strategies import STRATEGIES, Strategy
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TABLE = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", "fp32-master", "paper-plus")
+OTHERS = ("collage-plus-sr", "lion:collage-fp16", "adam_amsgrad:(fp16+fp32 bf16x3:sr fp16x2:sr fp16:sr)", "apply:(toy)")
+OTHERS += ("average:(bf16x2:sr bf16+kahan)", "momentum_nesterov:(bf16:sr fp32)", "sgd_momentum:paper-plus")
 SIZES = (0, 1, 31, 1000, 1024, 1025)
+CASES = [pytest.param(k, case, id=str(case)) for k, case in enumerate(cases())]
 
 
 @pytest.fixture
@@ -43,52 +39,158 @@ def triton():
     yield from interpreted()
 
 
-@pytest.mark.parametrize(("strategy", "dtype"), GRID)
-def test_every_strategy_regime_and_some_sizes_in_one_launch(strategy, dtype, triton):
+@pytest.mark.parametrize(("k", "case"), CASES)
+def test_every_rule_and_strategy(k, case, triton):
     """Each tensor at a step and in a regime of its own; planes and the monitor's sums are the reference's."""
-    shares = [share(strategy, dtype, REGIMES[k % len(REGIMES)], n, step=1 + k % 3) for k, n in enumerate(SIZES)]
-    shares += [share(strategy, dtype, regime, 65) for regime in REGIMES]
-    assert_same(strategy, shares)
+    regimes = REGIMES[k % 8 :] + REGIMES[: k % 8]
+    rows = [row_of(case, regime, n, step=1 + n % 3) for regime, n in zip(regimes, (31, 0, 40, 1), strict=False)]
+    assert_same(triton, case, rows, maximize=k % 2 == 1, scale=(1.0, 1024.0)[k % 3 == 1])
 
 
-@pytest.mark.parametrize("name", ["collage-plus-sr", "paper-plus"])
-def test_other_settings(name, triton):
-    for hyper in HYPER:
-        assert_same(STRATEGIES[name], [share(STRATEGIES[name], torch.bfloat16, "normal", 300)], hyper, maximize=True)
+@pytest.mark.parametrize("rule", ["adamw", "lion"])
+@pytest.mark.parametrize("name", ["collage-plus-sr", "fp32-master", "paper-plus"])
+def test_some_sizes_in_one_launch(rule, name, triton):
+    case = case_of(name, rule)
+    rows = [row_of(case, REGIMES[k % len(REGIMES)], n, step=1 + k % 3) for k, n in enumerate(SIZES)]
+    assert_same(triton, case, rows + [row_of(case, regime, 65) for regime in REGIMES])
 
 
-def test_every_format_has_a_code():
-    assert CODES.keys() == FORMATS.keys()
+def test_every_rule_and_format_has_a_row(triton):
+    assert triton.RULES.keys() == RULES.keys()
+    assert triton.FORMATS.keys() == FORMATS.keys()
+    for name, rule in triton.RULES.items():
+        assert rule.columns == RULES[name].constants
+    for name, fmt in triton.FORMATS.items():
+        assert len(fmt.words) == len(FORMATS[name].planes)
 
 
-@pytest.mark.parametrize("spec", ["param=fp16,momentum=fp16,variance=fp32", "param=bf16+fp32,momentum=bf16x2:sr"])
-def test_formats_without_a_name(spec, triton):
-    strategy = Strategy.parse(f"{spec},variance=bf16" if "variance" not in spec else spec)
-    for regime in ("bits", "subnormal", "huge"):
-        assert_same(strategy, [share(strategy, strategy.dtype, regime, 1100)])
+@pytest.mark.parametrize("name", ["bf16x2", "fp16:sr", "bf16x3:sr", "fp16+fp32"])
+def test_decoding_and_encoding(name, triton):
+    check_decoding_and_encoding(name, triton)
+
+
+@pytest.mark.parametrize("name", ["bf16x2", "fp16x2:sr", "bf16x3:sr", "bf16+kahan", "fp16+fp32", "bf16"])
+def test_broken_planes_are_counted(name, triton):
+    check_broken(name, triton)
+
+
+@pytest.mark.parametrize("shape", [(3, 1100), (2, 2048), (7, 33), (5,)], ids=str)
+def test_a_format_with_a_scale_per_block(shape, triton, monkeypatch):
+    """Blocks of elements and of the walk stay inside rows; a format is given all numbers of a block."""
+    import triton_toy  # adds its rows
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found, wanted = zeros(FORMATS["toy"], x), zeros(FORMATS["toy"], x)
+    triton.encode("toy", [x], [found])
+    reference.encode("toy", [x], [wanted])
+    for rule, formats in (("apply", ("toy",)), ("adamw", ("bf16x2", "toy", "bf16")), ("sgd_momentum", ("fp32", "toy"))):
+        case = Case(RULES[rule], formats, torch.float32, torch.float32)
+        others = [tuple(torch.zeros(shape, dtype=d) for d in format_of(name).dtypes) for name in formats]
+        slots = [tuple(wanted) if name == "toy" else other for name, other in zip(formats, others, strict=True)]
+        assert_same(triton, case, [Row(tuple(slots), x * 0.01, 3)])
+    out = [torch.empty(shape) for _ in range(2)]
+    triton.decode("toy", [found], out[:1])
+    reference.decode("toy", [wanted], out[1:])
+    for got, want in zip((*found, out[0]), (*wanted, out[1]), strict=True):
+        assert_same_bits("toy", got, want)
+    for formats in (triton.FORMATS, FORMATS):
+        del formats["toy"]
+    sys.modules.pop(triton_toy.__name__)
 
 
 @pytest.mark.parametrize("kind", ["transposed", "spread"])
-def test_strides(kind, triton):
-    strategy = STRATEGIES["collage-plus-sr"]
-    s = share(strategy, torch.bfloat16, "normal", 37 * 53)
-    slots = tuple(tuple(strided(p.view(37, 53), kind) for p in planes) for planes in s.slots)
-    plain = share(strategy, torch.bfloat16, "normal", 70)
-    s = s._replace(slots=slots, grad=s.grad.view(37, 53))
-    assert not copy_of(s).slots[0][0].is_contiguous()
-    assert_same(strategy, [s, plain])
+@pytest.mark.parametrize("case", STRIDED[:1] + STRIDED[-2:], ids=str)
+def test_strides(case, kind, triton):
+    plain, row = row_of(case, "normal", 70), reshaped(row_of(case, "normal", 17 * 73), (17, 73))
+    row = row._replace(slots=tuple(tuple(strided(p, kind) for p in planes) for planes in row.slots))
+    assert not copy_of(row).slots[0][0].is_contiguous()
+    assert_same(triton, case, [row, plain])
 
 
-@pytest.mark.parametrize(
-    "region",
-    [
-        Region((70, 30), (2**32 // 30 - 40, 0), (30, 1)),  # one run, across 2**32
-        Region((70, 30), (2**32 // 100, 40), (100, 1)),  # a run per row
-        Region((7, 10, 30), (1, 2, 3), (5000, 100, 1)),
-    ],
-)
+@pytest.mark.parametrize("region", REGIONS[1:4:2])
 def test_shards_draw_the_bits_of_the_whole(region, triton):
-    assert_same(STRATEGIES["stochastic"], [shard(STRATEGIES["stochastic"], region)])
+    case = case_of("stochastic", "adamw_amsgrad")
+    assert_same(triton, case, [reshaped(row_of(case, "normal", 2100), region.sizes, region)])
+
+
+def test_elements_beyond_32_bits(triton, monkeypatch):
+    """Tables that put 2**32 elements before those there are: they are reached, and draw the bits of their place."""
+    case, before = case_of("collage-plus-sr"), 2**32
+    row = row_of(case, "normal", 2100)._replace(sums=None)
+    ours, theirs = copy_of(row), copy_of(row)._replace(region=Region((2100,), (before,), (1,)))
+    tables, whole = sys.modules["collage.backends.triton.tables"], triton.rows_of
+
+    def shifted(layout, fronts, which):
+        rows = whole(layout, fronts, which)
+        rows[:, tables.ADDRESSES :] -= torch.tensor([p.element_size() for p in (*fronts, *batch.planes)]) * before
+        rows[:, tables.NUMEL] += before
+        rows[:, tables.FIRST] -= before // tables.BLOCK
+        return rows
+
+    monkeypatch.setattr(triton, "rows_of", shifted)
+    batch = batch_of(case, [ours])
+    triton.step(batch)
+    reference.step(batch_of(case, [theirs]))
+    for got, want in zip(itertools.chain(*ours.slots), itertools.chain(*theirs.slots), strict=True):
+        assert_same_bits("plane", got, want)
+
+
+def test_a_table_follows_its_tensors(triton):
+    """What is kept between steps is made anew where addresses, strides or gradients' alignment have changed."""
+    case = case_of("collage-plus")
+    row = row_of(case, "normal", 1024)
+    for shift in (0, 1, 0):
+        memory = torch.zeros(1025, dtype=torch.bfloat16)
+        memory[shift : shift + 1024] = row.grad
+        ours = copy_of(row)._replace(grad=memory[shift : shift + 1024])
+        theirs = copy_of(row)
+        triton.step(batch_of(case, [ours]))
+        reference.step(batch_of(case, [theirs]))
+        assert_same_bits("theta", ours.slots[0][1], theirs.slots[0][1])
+    row = reshaped(row, (32, 32))
+    assert_same(triton, case, [row])
+    for planes in row.slots:
+        for plane in planes:
+            plane.data = plane.data.t()  # the same address
+    assert_same(triton, case, [row])
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_scale_and_skip_are_read_on_the_device(skip, triton):
+    """As torch.amp.GradScaler hands them over."""
+    for case in (case_of("collage-fp16"), case_of("collage-plus", "sgd")):
+        ours, theirs = row_of(case, "normal", 1100), row_of(case, "normal", 1100)
+        given = {"scale": torch.tensor(65536.0), "skip": torch.tensor(skip)}
+        triton.step(batch_of(case, [ours], **given))
+        if not skip:
+            reference.step(batch_of(case, [theirs], scale=65536.0))
+        for got, want in zip(itertools.chain(*ours.slots), itertools.chain(*theirs.slots), strict=True):
+            assert_same_bits(f"skip {skip}", got, want)
+        if skip:
+            assert not ours.sums.any()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_folding_on_the_device(name, narrow, triton):
+    """Bits of the host's constants and streams, for lr, betas and eps of every size, at steps up to a billion."""
+    rule, register = RULES[name], torch.bfloat16 if narrow else torch.float32
+    case = next(case for case in cases() if case.rule is rule)._replace(register=register)
+    steps, keys, cpu = (1, 2, 3, 1000, 999_999_937), (0, 1, 2**64 - 1, 5, 2**63), torch.device("cpu")
+    count = sum(setting.numbers for setting in rule.settings)
+    for lr, hyper in (
+        (1e-3, (0.9, 0.999, 1e-8, 0.1)), (3e-39, (0.0, 0.95, 10.0, 10.0)), (1e30, (0.5, 1 - 2**-30, 0, 0)),
+    ):  # fmt: skip
+        batch = batch_of(case, [], hyper=hyper[:count])
+        on_host = replace(batch, lr=lr, steps=steps, keys=keys, seed=2**63 + 5)
+        counters = [torch.tensor(step) for step in steps]
+        on_device = replace(on_host, lr=torch.tensor(lr, dtype=torch.float64), steps=(), counters=counters)
+        wanted, streams, _ = triton._folded(on_host, cpu)
+        found, their_streams, which = triton._fold(on_device, cpu)
+        assert list(which) == [0, 1, 2, 3, 4]
+        assert_same_bits(f"lr {lr}, {hyper}", found, wanted)
+        assert_same_bits("streams", their_streams, streams)
+    assert streams.tolist() == list(map(signed, bases(2**63 + 5, steps, keys)))
 
 
 def trained(strategy: str, steps: int = 6, **settings) -> list[torch.Tensor]:
@@ -107,43 +209,8 @@ def trained(strategy: str, steps: int = 6, **settings) -> list[torch.Tensor]:
     return [p.detach() for p in params.values()] + [x for p in params.values() for x in opt.state[p].values()]
 
 
-@pytest.mark.parametrize("name", ["collage-plus", "fp32-master", "kahan", "bf16"])
-def test_broken_planes_are_counted(name, triton):
-    strategy, module = STRATEGIES[name], sys.modules["collage.backends.triton"]
-    for regime in REGIMES:
-        theta = share(strategy, torch.bfloat16, regime, 1100).slots[0]
-        assert module.broken(strategy, [theta]) == 0
-        theta[0][5:1050:3] = numbers(regime, 349, 9).bfloat16()
-        theta[0][7:1050:9] = 0
-        spread = [strided(plane.view(11, 100), "spread") for plane in theta]
-        wanted = reference.broken(strategy, [theta, spread])
-        assert module.broken(strategy, [theta, spread]) == wanted, regime
-
-
-def test_elements_beyond_32_bits(triton, monkeypatch):
-    """Tables that put 2**32 elements before those there are: they are reached, and draw the bits of their place."""
-    module = sys.modules["collage.backends.triton"]
-    strategy, before = STRATEGIES["collage-plus-sr"], 2**32
-    s = share(strategy, torch.bfloat16, "normal", 2100)._replace(sums=None)
-    ours, theirs = copy_of(s), copy_of(s)._replace(region=Region((2100,), (before,), (1,)))
-    table = module._table
-
-    def shifted(batch, first):
-        rows, shapes = table(batch, first)
-        rows[:, : module.NUMEL] -= torch.where(rows[:, : module.NUMEL] != 0, 2 * before, 0)
-        rows[:, module.NUMEL] += before
-        rows[:, module.FIRST] -= before // module.BLOCK
-        return rows, shapes
-
-    monkeypatch.setattr(module, "_table", shifted)
-    module.step(batch_of(strategy, [ours]))
-    reference.step(batch_of(strategy, [theirs]))
-    for got, want in zip(chain(*ours.slots), chain(*theirs.slots), strict=True):
-        assert_same_bits("plane", got, want)
-
-
 @pytest.mark.parametrize("name", ["collage-plus-sr", "paper-plus", "fp32-master"])
-def test_constants_folded_on_the_device_are_the_hosts(name, triton):
+def test_a_capturable_step_has_the_same_bits(name, triton):
     """capturable: t, lr and the stream of random bits are read on the device; later replays run no host code."""
     wanted = trained(name, backend="reference")
     for settings in ({"backend": "triton", "capturable": True}, {"backend": "triton"}, {"capturable": True}):
@@ -170,29 +237,6 @@ def test_states_move_between_capturable_and_not():
         state["state"][0]["step"] = torch.tensor(1)
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_folding_over_betas_and_steps(narrow, triton):
-    """Bits of the host's constants, for lr, betas and eps of every size, at steps up to a billion."""
-    from collage.backends.triton import fold
-    from collage.rules.adamw import ADAMW
-
-    dtype = torch.bfloat16 if narrow else torch.float32
-    for lr, hyper in (
-        (1e-3, (0.9, 0.999, 1e-8, 0.1)),
-        (3e-39, (0.0, 0.95, 1e-45, 1e3)),
-        (1e30, (0.5, 1 - 2**-30, 0, 0)),
-    ):
-        for t in (1, 2, 3, 1000, 999_999_937):
-            counter, constants = torch.tensor(t), torch.zeros(1, 9)
-            fold.fold[(1,)](
-                torch.tensor([counter.data_ptr()]), torch.zeros(1, dtype=torch.int64), torch.tensor([0]),
-                torch.tensor(lr, dtype=torch.float64), torch.tensor(hyper, dtype=torch.float64), constants,
-                torch.zeros(1, dtype=torch.int64), FOLD=fold.FOLDS["adamw"], CONSTANTS=9, NARROW=narrow, RANDOM=False,
-            )  # fmt: skip
-            wanted = torch.tensor([ADAMW.fold(lr, hyper, t, dtype).row()])
-            assert_same_bits(f"lr {lr}, {hyper}, step {t}", constants, wanted)
-
-
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
 def test_a_compiled_step_has_the_same_bits(triton):
     """The operator's fake is enough to trace it; Triton runs inside the opaque call."""
@@ -211,6 +255,13 @@ def test_it_says_what_is_missing(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="backend: 'triton' is not available: torch sees no GPU"):
             collage.AdamW([w], backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("triton.__version__", "3.5.1+git0")
+    with pytest.raises(
+        RuntimeError, match=r"'triton' is not available: Triton 3.5.1.* is too old: the kernels need 3.6"
+    ):
+        collage.AdamW([w], backend="triton")
+    assert backends.choose("auto", torch.device("cuda")).__name__ == "collage.backends.reference"
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="Triton is not installed; torch's builds for GPUs bring it"):
         collage.AdamW([w], backend="triton")
@@ -229,8 +280,8 @@ def compiled(targets, strategies, *flags):
 
 def least_accesses(strategy: Strategy) -> tuple[int, int]:
     """(loads, stores) of 16 bytes by a thread that has 8 elements. Of a master's bf16 copy only writes."""
-    sizes = [dtype.itemsize for fmt in strategy.formats for dtype in fmt.dtypes]
-    unread = 1 if isinstance(strategy.formats[0], Master) else 0
+    sizes = [dtype.itemsize for name in strategy.formats() for dtype in format_of(name).dtypes]
+    unread = 1 if isinstance(format_of(strategy.param), Master) else 0
     return sum(sizes) // 2 - unread + strategy.dtype.itemsize // 2, sum(sizes) // 2
 
 
@@ -242,7 +293,7 @@ def check(found: dict, widths: bool = True) -> None:
             name, target = key.split()
             loads, stores = least_accesses(Strategy.parse(name))
             assert facts["stores"] == stores, key
-            more = 3 if target == "gfx942" else 0  # there constants and addresses are loaded in fours too
+            more = 4 if target == "gfx942" else 0  # there constants and addresses are loaded in fours too
             assert loads <= facts["loads"] <= loads + more, key
 
 
@@ -250,16 +301,32 @@ def test_compiled_code_and_the_table_in_the_docs():
     """No spills, no local memory, 16 bytes per access, nothing contracted; registers and bytes as docs/gpu.md says."""
     found = compiled(TARGETS, TABLE)
     check(found)
-    check(compiled(("sm_90", "gfx942"), ("collage-plus-sr", "fp32-master"), "others"))
+    check(compiled(("sm_90", "gfx942"), OTHERS, "others", "scaled"), widths=False)
+    assert 2 * sum(least_accesses(STRATEGIES["collage-light"])) == 18
+    assert 2 * sum(least_accesses(STRATEGIES["collage-plus"])) == 22
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    if version("triton") not in page:
+        pytest.skip("the page's registers are those of another Triton")
     for name in TABLE:
         row = re.search(rf"^\| `{name}` \| (.*) \|$", page, re.M)
         assert row, name
         registers = [found[f"{name} {target}"]["registers"] for target in TARGETS]
         bytes_moved = 2 * sum(least_accesses(STRATEGIES[name]))
         assert [int(cell) for cell in row[1].split(" | ")] == [bytes_moved, *registers]
-    assert 2 * sum(least_accesses(STRATEGIES["collage-light"])) == 18
-    assert 2 * sum(least_accesses(STRATEGIES["collage-plus"])) == 22
+
+
+def test_compiled_kernels_are_named_by_their_sources():
+    """Triton keeps them on disk, and does not look into tuples for functions that were edited."""
+    script = (
+        "from dataclasses import replace; from collage.backends.triton import FORMATS, slots_of, walk\n"
+        "a = FORMATS['bf16x2']; b = replace(a, decode=FORMATS['bf16'].decode)\n"
+        "assert repr(a) == repr(replace(a)) != repr(b)\n"
+        "plans = [walk.Plan((walk.Slot(x, 1),), 11, 0) for x in (a, b)]\n"
+        "assert repr(plans[0]) != repr(plans[1])\n"
+        "a.encode.hash = 'an edit'\n"
+        "assert repr(replace(a)) != repr(a)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"TRITON_INTERPRET": "0"}, check=True)
 
 
 def test_the_check_for_contraction_can_fail():

@@ -1,6 +1,7 @@
 """Compile Triton's kernels for GPUs that are not here, and print what came out as JSON. test_triton.py runs it.
 
-python tests/triton_targets.py TARGETS STRATEGIES [measured] [strided] [others] [contract]
+python tests/triton_targets.py TARGETS CASES [measured] [strided] [scaled] [others] [contract]
+CASES: strategies, as of AdamW, or RULE:STRATEGY, or RULE:(FORMAT FORMAT ...); comma-separated.
 """
 
 import json
@@ -8,17 +9,20 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from collage.backends.triton import BLOCK, fold, walk
-from collage.backends.triton.formats import CODES, MASKED, STRIDED
-from collage.backends.triton.rules import RULES
-from collage.rules.adamw import ADAMW
+from collage.backends.triton import BLOCK, FORMATS, _plan, _plan_of_all, _plan_of_one, other, rules, walk
+from collage.backends.triton.fold import fold
+from collage.backends.triton.walk import MASKED, STRIDED
+from collage.rules import RULES
 from collage.strategies import Strategy
 
 TARGETS = {
@@ -27,69 +31,99 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def compiled(function, pointers: dict[str, str], constants: dict, target: GPUTarget):
-    signature = pointers | dict.fromkeys(constants, "constexpr")
-    names = list(signature)
     source = ASTSource(
         fn=function,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        signature={name: pointers.get(name, "constexpr") for name in function.arg_names},
+        constexprs={(function.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(k,): [["tt.divisibility", 16]] for k in range(len(pointers))},
     )
     options = {"num_warps": BLOCK // target.warp_size // 8, "enable_fp_fusion": "contract" in sys.argv}
     return triton.compile(source, target=target, options=options)
 
 
-def step(s: Strategy, target: GPUTarget, measured: bool, strided: bool):
-    pointers = {
-        "table": "*i64", "blocks": "*i32", "shapes": "*i64", "constants": "*fp32", "streams": "*i64", "sums": "*fp64",
-    }  # fmt: skip
-    constants = {
-        "UPDATE": RULES["adamw"], "CONSTANTS": ADAMW.constants, "THETA": CODES[s.param], "M": CODES[s.momentum],
-        "V": CODES[s.variance], "GRADIENT": CODES["fp32" if s.dtype == torch.float32 else "bf16"],
-        "NARROW": s.arithmetic == "bfloat16", "MAXIMIZE": False, "RANDOM": s.stochastic,
-        "REST": (STRIDED if strided else MASKED).value, "MEASURED": measured,
-    }  # fmt: skip
-    return compiled(walk.step, pointers, constants, target)
+class Case(NamedTuple):
+    """A rule and the formats of its slots."""
+
+    rule: str
+    formats: tuple[str, ...]
+    register: torch.dtype
+    dtype: torch.dtype  # of the parameter
+
+    @staticmethod
+    def parse(text: str) -> "Case":
+        rule, _, strategy = text.partition(":") if ":" in text else ("", "", text)
+        rule = rule or "adamw"
+        if strategy[0] == "(":
+            return Case(rule, tuple(strategy[1:-1].split(" ")), torch.float32, torch.bfloat16)
+        known = Strategy.parse(strategy)
+        return Case(rule, known.formats(RULES[rule].roles), known.register, known.dtype)
+
+    def plan(self, flags: Sequence[str]) -> walk.Plan:
+        gradient = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+        return _plan(
+            RULES[self.rule], self.formats, self.register, gradient if RULES[self.rule].gradient else None,
+            **self.shape("strided" in flags), maximize=False, scaled="scaled" in flags, skips="scaled" in flags,
+            measured="measured" in flags,
+        )  # fmt: skip
+
+    def shape(self, strided: bool) -> dict:
+        """Of the table."""
+        by_rows = any(max(FORMATS[name].per) > 1 for name in self.formats)
+        columns = walk.ADDRESSES.value + 1 + sum(len(FORMATS[name].words) for name in self.formats)
+        return {"columns": columns, "rest": (STRIDED if strided else MASKED).value, "by_rows": by_rows}
 
 
-def fold_on_device(s: Strategy, target: GPUTarget):
+TABLES = {"table": "*i64", "owners": "*i32", "shapes": "*i64"}
+
+
+def step(case: Case, target: GPUTarget, flags: Sequence[str]):
+    others = {"constants": "*fp32", "streams": "*i64", "scale": "*fp32", "skip": "*fp32", "sums": "*fp64"}
+    return compiled(walk.step, TABLES | others, {"PLAN": case.plan(flags)}, target)
+
+
+def others(case: Case, target: GPUTarget) -> dict:
+    """The kernels beside the step."""
+    narrow, rule = case.register == torch.bfloat16, RULES[case.rule]
     pointers = {
         "counters": "*i64", "keys": "*i64", "seed": "*i64", "lr": "*fp64", "hyper": "*fp64", "constants": "*fp32",
         "streams": "*i64",
     }  # fmt: skip
-    constants = {
-        "FOLD": fold.FOLDS["adamw"], "CONSTANTS": ADAMW.constants, "NARROW": s.arithmetic == "bfloat16",
-        "RANDOM": s.stochastic,
+    folds = {
+        "RULE": rules.RULES[case.rule], "SETTINGS": sum(setting.numbers for setting in rule.settings), "NARROW": narrow,
+        "RANDOM": True,
     }  # fmt: skip
-    return compiled(fold.fold, pointers, constants, target)
-
-
-def others(s: Strategy, target: GPUTarget) -> dict:
-    """The kernels beside the step."""
-    formats = {"THETA": CODES[s.param], "M": CODES[s.momentum], "V": CODES[s.variance], "GRADIENT": CODES["bf16"]}
-    tables = {"table": "*i64", "blocks": "*i32"}
-    whole = tables | {"shapes": "*i64", "counts": "*i32"}
-    return {
-        "fold": fold_on_device(s, target),
-        "broken": compiled(walk.broken, whole, {"THETA": formats["THETA"], "REST": STRIDED.value}, target),
-        "stream": compiled(walk.stream, tables | {"zero": "*i32"}, formats, target),
-        "add_up": compiled(walk.add_up, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}, target),
+    shape = case._replace(formats=case.formats[:1]).shape(True)
+    one = {"PLAN": _plan_of_one(case.formats[0], True, 0, 0, **shape)}
+    all_of_them = {"PLAN": _plan_of_all(case.formats, torch.bfloat16, **case.shape(False))}
+    counting = {"broken": (other.broken, TABLES | {"counts": "*i32"}, one)}
+    kernels = {
+        "fold": (fold, pointers, folds),
+        "decode": (other.decode, TABLES, one),
+        "encode": (other.encode, TABLES | {"streams": "*i64"}, one),
+        **(counting if FORMATS[case.formats[0]].broken else {}),
+        "stream": (other.stream, {"table": "*i64", "owners": "*i32", "zero": "*i32"}, all_of_them),
+        "add_up": (other.add_up, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}),
     }
+    return {name: compiled(*kernel, target) for name, kernel in kernels.items()}
 
 
 def facts(kernel) -> dict:
     """Registers and spills; how wide memory is accessed; what LLVM and PTX say of contraction and flushing."""
     asm = kernel.asm
+    fma = r"|llvm\.fmuladd" + (
+        r"|llvm\.fma\b" if "cubin" in asm or RELEASE >= (3, 8) else ""
+    )  # before: in its square root
     code = asm.get("ptx") or asm["amdgcn"]
     return {
         **(nvidia(asm["cubin"]) if "cubin" in asm else amd(code)),
         "loads": len(re.findall(r"ld\.global\S*\.v4\.b32|global_load_dwordx4", code)),
         "stores": len(re.findall(r"st\.global\S*\.v4\.b32|global_store_dwordx4", code)),
-        "contracted": len(re.findall(r"\b(?:contract|reassoc|fast|afn|arcp)\b|llvm\.fmuladd|llvm\.fma\b", asm["llir"]))
+        "contracted": len(re.findall(r"\b(?:contract|reassoc|fast|afn|arcp)\b" + fma, asm["llir"]))
         + len(re.findall(r"\bfma\.", code)),
         "flushed": len(re.findall(r"\.ftz\b|denormal-fp-math[^=]*=\"preserve-sign", code + asm["llir"])),
         "approximate": len(re.findall(r"\b(?:div|sqrt|rcp)\.(?:approx|full)|!fpmath", code + asm["llir"])),
@@ -121,16 +155,17 @@ def amd(code: str) -> dict:
 
 
 def main() -> None:
-    targets, strategies, *flags = sys.argv[1:]
+    targets, cases, *flags = sys.argv[1:]
+    if "toy" in cases:
+        import_module("triton_toy")
     result = {}
-    for name in strategies.split(","):
-        s = Strategy.parse(name)
+    for name in cases.split(","):
+        case = Case.parse(name)
         for target in targets.split(","):
-            kernel = step(s, TARGETS[target], "measured" in flags, "strided" in flags)
-            result[f"{name} {target}"] = facts(kernel)
+            result[f"{name} {target}"] = facts(step(case, TARGETS[target], flags))
             if "others" in flags:
-                for kind, other in others(s, TARGETS[target]).items():
-                    result[f"{kind} {name} {target}"] = facts(other)
+                for kind, kernel in others(case, TARGETS[target]).items():
+                    result[f"{kind} {name} {target}"] = facts(kernel)
     print(json.dumps(result))
 
 

@@ -17,6 +17,9 @@ from collage.formats import Planes
 __all__ = ["BACKENDS", "Backend", "Batch", "Noise", "Region", "Row", "choose", "fastest", "missing", "require"]
 
 
+LOWEST_TRITON = (3, 6)
+
+
 class Backend(Protocol):
     """Carries out a batch, in place, and turns planes into numbers and numbers into planes, of many tensors at once.
 
@@ -78,6 +81,10 @@ def _triton_missing() -> str:
         return "Triton is not installed; torch's builds for GPUs bring it (or pip install triton)"
     if not torch.cuda.is_available() and not interpreted():
         return "torch sees no GPU: torch.cuda.is_available() is False (TRITON_INTERPRET=1 runs the kernels in Python)"
+    release = import_module("triton").__version__
+    if tuple(map(int, release.split(".")[:2])) < LOWEST_TRITON:
+        lowest = ".".join(map(str, LOWEST_TRITON))
+        return f"Triton {release} is too old: the kernels need {lowest}, which torch 2.11 brings; pip install -U torch"
     return ""
 
 

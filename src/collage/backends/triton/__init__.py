@@ -7,221 +7,239 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
-from itertools import accumulate, chain
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from collage.backends import reference
-from collage.backends.batch import Batch, Region
-from collage.backends.triton import fold, walk
-from collage.backends.triton.formats import CODES, MASKED, STRIDED
+from collage.backends.batch import Batch, Noise, Region
+from collage.backends.reference import written
+from collage.backends.triton import other, walk
+from collage.backends.triton.arithmetic import bf16, same
+from collage.backends.triton.fold import fold
+from collage.backends.triton.formats import BF16, FORMATS, FP16, FP32
+from collage.backends.triton.language import static
 from collage.backends.triton.rules import RULES
-from collage.formats import Planes, format_of
-from collage.rng import bases, mix64, signed
-from collage.rules.adamw import ADAMW
+from collage.backends.triton.tables import BLOCK, Layout, bases_of, layout_of, owners_of, rows_of, table_of
+from collage.backends.triton.walk import MASKED, STRIDED, Plan, Slot
+from collage.formats import Planes
+from collage.rng import draw_of, mix64, signed
+from collage.rules import Rule
 from collage.rules.folding import row
 
-BLOCK: int = walk.BLOCK.value
-GRAD, NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS = range(
-    walk.TENSORS - 1, walk.COLUMNS.value
-)
 FOLDS_ON_DEVICE = True
-GRADIENTS = {torch.float32: CODES["fp32"], torch.bfloat16: CODES["bf16"], torch.float16: CODES["fp16"]}
+WORDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 WARP = 64 if torch.version.hip else 32
 OPTIONS = {"num_warps": BLOCK // WARP // 8, "enable_fp_fusion": False}  # 8 elements a thread: 16 bytes of bfloat16
 
 
+class Launch(NamedTuple):
+    """Tensors on the device, and how many programs there are."""
+
+    layout: Layout
+    device: torch.device
+    width: int  # planes of a tensor
+    by_rows: bool
+
+    @property
+    def blocks(self) -> int:
+        return self.layout.first[-1]
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What a kernel's plan has to know of them."""
+        rest = STRIDED if len(self.layout.shapes) > 1 else MASKED
+        return {"columns": self.layout.rows.shape[1], "rest": rest.value, "by_rows": self.by_rows}
+
+    def tables(self, fronts: Sequence[Tensor], which: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """(table, owners, shapes)"""
+        rows, shapes = rows_of(self.layout, fronts, which), self.layout.shapes
+        return _to(self.device, rows), self._owners(), _to(self.device, shapes)
+
+    def _owners(self) -> Tensor:
+        """Kept; but what a capture makes belongs to its graph."""
+        if _capturing(self.device):
+            return _to(self.device, owners_of(self.layout))
+        if self.layout.owners is None:
+            self.layout.owners = _to(self.device, owners_of(self.layout))
+        return self.layout.owners
+
+
+def _launch(
+    formats: tuple[str, ...], planes: Sequence[Tensor], fronts: Sequence[Tensor], regions: Sequence[Region] = ()
+) -> Launch:
+    width = sum(len(FORMATS[name].words) for name in formats)
+    by_rows = any(max(FORMATS[name].per) > 1 for name in formats)
+    return Launch(layout_of(planes, fronts, width, regions, by_rows), planes[0].device, width, by_rows)
+
+
 def step(batch: Batch) -> None:
     """Carry out the batch in one launch. Does not wait for the device, unless it is measured."""
-    if batch.rule.name not in RULES or not set(batch.formats) <= CODES.keys() or batch.scale != 1.0:
-        return reference.step(batch)
-    first = _first_blocks(batch.grads)
-    if first[-1] == 0:
-        return None
-    increment_version(batch.planes)  # as any in-place operation would
-    device, measured = batch.grads[0].device, len(batch.sums) > 0
-    tables, rest = _tables(batch, first, device)
-    sums = torch.empty(first[-1] if measured else 0, 5, dtype=torch.float64, device=device)
-    constants, streams = _fold(batch, device) if batch.counters else _folded(batch, device)
+    if not batch.planes:
+        return
+    launch = _launch(batch.formats, batch.planes, batch.grads, batch.regions)
+    if launch.blocks == 0:
+        return
+    increment_version(written(batch))  # as any in-place operation would
+    device, measured = launch.device, bool(batch.sums) and batch.rule.has_delta
+    sums = torch.empty(launch.blocks if measured else 0, 5, dtype=torch.float64, device=device)
+    constants, streams, which = _fold(batch, device) if batch.counters else _folded(batch, device)
+    tables = launch.tables(batch.grads, which)
+    scale = _scalar(batch.scale, torch.float32, device) if _scaled(batch) else constants
+    skip = constants if batch.skip is None else _scalar(batch.skip, torch.float32, device)
+    plan = _plan(
+        batch.rule, batch.formats, batch.register, batch.grads[0].dtype if batch.grads else None, **launch.shape,
+        maximize=batch.maximize, scaled=_scaled(batch), skips=batch.skip is not None, measured=measured,
+    )  # fmt: skip
     with _current(device):
-        walk.step[(first[-1],)](*tables, constants, streams, sums, **_compiled_for(batch), REST=rest, MEASURED=measured)
+        walk.step[(launch.blocks,)](*tables, constants, streams, scale, skip, sums, PLAN=plan, **OPTIONS)
     if measured:
-        totals = _to(device, torch.stack(list(batch.sums)))
-        with _current(device):
-            walk.add_up[(len(batch.grads),)](sums, _to(device, _table_of(first)), totals)
-        for own, total in zip(batch.sums, totals.cpu(), strict=True):
-            own.copy_(total)
-    return None
+        _add_up(sums, launch, batch.sums)
+
+
+def _scaled(batch: Batch) -> bool:
+    return isinstance(batch.scale, Tensor) or batch.scale != 1.0
+
+
+def _add_up(sums: Tensor, launch: Launch, totals: Sequence[Tensor]) -> None:
+    """Waits for the device."""
+    device = launch.device
+    on_device = _to(device, torch.stack(list(totals)))
+    with _current(device):
+        other.add_up[(len(totals),)](sums, _to(device, table_of(launch.layout.first)), on_device)
+    for own, total in zip(totals, on_device.cpu(), strict=True):
+        own.copy_(total)
+
+
+@cache
+def _plan(
+    rule: Rule, formats: tuple[str, ...], register: torch.dtype, gradient: torch.dtype | None, **others: Any
+) -> Plan:
+    slots = slots_of(rule, formats)
+    return Plan(
+        slots=tuple(map(static, slots)), rule=static(RULES[rule.name]), gradient=WORDS[gradient] if gradient else None,
+        ROUND=bf16 if register == torch.bfloat16 else same, shared=any(map(_shares, slots)), **others,
+    )  # fmt: skip
+
+
+def slots_of(rule: Rule, formats: tuple[str, ...]) -> list[Slot]:
+    """A rule's slots, as kernels know them."""
+    slots: list[Slot] = []
+    first = 1
+    for slot, name in zip(rule.slots, formats, strict=True):
+        slots.append(Slot(static(FORMATS[name]), first, slot.written, *draw_of(slot.prefix)))
+        first += len(FORMATS[name].words)
+    return slots
+
+
+def _shares(slot: Slot) -> bool:
+    """Whether it draws from the words that slots share."""
+    return slot.stochastic and slot.written and slot.salt == 0
+
+
+@cache
+def _plan_of_one(format: str, random: bool, salt: int, part: int, **others: Any) -> Plan:
+    """For the planes of one slot."""
+    known = FORMATS[format] if random else FORMATS[format].nearest
+    slot = Slot(static(known), 1, True, salt, part)
+    return Plan(slots=(static(slot),), shared=_shares(slot), **others)
+
+
+def decode(format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None:
+    """out[k] <- the float32 number that planes[k] stand for."""
+    flat = [plane for own in planes for plane in own]
+    launch = _launch((format,), flat, out) if flat else None
+    if launch is None or launch.blocks == 0:
+        return
+    increment_version(list(out))
+    plan = _plan_of_one(format, False, 0, 0, **launch.shape)
+    with _current(launch.device):
+        other.decode[(launch.blocks,)](*launch.tables(out), PLAN=plan, **OPTIONS)
+
+
+def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], noise: Noise | None = None) -> None:
+    """planes[k] <- values[k], float32, rounded to nearest, or stochastically with noise."""
+    flat = [plane for own in planes for plane in own]
+    launch = _launch((format,), flat, values, noise.regions if noise else ()) if flat else None
+    if launch is None or launch.blocks == 0:
+        return
+    increment_version(flat)
+    random = noise is not None and FORMATS[format].stochastic
+    streams = bases_of(noise.seed, noise.steps, noise.keys) if noise and random else table_of([0])
+    salt, part = draw_of(noise.prefix) if noise and random else (0, 0)
+    plan = _plan_of_one(format, random, salt, part, **launch.shape)
+    with _current(launch.device):
+        other.encode[(launch.blocks,)](*launch.tables(values), _to(launch.device, streams), PLAN=plan, **OPTIONS)
 
 
 def broken(format: str, thetas: Sequence[Planes]) -> int:
     """How many elements of all parameters' theta have planes that no step could have left."""
-    if len(format_of(format).planes) == 1:
+    flat = [plane for own in thetas for plane in own]
+    if FORMATS[format].broken is None or not flat:
         return 0  # one plane cannot disagree
-    if format not in CODES:
-        return reference.broken(format, thetas)
-    visible = [planes[0] for planes in thetas]
-    batch = _reading((format,), [plane for planes in thetas for plane in planes], visible)
-    device, first = visible[0].device, _first_blocks(visible)
-    if first[-1] == 0:
+    launch = _launch((format,), flat, ())
+    if launch.blocks == 0:
         return 0
-    tables, rest = _tables(batch, first, device)
-    counts = torch.empty(first[-1], dtype=torch.int32, device=device)
-    with _current(device):
-        walk.broken[(first[-1],)](*tables, counts, **_compiled_for(batch, "THETA", *OPTIONS), REST=rest)
+    plan = _plan_of_one(format, True, 0, 0, **launch.shape)
+    counts = torch.empty(launch.blocks, dtype=torch.int32, device=launch.device)
+    with _current(launch.device):
+        other.broken[(launch.blocks,)](*launch.tables(()), counts, PLAN=plan, **OPTIONS)
     return int(counts.sum())
-
-
-decode, encode = reference.decode, reference.encode
-
-
-def _reading(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> Batch:
-    """No step: only where things lie."""
-    return Batch(ADAMW, formats, torch.float32, 0.0, (), False, 0, planes, grads, ())
 
 
 def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Read and write all planes without arithmetic."""
-    batch = _reading(formats, planes, grads)
-    device, first = grads[0].device, _first_blocks(grads)
-    zero = torch.zeros(1, dtype=torch.int32, device=device)
-    known = _compiled_for(batch, "THETA", "M", "V", "GRADIENT", *OPTIONS)
-    (rows, owners, _), _ = _tables(batch, first, device)
-    with _current(device):
-        walk.stream[(first[-1],)](rows, owners, zero, **known)
+    launch = _launch(formats, planes, grads)
+    plan = _plan_of_all(formats, grads[0].dtype, **launch.shape)
+    table, owners, _ = launch.tables(grads)
+    zero = torch.zeros(1, dtype=torch.int32, device=launch.device)
+    with _current(launch.device):
+        other.stream[(launch.blocks,)](table, owners, zero, PLAN=plan, **OPTIONS)
 
 
-def _tables(batch: Batch, first: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-    """(table, blocks and shapes of `walk.step`, on the device; its REST)."""
-    rows, shapes = _table(batch, first)
-    rest: int = (STRIDED if len(shapes) > 1 else MASKED).value
-    return (_to(device, rows), _owners(device, first), _to(device, shapes)), rest
+@cache
+def _plan_of_all(formats: tuple[str, ...], gradient: torch.dtype, **others: Any) -> Plan:
+    slots, first = [], 1
+    for name in formats:
+        slots.append(static(Slot(static(FORMATS[name]), first)))
+        first += len(FORMATS[name].words)
+    return Plan(slots=tuple(slots), gradient=WORDS[gradient], **others)
 
 
-def _first_blocks(grads: Sequence[Tensor]) -> tuple[int, ...]:
-    """Number of the first block of each tensor, and of all blocks."""
-    return tuple(accumulate((-(-grad.numel() // BLOCK) for grad in grads), initial=0))
+def _folded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Sequence[int]]:
+    """(constants of every distinct step, streams of random bits, which constants each tensor takes)."""
+    distinct = {step: k for k, step in enumerate(dict.fromkeys(batch.steps))}
+    constants = torch.tensor([row(batch.constants(step)) for step in distinct], dtype=torch.float32, device="cpu")
+    streams = bases_of(batch.seed, batch.steps, batch.keys) if batch.keys else table_of([0])
+    which = [distinct[step] for step in batch.steps] if len(distinct) > 1 else ()
+    return _to(device, constants), _to(device, streams), which
 
 
-def _owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
-    """Which tensor each block is of. What a capture makes belongs to its graph."""
-    return _make_owners(device, first) if _capturing(device) else _kept_owners(device, first)
-
-
-@lru_cache(maxsize=16)  # 4 bytes per block, for every set of sizes that steps together
-def _kept_owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
-    return _make_owners(device, first)
-
-
-def _make_owners(device: torch.device, first: tuple[int, ...]) -> Tensor:
-    return _to(device, torch.repeat_interleave(_table_of(first).diff()).to(torch.int32))
-
-
-def _compiled_for(batch: Batch, *wanted: str) -> dict[str, Any]:
-    """What makes one kernel differ from another: all of it, or what is wanted."""
-    theta, m, v = (*(CODES[name] for name in batch.formats), 0, 0)[:3]
-    everything = {
-        "UPDATE": RULES[batch.rule.name], "CONSTANTS": batch.rule.constants, "THETA": theta, "M": m, "V": v,
-        "GRADIENT": GRADIENTS[batch.grads[0].dtype], "NARROW": batch.register == torch.bfloat16,
-        "MAXIMIZE": batch.maximize, "RANDOM": len(batch.formats) == 3 and batch.stochastic, **OPTIONS,
-    }  # fmt: skip
-    return {key: everything[key] for key in wanted} if wanted else everything
-
-
-def _folded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(constants, stream of random bits) of every tensor, folded on the host."""
-    rows = {step: row(batch.constants(step)) for step in set(batch.steps)}
-    streams = bases(batch.seed, batch.steps, batch.keys) if batch.keys else []
-    return (
-        _to(device, _table_of([rows[step] for step in batch.steps], torch.float32)),
-        _to(device, _table_of(list(map(signed, streams)))),
-    )
-
-
-def _fold(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+def _fold(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Sequence[int]]:
     """The same, folded on the device from its own step and lr."""
-    n = len(batch.counters)
-    constants = torch.empty(n, batch.rule.constants, dtype=torch.float32, device=device)
+    n, rule = len(batch.counters), RULES[batch.rule.name]
+    constants = torch.empty(n, rule.columns, dtype=torch.float32, device=device)
     streams = torch.empty(n if batch.keys else 0, dtype=torch.int64, device=device)
     tables = (
-        _table_of([counter.data_ptr() for counter in batch.counters]),
-        _table_of(list(map(signed, batch.keys))),
-        _table_of([signed(mix64(batch.seed))]),
-        batch.lr.double() if isinstance(batch.lr, Tensor) else _table_of(batch.lr, torch.float64),
-        _table_of(list(batch.hyper), torch.float64),
+        table_of([counter.data_ptr() for counter in batch.counters]),
+        table_of(list(map(signed, batch.keys))),
+        table_of([signed(mix64(batch.seed))]),
+        _scalar(batch.lr, torch.float64, device),
+        torch.tensor(list(batch.hyper), dtype=torch.float64, device="cpu"),
     )
     with _current(device):
-        fold.fold[(n,)](
-            *(_to(device, table) for table in tables), constants, streams,
-            FOLD=fold.FOLDS[batch.rule.name], **_compiled_for(batch, "CONSTANTS", "NARROW", "RANDOM", *OPTIONS),
+        fold[(n,)](
+            *(_to(device, table) for table in tables), constants, streams, RULE=rule, SETTINGS=len(batch.hyper),
+            NARROW=batch.register == torch.bfloat16, RANDOM=bool(batch.keys), **OPTIONS,
         )  # fmt: skip
-    return constants, streams
+    return constants, streams, range(n)
 
 
-def _table(batch: Batch, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(a row per tensor, as walk.py describes it; sizes and strides that rows point into)."""
-    n, formats = len(batch.grads), map(format_of, batch.formats)
-    columns = [2 * slot + plane for slot, fmt in enumerate(formats) for plane in range(len(fmt.planes))]
-    columns = columns[: len(batch.planes) // n]  # of theta alone, if there are no more
-    rows = torch.zeros(n, walk.COLUMNS.value, dtype=torch.int64, device="cpu")
-    rows[:, columns] = _table_of(list(map(Tensor.data_ptr, batch.planes))).view(n, len(columns))
-    rows[:, GRAD] = _table_of(list(map(Tensor.data_ptr, batch.grads)))
-    rows[:, NUMEL] = _table_of(list(map(Tensor.numel, batch.grads)))
-    rows[:, FIRST] = _table_of(first[:-1])
-    rows[:, ROW] = _table_of(range(n))
-    rows[:, ALIGNED] = (rows[:, : GRAD + 1] % 16 == 0).all(1).long()
-    shapes: list[int] = [0]
-    if batch.regions or not all(map(Tensor.is_contiguous, (*batch.planes, *batch.grads))):
-        for k, line in enumerate(rows):
-            in_memory, region = _layout(batch, k, columns), batch.regions[k] if batch.regions else None
-            _describe(line, in_memory, *(_place(region) if region else (0, [])), shapes)
-    return rows, _table_of(shapes)
-
-
-def _describe(row: Tensor, layout: list[int], offset: int, place: list[int], shapes: list[int]) -> None:
-    """Where a tensor's elements lie in memory, and from which index on in the unsharded tensor, if not in order."""
-    row[OFFSET] = offset
-    row[LAYOUT], row[DIMS] = len(shapes), len(layout) // (walk.TENSORS + 1)
-    shapes += layout
-    row[REGION], row[REGION_DIMS] = len(shapes), len(place) // 2
-    shapes += place
-    if layout or place:
-        _require_small(int(row[NUMEL]))
-        row[ALIGNED] = 0
-
-
-def _layout(batch: Batch, k: int, columns: list[int]) -> list[int]:
-    """Sizes, then the strides of two planes per slot and of the gradient; nothing if all are contiguous."""
-    grad, own = batch.grads[k], batch.own(k)
-    if all(map(Tensor.is_contiguous, (*own, grad))):
-        return []
-    strides = [grad.stride()] * walk.TENSORS
-    for column, plane in zip(columns, own, strict=True):
-        strides[column] = plane.stride()
-    return [*grad.shape, *chain.from_iterable(strides)]
-
-
-def _place(region: Region) -> tuple[int, list[int]]:
-    """(index of the first element in the unsharded tensor, sizes and strides there; none if it is one run)."""
-    offset = sum(start * stride for start, stride in zip(region.starts, region.strides, strict=True))
-    run = 1
-    for size, stride in reversed(list(zip(region.sizes, region.strides, strict=True))):
-        if size != 1 and stride != run:
-            return offset, [*region.sizes, *region.strides]
-        run *= size
-    return offset, []
-
-
-def _require_small(numel: int) -> None:
-    if numel >= 2**31:
-        raise ValueError(
-            f"params: a tensor of {numel} elements that is not contiguous, or sharded by columns; from 2**31 on the "
-            "Triton backend needs contiguous ones (p.data = p.data.contiguous()), or use backend='reference'"
-        )
+def _scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return _to(device, x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype, device="cpu"))
 
 
 def _current(device: torch.device) -> Any:
@@ -234,11 +252,6 @@ def _capturing(device: torch.device) -> bool:
 
 
 _kept: list[Tensor] = []  # what captured graphs read again at every replay
-
-
-def _table_of(numbers: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A table on the host, whatever torch's default device and dtype are."""
-    return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 
 def _to(device: torch.device, table: Tensor) -> Tensor:

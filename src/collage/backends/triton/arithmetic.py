@@ -1,13 +1,13 @@
-"""The two arithmetics and error-free transforms, on blocks of float32 that hold float32 or bfloat16 numbers.
+"""Rounding, a register of either arithmetic, and error-free transforms.
 
-NARROW: every operation is computed in float32 and rounded once to bfloat16, which is the correctly rounded operation.
-Rounding is done on integer bits: a compiler may fold a cast down and up into nothing.
+Blocks are float32 throughout. In bfloat16 arithmetic every operation is computed in float32 and rounded once, which is
+the correctly rounded operation. Rounding is done on integer bits: a compiler may fold a cast down and up into nothing.
 """
-
-from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from collage.backends.triton.language import aggregate
 
 
 @triton.jit
@@ -21,8 +21,20 @@ def float_of(bits):
 
 
 @triton.jit
+def negative(x):
+    """Triton 3.6 computes -x as 0 - x, which is not -0 for 0."""
+    return x * -1.0
+
+
+@triton.jit
 def is_finite(x):
     return x - x == 0.0
+
+
+@triton.jit
+def same(x):
+    """Rounding to float32, of a float32."""
+    return x
 
 
 @triton.jit
@@ -43,6 +55,17 @@ def bf16_stochastic_code(x, random):
 
 
 @triton.jit
+def bf16_value(code):
+    return float_of(code << 16)
+
+
+@triton.jit
+def bf16(x):
+    """A float32 rounded to bfloat16."""
+    return bf16_value(bf16_code(x))
+
+
+@triton.jit
 def fp16_code(x):
     """To nearest, ties to even, subnormals kept (mcf.rn)."""
     bits = bits_of(x)
@@ -56,68 +79,92 @@ def fp16_code(x):
 
 
 @triton.jit
-def bf16_value(code):
-    return float_of(code << 16)
+def fp16_stochastic_code(x, random):
+    """Up in magnitude with the probability of the part dropped, never past the largest (mcf.sr).
+
+    Of a subnormal more than 16 bits are dropped: the random ones are stretched to as many.
+    """
+    bits = bits_of(x)
+    magnitude = bits & 0x7FFFFFFF
+    exponent = tl.maximum(magnitude >> 23, 1)
+    significand = tl.where(magnitude < 0x800000, magnitude, (magnitude & 0x7FFFFF) | 0x800000)
+    shift = tl.minimum(13 + tl.maximum(113 - exponent, 0), 30)
+    stretched = (2 * random + 1) << tl.maximum(shift - 17, 0)
+    added = tl.where(shift <= 16, random >> tl.maximum(16 - shift, 0), stretched)
+    code = ((significand + added) >> shift) + (tl.maximum(exponent - 113, 0) << 10)
+    code = tl.where(magnitude == 0x7F800000, 0x7C00, tl.minimum(code, 0x7BFF)) | ((bits >> 16) & 0x8000)
+    return tl.where(magnitude > 0x7F800000, 0x7E00, code)
 
 
 @triton.jit
-def rn(x, NARROW: tl.constexpr):
-    """A float32 in a register of the arithmetic."""
-    if NARROW:
-        return bf16_value(bf16_code(x))
-    else:
-        return x
+def fp16_value(code):
+    return code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@aggregate
+class Real:
+    """A number in a register of the arithmetic that ROUND rounds to."""
+
+    x: tl.tensor
+    ROUND: tl.constexpr
+
+    @triton.jit
+    def __add__(self, other):
+        return Real(self.ROUND(self.x + other.x), self.ROUND)
+
+    @triton.jit
+    def __sub__(self, other):
+        return Real(self.ROUND(self.x - other.x), self.ROUND)
+
+    @triton.jit
+    def __mul__(self, other):
+        return Real(self.ROUND(self.x * other.x), self.ROUND)
+
+    @triton.jit
+    def __truediv__(self, other):
+        return Real(self.ROUND(tl.div_rn(self.x, other.x)), self.ROUND)
 
 
 @triton.jit
-def add(a, b, NARROW: tl.constexpr):
-    return rn(a + b, NARROW)
+def sqrt(a):
+    return Real(a.ROUND(tl.sqrt_rn(a.x)), a.ROUND)
 
 
 @triton.jit
-def sub(a, b, NARROW: tl.constexpr):
-    return rn(a - b, NARROW)
+def minus(a):
+    return Real(negative(a.x), a.ROUND)
 
 
 @triton.jit
-def mul(a, b, NARROW: tl.constexpr):
-    return rn(a * b, NARROW)
-
-
-@triton.jit
-def div(a, b, NARROW: tl.constexpr):
-    return rn(tl.div_rn(a, b), NARROW)
-
-
-@triton.jit
-def sqrt(a, NARROW: tl.constexpr):
-    return rn(tl.sqrt_rn(a), NARROW)
+def sign(a):
+    """1, -1, or a itself where it is +-0 or NaN."""
+    return Real(tl.where(a.x > 0.0, 1.0, tl.where(a.x < 0.0, -1.0, a.x)), a.ROUND)
 
 
 @triton.jit
 def two_sum(a, b):
-    """s + e == a + b exactly, in bfloat16 (Knuth; mcf.two_sum)."""
-    s = add(a, b, True)
-    b_virtual = sub(s, a, True)
-    return s, add(sub(a, sub(s, b_virtual, True), True), sub(b, b_virtual, True), True)
+    """s + e == a + b exactly (Knuth; mcf.two_sum)."""
+    s = a + b
+    b_virtual = s - a
+    return s, (a - (s - b_virtual)) + (b - b_virtual)
 
 
 @triton.jit
 def two_prod(a, b):
-    """p + e == a * b exactly, in bfloat16; the float32 product is exact (mcf.two_prod)."""
-    p = mul(a, b, True)
-    return p, rn(a * b - p, True)
+    """p + e == a * b exactly, in bfloat16: the float32 product is exact (mcf.two_prod)."""
+    p = a * b
+    return p, Real(p.ROUND(a.x * b.x - p.x), p.ROUND)
 
 
 @triton.jit
 def grow(hi, lo, a):
     """Collage, Algorithm 1 (mcf.grow)."""
     head, error = two_sum(hi, a)
-    return two_sum(head, add(lo, error, True))
+    return two_sum(head, lo + error)
 
 
 @triton.jit
-def scale(hi, lo, c_hi, c_lo):
-    """An expansion times a constant (mcf.mul)."""
-    head, error = two_prod(hi, c_hi)
-    return two_sum(head, add(add(mul(hi, c_lo, True), mul(lo, c_hi, True), True), error, True))
+def scale(hi, lo, c):
+    """An expansion times a constant, the expansion c (mcf.mul)."""
+    head, error = two_prod(hi, c[0])
+    return two_sum(head, (hi * c[1] + lo * c[0]) + error)

@@ -37,37 +37,9 @@ def rounded(x, NARROW: tl.constexpr):
 
 
 @triton.jit
-def store_expansion(at, x, NARROW: tl.constexpr):
-    hi = rounded(x, NARROW)
-    tl.store(at, hi)
-    if NARROW:
-        tl.store(at + 1, rounded(x - hi.to(tl.float64), NARROW))
-    else:
-        tl.store(at + 1, 0.0)
-
-
-@triton.jit
-def adamw(c, t, lr, hyper, NARROW: tl.constexpr):
-    """A row of Constants, from t, lr and (beta1, beta2, eps, weight_decay) (constants.fold)."""
-    beta1, beta2 = tl.load(hyper), tl.load(hyper + 1)
-    s = tl.sqrt(1.0 - power(beta2, t))
-    a = lr * s / (1.0 - power(beta1, t))
-    store_expansion(c, beta1, NARROW)
-    tl.store(c + 2, rounded(1.0 - beta1, NARROW))
-    store_expansion(c + 3, beta2, NARROW)
-    tl.store(c + 5, rounded(1.0 - beta2, NARROW))
-    tl.store(c + 6, rounded(a, NARROW))
-    tl.store(c + 7, rounded(tl.load(hyper + 2) * s, NARROW))
-    tl.store(c + 8, rounded(lr * tl.load(hyper + 3), NARROW))
-
-
-FOLDS = {"adamw": adamw}
-
-
-@triton.jit
 def fold(
     counters, keys, seed, lr, hyper, constants, streams,
-    FOLD: tl.constexpr, CONSTANTS: tl.constexpr, NARROW: tl.constexpr, RANDOM: tl.constexpr,
+    RULE: tl.constexpr, SETTINGS: tl.constexpr, NARROW: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
     """One program per tensor: its row of constants, and its stream of random bits (Stream.base).
 
@@ -75,7 +47,17 @@ def fold(
     """
     tensor = tl.program_id(0)
     t = tl.load(tl.load(counters + tensor).to(tl.pointer_type(tl.int64)))
-    FOLD(constants + tensor * CONSTANTS, t, tl.load(lr), hyper, NARROW)
+    settings = ()
+    for k in tl.static_range(SETTINGS):
+        settings = settings + (tl.load(hyper + k),)
+    values = RULE.fold(tl.load(lr), settings, t)
+    c = constants + tensor * RULE.columns
+    for k in tl.static_range(len(RULE.widths)):
+        hi = rounded(values[k], NARROW)
+        tl.store(c, hi)
+        if RULE.widths[k] == 2:
+            tl.store(c + 1, rounded(values[k] - hi.to(tl.float64), NARROW) if NARROW else 0.0)
+        c += RULE.widths[k]
     if RANDOM:
         of_step = mix64(tl.load(seed).to(tl.uint64, bitcast=True) ^ t.to(tl.uint64))
         base = mix64(of_step ^ tl.load(keys + tensor).to(tl.uint64, bitcast=True))

@@ -1,153 +1,245 @@
-"""Planes in memory <-> numbers in registers. One for one what formats.py says.
+"""Planes in memory <-> numbers in registers. One for one what formats.py says. FORMATS is the table.
 
-A format is an integer that a compiler reads as a constant: its kind, the dtype of plane 0, and whether it rounds
-stochastically. `CODES` is the table.
+A format is given its planes as their words decode them: the elements of a block, which lies in one row; of a plane with
+a word for several elements, the words of that block.
 """
 
-from __future__ import annotations
+from dataclasses import dataclass, replace
+from typing import Any
 
 import triton
 import triton.language as tl
 
 from collage.backends.triton.arithmetic import (
+    Real,
     bf16_code,
     bf16_stochastic_code,
     bf16_value,
     bits_of,
     float_of,
     fp16_code,
+    fp16_stochastic_code,
+    fp16_value,
     is_finite,
-    rn,
+    same,
 )
-from collage.backends.triton.numbers import EXPANDED, KAHAN, PAPER, REGISTER, parts
+from collage.backends.triton.language import Row, static
+from collage.backends.triton.numbers import Expanded, Kahan, Paper, Register, total
 
-SINGLE, PAIR, MASTER, COMPENSATED = (tl.constexpr(kind) for kind in range(4))
-FP32, BF16, FP16 = (tl.constexpr(4 * component) for component in range(3))
-STOCHASTIC = tl.constexpr(16)
 
-# Ways to the elements of a block: all there, in order, aligned to 16 bytes (so a thread moves 16 bytes at once); in
-# order under a mask; by sizes and strides.
-WHOLE, MASKED, STRIDED = (tl.constexpr(way) for way in range(3))
+@dataclass(frozen=True, eq=False, repr=False)
+class Word(Row):
+    """An element of a plane.
 
-CODES = {
-    "fp32": SINGLE.value + FP32.value,
-    "bf16": SINGLE.value + BF16.value,
-    "fp16": SINGLE.value + FP16.value,
-    "bf16x2": PAIR.value + BF16.value,
-    "bf16+fp32": MASTER.value + BF16.value,
-    "bf16+kahan": COMPENSATED.value + BF16.value,
-    "bf16:sr": SINGLE.value + BF16.value + STOCHASTIC.value,
-    "bf16x2:sr": PAIR.value + BF16.value + STOCHASTIC.value,
+    decode: what memory holds, as int32 or float32 -> what formats read. encode, stochastic: back.
+    """
+
+    memory: tl.dtype
+    decode: Any
+    encode: Any
+    stochastic: Any = None
+    precision: int = 24
+    emin: int = -126
+
+
+FP32 = static(Word(tl.float32, same, same))
+BF16 = static(Word(tl.int16, bf16_value, bf16_code, bf16_stochastic_code, 8))
+FP16 = static(Word(tl.int16, fp16_value, fp16_code, fp16_stochastic_code, 11, -14))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Format(Row):
+    """How one number per element lies in memory. Every function is given the format's row, last.
+
+    number: (planes, rounding of the arithmetic) -> number
+    encode: (number, random bits, mask) -> codes of the new planes
+    decode: planes -> float32
+    components: planes -> those whose sum is the number, largest first
+    broken: planes -> which no `encode` can have left, because plane 0 was changed alone; planes of zeros are whole.
+        None: a single plane cannot disagree
+    """
+
+    words: tuple[Any, ...]
+    number: Any
+    encode: Any
+    decode: Any
+    components: Any
+    broken: Any
+    stochastic: bool = False
+    shared: tuple[int, ...] = ()  # elements that share a word, plane by plane; none: a word for every element
+
+    @property
+    def per(self) -> tuple[int, ...]:
+        return self.shared or (1,) * len(self.words)
+
+    @property
+    def nearest(self) -> "Format":
+        """The same, rounding to nearest."""
+        return replace(self, stochastic=False)
+
+
+@triton.jit
+def largest(x, mask, PER: tl.constexpr):
+    """The largest magnitude of every PER elements of a block; what is not of the tensor does not count."""
+    size = tl.where(mask, tl.abs(x), 0.0)
+    return tl.max(tl.reshape(size, [size.shape[0] // PER, PER]), axis=1)
+
+
+@triton.jit
+def spread(words, PER: tl.constexpr):
+    """Words for every PER elements -> one for each."""
+    n: tl.constexpr = words.shape[0]
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(words, 1), [n, PER]), [n * PER])
+
+
+@triton.jit
+def rounded(x, random, F: tl.constexpr):
+    """The code of the last component."""
+    if F.stochastic:
+        return F.words[len(F.words) - 1].stochastic(x, random)
+    else:
+        return F.words[len(F.words) - 1].encode(x)
+
+
+@triton.jit
+def first(planes, F: tl.constexpr):
+    return planes[0]
+
+
+@triton.jit
+def every(planes, F: tl.constexpr):
+    return planes
+
+
+@triton.jit
+def single_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
+    return Register(Real(planes[0], ROUND))
+
+
+@triton.jit
+def single_encode(number, random, mask, F: tl.constexpr):
+    return (rounded(number.value().x, random, F),)
+
+
+def single(word: Any, stochastic: bool = False) -> Format:
+    return Format((word,), single_number, single_encode, first, every, None, stochastic)
+
+
+@triton.jit
+def expansion_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
+    if ROUND is same:
+        return Expanded(planes, F.words[0])
+    else:
+        return Paper(Real(planes[0], ROUND), Real(planes[1], ROUND))
+
+
+@triton.jit
+def expansion_encode(number, random, mask, F: tl.constexpr):
+    """c0, then the others peeled off the rest in turn."""
+    h, rest = number.parts(F.words[0])
+    rest = tl.where(is_finite(h + rest), rest, 0.0)
+    codes = (F.words[0].encode(h),)
+    for k in tl.static_range(1, len(F.words) - 1):
+        code = F.words[k].encode(rest)
+        rest = rest - F.words[k].decode(code)
+        codes = codes + (code,)
+    return codes + (rounded(rest, random, F),)
+
+
+@triton.jit
+def expansion_decode(planes, F: tl.constexpr):
+    return total(planes)
+
+
+@triton.jit
+def expansion_broken(planes, F: tl.constexpr):
+    n: tl.constexpr = len(F.words)
+    fits = within(planes[n - 2], planes[n - 1], 0.5, F.stochastic, F.words[0])
+    for k in tl.static_range(n - 2):
+        fits = fits & within(planes[k], planes[k + 1], 0.5, False, F.words[0])
+    return fits == 0
+
+
+@triton.jit
+def within(hi, lo, ULPS: tl.constexpr, STOCHASTIC: tl.constexpr, WORD: tl.constexpr):
+    """Whether lo is within so many ulps of hi, and one step: stochastic rounding of a tail just above may go there.
+
+    To nearest, hi is 0 only for what lo, too, rounds to 0.
+    """
+    ulp: tl.constexpr = 2.0 ** (1 - WORD.precision)
+    least: tl.constexpr = 2.0**WORD.emin
+    bound = tl.maximum(float_of(bits_of(hi) & 0x7F800000), least) * (ULPS * ulp)
+    limit = bound + tl.maximum(bound * ulp, least * ulp)
+    paired = is_finite(hi)
+    if not STOCHASTIC:
+        paired = paired & (hi != 0.0)
+    return tl.where(paired, tl.abs(lo) <= limit, lo == 0.0)
+
+
+def expansion(word: Any, n: int, stochastic: bool = False) -> Format:
+    return Format(
+        (word,) * n, expansion_number, expansion_encode, expansion_decode, every, expansion_broken, stochastic
+    )
+
+
+@triton.jit
+def master_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
+    return Register(Real(planes[1], ROUND))
+
+
+@triton.jit
+def master_encode(number, random, mask, F: tl.constexpr):
+    x = number.value().x
+    return F.words[0].encode(x), x
+
+
+@triton.jit
+def master_decode(planes, F: tl.constexpr):
+    return planes[1]
+
+
+@triton.jit
+def master_components(planes, F: tl.constexpr):
+    return (planes[1],)
+
+
+@triton.jit
+def master_broken(planes, F: tl.constexpr):
+    hi = planes[0]
+    cast = F.words[0].decode(F.words[0].encode(planes[1]))
+    return ((hi == cast) | ((hi != hi) & (cast != cast))) == 0
+
+
+def master(word: Any) -> Format:
+    return Format((word, FP32), master_number, master_encode, master_decode, master_components, master_broken)
+
+
+@triton.jit
+def kahan_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
+    if ROUND is same:  # it is only looked at: the recurrence is one in bfloat16
+        return Register(Real(total(planes), same))
+    else:
+        return Kahan(Real(planes[0], ROUND), Real(planes[1], ROUND))
+
+
+@triton.jit
+def kahan_broken(planes, F: tl.constexpr):
+    return within(planes[0], planes[1], 1.0, False, F.words[0]) == 0  # where |delta| > |theta| it reaches an ulp
+
+
+FORMATS = {
+    "fp32": single(FP32),
+    "bf16": single(BF16),
+    "fp16": single(FP16),
+    "bf16x2": expansion(BF16, 2),
+    "bf16x3": expansion(BF16, 3),
+    "fp16x2": expansion(FP16, 2),
+    "bf16+fp32": master(BF16),
+    "fp16+fp32": master(FP16),
+    "bf16+kahan": Format((BF16, BF16), kahan_number, expansion_encode, expansion_decode, every, kahan_broken),
+    "bf16:sr": single(BF16, stochastic=True),
+    "fp16:sr": single(FP16, stochastic=True),
+    "bf16x2:sr": expansion(BF16, 2, stochastic=True),
+    "bf16x3:sr": expansion(BF16, 3, stochastic=True),
+    "fp16x2:sr": expansion(FP16, 2, stochastic=True),
 }
-
-
-@triton.jit
-def read(plane, offsets, mask, COMPONENT: tl.constexpr, WAY: tl.constexpr):
-    """A plane's elements as float32."""
-    if COMPONENT == FP32:
-        pointer = plane.to(tl.pointer_type(tl.float32))
-    elif COMPONENT == FP16:
-        pointer = plane.to(tl.pointer_type(tl.float16))
-    else:
-        pointer = plane.to(tl.pointer_type(tl.int16))
-    if WAY == WHOLE:
-        x = tl.load(tl.multiple_of(pointer, 16) + offsets)
-    else:
-        x = tl.load(pointer + offsets, mask=mask, other=0)
-    if COMPONENT == BF16:
-        return bf16_value(x.to(tl.int32))
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def write(plane, offsets, mask, code, COMPONENT: tl.constexpr, WAY: tl.constexpr):
-    if COMPONENT == FP32:
-        pointer = plane.to(tl.pointer_type(tl.float32))
-        x = code
-    else:
-        pointer = plane.to(tl.pointer_type(tl.int16))
-        x = code.to(tl.int16)
-    if WAY == WHOLE:
-        tl.store(tl.multiple_of(pointer, 16) + offsets, x)
-    else:
-        tl.store(pointer + offsets, x, mask=mask)
-
-
-@triton.jit
-def load(planes, first, other, mask, FORMAT: tl.constexpr, WAY: tl.constexpr):
-    """Both planes; a format with one has it twice. planes: their addresses; first, other: offsets into them."""
-    hi = read(tl.load(planes), first, mask, FORMAT % 16 // 4 * 4, WAY)
-    if FORMAT % 4 == SINGLE:
-        return hi, hi
-    elif FORMAT % 4 == MASTER:
-        return hi, read(tl.load(planes + 1), other, mask, FP32, WAY)
-    else:
-        return hi, read(tl.load(planes + 1), other, mask, BF16, WAY)
-
-
-@triton.jit
-def kind_of(FORMAT: tl.constexpr, NARROW: tl.constexpr):
-    """The kind of number that a format is in the registers of an arithmetic."""
-    if FORMAT % 4 == COMPENSATED:
-        return KAHAN
-    elif FORMAT % 4 != PAIR:
-        return REGISTER
-    elif NARROW:
-        return PAPER
-    else:
-        return EXPANDED
-
-
-@triton.jit
-def rounded(x, random, COMPONENT: tl.constexpr, FORMAT: tl.constexpr):
-    if COMPONENT == FP32:
-        return x
-    elif COMPONENT == FP16:
-        return fp16_code(x)
-    elif FORMAT >= STOCHASTIC:
-        return bf16_stochastic_code(x, random)
-    else:
-        return bf16_code(x)
-
-
-@triton.jit
-def encode(a, b, random, KIND: tl.constexpr, FORMAT: tl.constexpr):
-    """Codes of the new planes of a number. A format with one plane has its code twice."""
-    if FORMAT % 4 == SINGLE:
-        code = rounded(a, random, FORMAT % 16 // 4 * 4, FORMAT)
-        return code, code
-    elif FORMAT % 4 == MASTER:
-        return bf16_code(a), a
-    else:
-        hi, rest = parts(a, b, KIND)
-        rest = tl.where(is_finite(hi + rest), rest, 0.0)
-        return bf16_code(hi), rounded(rest, random, BF16, FORMAT)
-
-
-@triton.jit
-def value_of(code, COMPONENT: tl.constexpr):
-    """The float32 of a code that `encode` made."""
-    if COMPONENT == BF16:
-        return bf16_value(code)
-    elif COMPONENT == FP16:
-        return code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        return code
-
-
-@triton.jit
-def is_broken(hi, lo, FORMAT: tl.constexpr):
-    """Whether no `encode` could have left these two planes: plane 0 was changed alone. 0 and 0, padding, is whole."""
-    if FORMAT % 4 == MASTER:
-        cast = rn(lo, True)
-        return ((hi == cast) | ((hi != hi) & (cast != cast))) == 0
-    else:
-        binade = float_of(bits_of(hi) & 0x7F800000)
-        ulps = 1.0 if FORMAT % 4 == COMPENSATED else 0.5
-        bound = tl.maximum(binade, 2.0**-126) * (ulps * 2.0**-7)
-        limit = bound + tl.maximum(bound * 2.0**-7, 2.0**-133)
-        paired = is_finite(hi)
-        if FORMAT < STOCHASTIC:
-            paired = paired & (hi != 0.0)
-        return tl.where(paired, tl.abs(lo) <= limit, lo == 0.0) == 0

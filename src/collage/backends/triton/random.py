@@ -45,11 +45,17 @@ def words_of_run(base, first, lane):
 
 
 @triton.jit
-def bits(word, SLOT: tl.constexpr):
-    """16 bits for one of the slots out of an element's word."""
-    if SLOT == 0:
+def salted(base, SALT: tl.constexpr):
+    """The base of a slot's own words. base: int64."""
+    return mix64(base.to(tl.uint64, bitcast=True) ^ SALT).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def bits(word, PART: tl.constexpr):
+    """16 bits of an element's word: one of three parts."""
+    if PART == 0:
         return (word & 0xFFFF).to(tl.int32)
-    elif SLOT == 1:
+    elif PART == 1:
         return (word >> 16).to(tl.int32)
     else:
         return ((word * 0x9E3779B1) >> 16).to(tl.int32)

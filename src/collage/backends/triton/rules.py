@@ -1,35 +1,209 @@
-"""The update rules, as in rules/*.py. RULES is the table."""
+"""The update rules and the folding of their constants on the device, as in rules/*.py. RULES is the table."""
 
-from __future__ import annotations
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 import triton
 import triton.language as tl
 
-from collage.backends.triton.arithmetic import add, div, mul, sqrt
-from collage.backends.triton.numbers import grown, scaled, scaled_kind, value
+from collage import rules
+from collage.backends.triton.arithmetic import minus, sign, sqrt
+from collage.backends.triton.fold import power
+from collage.backends.triton.language import Row
+from collage.backends.triton.numbers import Register
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rule(Row):
+    """What a rule's kernels are made of.
+
+    update: (slots' numbers, gradient, constants) -> (new numbers, intended update of theta or None)
+    fold: (lr, settings, step) -> constants in float64, not rounded
+    constants: the named tuple that they are; those annotated as tuples are expansions
+    """
+
+    update: Any
+    fold: Any
+    constants: type
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of each constant in a kernel's row."""
+        return tuple(1 if hint is Any else 2 for hint in get_type_hints(self.constants).values())
+
+    @property
+    def columns(self) -> int:
+        return sum(self.widths)
 
 
 @triton.jit
-def adamw(
-    g, c, theta_a, theta_b, m_a, m_b, v_a, v_b,
-    THETA: tl.constexpr, M: tl.constexpr, V: tl.constexpr, NARROW: tl.constexpr,
-):  # fmt: skip
-    """AdamW as in Collage's Algorithm 2. c: address of its folded constants; theta, m, v: numbers and their kinds.
-
-    Returns the intended update, then the new numbers; the kinds of m and v are those of scaled ones.
-    """
-    m_a, m_b = scaled(m_a, m_b, tl.load(c), tl.load(c + 1), M, NARROW)
-    m_a, m_b = grown(m_a, m_b, mul(tl.load(c + 2), g, NARROW), scaled_kind(M), NARROW)
-    v_a, v_b = scaled(v_a, v_b, tl.load(c + 3), tl.load(c + 4), V, NARROW)
-    v_a, v_b = grown(v_a, v_b, mul(tl.load(c + 5), mul(g, g, NARROW), NARROW), scaled_kind(V), NARROW)
-    ratio = div(
-        mul(tl.load(c + 6), value(m_a, m_b, scaled_kind(M)), NARROW),
-        add(sqrt(value(v_a, v_b, scaled_kind(V)), NARROW), tl.load(c + 7), NARROW),
-        NARROW,
-    )
-    delta = -add(ratio, mul(tl.load(c + 8), value(theta_a, theta_b, THETA), NARROW), NARROW)
-    theta_a, theta_b = grown(theta_a, theta_b, delta, THETA, NARROW)
-    return delta, theta_a, theta_b, m_a, m_b, v_a, v_b
+def adamw(slots, g, c):
+    theta, m, v = slots
+    m = m.scaled(c.beta1).grown(c.one_minus_beta1 * g)
+    v = v.scaled(c.beta2).grown(c.one_minus_beta2 * (g * g))
+    delta = minus((c.a * m.value()) / (sqrt(v.value()) + c.e) + c.w * theta.value())
+    return (theta.grown(delta), m, v), delta
 
 
-RULES = {"adamw": adamw}
+@triton.jit
+def adamw_amsgrad(slots, g, c):
+    theta, m, v, top = slots
+    m = m.scaled(c.beta1).grown(c.one_minus_beta1 * g)
+    v = v.scaled(c.beta2).grown(c.one_minus_beta2 * (g * g))
+    top = top.raised(v)
+    delta = minus((c.a * m.value()) / (sqrt(top.value()) + c.e) + c.w * theta.value())
+    return (theta.grown(delta), m, v, top), delta
+
+
+@triton.jit
+def adam(slots, g, c):
+    theta, m, v = slots
+    g = g + c.w * theta.value()
+    m = m.scaled(c.beta1).grown(c.one_minus_beta1 * g)
+    v = v.scaled(c.beta2).grown(c.one_minus_beta2 * (g * g))
+    delta = minus((c.a * m.value()) / (sqrt(v.value()) + c.e))
+    return (theta.grown(delta), m, v), delta
+
+
+@triton.jit
+def adam_amsgrad(slots, g, c):
+    theta, m, v, top = slots
+    g = g + c.w * theta.value()
+    m = m.scaled(c.beta1).grown(c.one_minus_beta1 * g)
+    v = v.scaled(c.beta2).grown(c.one_minus_beta2 * (g * g))
+    top = top.raised(v)
+    delta = minus((c.a * m.value()) / (sqrt(top.value()) + c.e))
+    return (theta.grown(delta), m, v, top), delta
+
+
+@triton.jit
+def fold_adamw(lr, settings, t):
+    beta1, beta2, eps, weight_decay = settings
+    s = tl.sqrt(1.0 - power(beta2, t))
+    a = lr * s / (1.0 - power(beta1, t))
+    return beta1, 1.0 - beta1, beta2, 1.0 - beta2, a, eps * s, lr * weight_decay
+
+
+@triton.jit
+def fold_adam(lr, settings, t):
+    beta1, beta2, eps, weight_decay = settings
+    s = tl.sqrt(1.0 - power(beta2, t))
+    a = lr * s / (1.0 - power(beta1, t))
+    return beta1, 1.0 - beta1, beta2, 1.0 - beta2, a, eps * s, weight_decay
+
+
+@triton.jit
+def sgd(slots, g, c):
+    theta = slots[0]
+    delta = minus(c.lr * (g + c.w * theta.value()))
+    return (theta.grown(delta),), delta
+
+
+@triton.jit
+def fold_sgd(lr, settings, t):
+    return lr, settings[0]
+
+
+@triton.jit
+def sgd_momentum(slots, g, c):
+    theta, b = slots
+    b = b.scaled(c.momentum).grown(c.gain * (g + c.w * theta.value()))
+    delta = minus(c.lr * b.value())
+    return (theta.grown(delta), b), delta
+
+
+@triton.jit
+def sgd_nesterov(slots, g, c):
+    theta, b = slots
+    d = g + c.w * theta.value()
+    b = b.scaled(c.momentum).grown(c.gain * d)
+    delta = minus(c.lr * (d + b.scaled(c.momentum).value()))
+    return (theta.grown(delta), b), delta
+
+
+@triton.jit
+def fold_sgd_momentum(lr, settings, t):
+    momentum, dampening, weight_decay = settings
+    return momentum, tl.where(t == 1, 1.0, 1.0 - dampening), lr, weight_decay
+
+
+@triton.jit
+def lion(slots, g, c):
+    theta, m = slots
+    u = sign(m.scaled(c.beta1).grown(c.one_minus_beta1 * g).value())
+    delta = minus(c.lr * u + c.w * theta.value())
+    m = m.scaled(c.beta2).grown(c.one_minus_beta2 * g)
+    return (theta.grown(delta), m), delta
+
+
+@triton.jit
+def fold_lion(lr, settings, t):
+    beta1, beta2, weight_decay = settings
+    return beta1, 1.0 - beta1, beta2, 1.0 - beta2, lr, lr * weight_decay
+
+
+@triton.jit
+def average(slots, g, c):
+    own, theta = slots
+    return (own.grown(c.weight * (theta.value() - own.value())), theta), None
+
+
+@triton.jit
+def fold_average(lr, settings, t):
+    return (1.0 - settings[0],)
+
+
+@triton.jit
+def accumulate(slots, g, c):
+    return (slots[0].grown(c.weight * g),), None
+
+
+@triton.jit
+def fold_accumulate(lr, settings, t):
+    return (settings[0],)
+
+
+@triton.jit
+def momentum(slots, g, c):
+    b = slots[0].scaled(c.momentum).grown(c.one_minus_momentum * g)
+    return (b, Register(b.value())), None
+
+
+@triton.jit
+def momentum_nesterov(slots, g, c):
+    b = slots[0].scaled(c.momentum).grown(c.one_minus_momentum * g)
+    return (b, Register(c.one_minus_momentum * g + b.scaled(c.momentum).value())), None
+
+
+@triton.jit
+def fold_momentum(lr, settings, t):
+    return settings[0], 1.0 - settings[0]
+
+
+@triton.jit
+def apply(slots, g, c):
+    theta = slots[0]
+    delta = minus(c.lr * g + c.w * theta.value())
+    return (theta.grown(delta),), delta
+
+
+@triton.jit
+def fold_apply(lr, settings, t):
+    return lr, lr * settings[0]
+
+
+RULES = {
+    "adamw": Rule(adamw, fold_adamw, rules.adamw.Constants),
+    "adamw_amsgrad": Rule(adamw_amsgrad, fold_adamw, rules.adamw.Constants),
+    "adam": Rule(adam, fold_adam, rules.adamw.Constants),
+    "adam_amsgrad": Rule(adam_amsgrad, fold_adam, rules.adamw.Constants),
+    "sgd": Rule(sgd, fold_sgd, rules.sgd.Plain),
+    "sgd_momentum": Rule(sgd_momentum, fold_sgd_momentum, rules.sgd.Constants),
+    "sgd_nesterov": Rule(sgd_nesterov, fold_sgd_momentum, rules.sgd.Constants),
+    "lion": Rule(lion, fold_lion, rules.lion.Constants),
+    "average": Rule(average, fold_average, rules.average.Constants),
+    "accumulate": Rule(accumulate, fold_accumulate, rules.accumulate.Constants),
+    "momentum": Rule(momentum, fold_momentum, rules.momentum.Constants),
+    "momentum_nesterov": Rule(momentum_nesterov, fold_momentum, rules.momentum.Constants),
+    "apply": Rule(apply, fold_apply, rules.apply.Constants),
+}

@@ -1,135 +1,247 @@
 """The one walk: every rule, format and size goes through it. One program takes one block of 1,024 elements.
 
-A launch covers all tensors of a batch: `blocks` says which tensor a program's block is of; `table` has a row for each.
+A launch covers all tensors of a batch: `owners` says which tensor a program's block is of; `table` has a row for each.
 """
 
-from __future__ import annotations
+from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from collage.backends.triton.arithmetic import rn
-from collage.backends.triton.formats import (
-    BF16,
-    FP32,
-    MASTER,
-    SINGLE,
-    STRIDED,
-    WHOLE,
-    encode,
-    is_broken,
-    kind_of,
-    load,
-    read,
-    value_of,
-    write,
-)
-from collage.backends.triton.numbers import scaled_kind
-from collage.backends.triton.random import bits, words, words_of_run
+from collage.backends.triton.arithmetic import Real, negative, same
+from collage.backends.triton.language import Row
+from collage.backends.triton.random import bits, salted, words, words_of_run
 
 BLOCK = tl.constexpr(1024)
 
-# A row of the table, all int64: addresses of two planes per slot and of the gradient; elements; number of the first
-# block; which row of constants and stream of random bits; index of the first element in the unsharded tensor; whether
-# the tensors are contiguous and begin at multiples of 16 bytes; where in `shapes` sizes and strides stand, and how many
-# dimensions (none: contiguous); the same of the place in the unsharded tensor (none: one run of it).
-TENSORS = 7
-GRAD, NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS = (tl.constexpr(k) for k in range(6, 16))
-COLUMNS = tl.constexpr(16)
+# Ways to the elements of a block: all there, in order, aligned to 16 bytes (so a thread moves 16 bytes at once); in
+# order under a mask; by sizes and strides.
+WHOLE, MASKED, STRIDED = (tl.constexpr(way) for way in range(3))
+
+# A row of the table, all int64: elements; number of the first block; which row of constants; index of the first element
+# in the unsharded tensor; whether the tensors are contiguous and begin at multiples of 16 bytes; where in `shapes`
+# sizes and strides stand, and how many dimensions (none: contiguous); the same of the place in the unsharded tensor
+# (none: one run of it); elements in a row. Then addresses: of the gradient (or what is decoded or encoded), and of all
+# planes.
+NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS, WIDTH, ADDRESSES = (
+    tl.constexpr(k) for k in range(11)
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Slot(Row):
+    """A slot of a batch: its format; which of a row's addresses is its first plane's; what bits it draws (rng.Draw)."""
+
+    format: Any
+    first: int
+    written: bool = True
+    salt: int = 0
+    part: int = 0
+
+    @property
+    def stochastic(self) -> bool:
+        return bool(getattr(self.format, "value", self.format).stochastic)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Row):
+    """What makes one kernel differ from another.
+
+    gradient: its word, or None. ROUND: to the arithmetic. shared: a stochastic slot draws from the stream itself.
+    by_rows: blocks do not cross the rows of a tensor, because a plane has words for several elements of one.
+    rest: the way to what is not a whole block, MASKED or STRIDED.
+    """
+
+    slots: tuple[Any, ...]
+    columns: int  # of the table
+    rest: int
+    by_rows: bool = False
+    gradient: Any = None
+    rule: Any = None
+    ROUND: Any = same
+    scaled: bool = False
+    maximize: bool = False
+    skips: bool = False
+    shared: bool = False
+    measured: bool = False
 
 
 @triton.jit
-def step(
-    table, blocks, shapes, constants, streams, sums,
-    UPDATE: tl.constexpr, CONSTANTS: tl.constexpr, THETA: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-    GRADIENT: tl.constexpr, NARROW: tl.constexpr, MAXIMIZE: tl.constexpr, RANDOM: tl.constexpr, REST: tl.constexpr,
-    MEASURED: tl.constexpr,
-):  # fmt: skip
+def step(table, owners, shapes, constants, streams, scale, skip, sums, PLAN: tl.constexpr):
     """One step of all elements of all tensors.
 
-    sums: [programs, 5] float64, if measured. REST: the way to what is not a whole block, MASKED or STRIDED.
+    constants: [distinct steps, rule's] float32; streams: [tensors] int64; scale: of the gradients; skip: not 0 if
+    nothing is to be done; sums: [programs, 5] float64, if measured.
     """
     program = tl.program_id(0)
-    row = table + tl.load(blocks + program).to(tl.int64) * COLUMNS
-    begin = (program - tl.load(row + FIRST)) * BLOCK
-    c = constants + tl.load(row + ROW) * CONSTANTS
-    stream = streams + tl.load(row + ROW)
+    owner = tl.load(owners + program).to(tl.int64)
+    row = table + owner * PLAN.columns
+    begin, end = span(row, program, PLAN)
+    if PLAN.skips:
+        end = tl.where(tl.load(skip) != 0, 0, end)
+    c = constants + tl.load(row + ROW) * PLAN.rule.columns
     out = sums + program.to(tl.int64) * 5
-    if (tl.load(row + ALIGNED) != 0) & (begin + BLOCK <= tl.load(row + NUMEL)):
-        block(
-            row, begin, shapes, c, stream, out, UPDATE, THETA, M, V, GRADIENT, NARROW, MAXIMIZE, RANDOM, MEASURED, WHOLE
-        )
+    if (tl.load(row + ALIGNED) != 0) & (begin + BLOCK <= end):
+        block(row, begin, end, shapes, c, streams + owner, scale, out, PLAN, WHOLE)
     else:
-        block(
-            row, begin, shapes, c, stream, out, UPDATE, THETA, M, V, GRADIENT, NARROW, MAXIMIZE, RANDOM, MEASURED, REST
-        )
+        block(row, begin, end, shapes, c, streams + owner, scale, out, PLAN, PLAN.rest)
 
 
 @triton.jit
-def block(
-    row, begin, shapes, c, stream, out,
-    UPDATE: tl.constexpr, THETA: tl.constexpr, M: tl.constexpr, V: tl.constexpr, GRADIENT: tl.constexpr,
-    NARROW: tl.constexpr, MAXIMIZE: tl.constexpr, RANDOM: tl.constexpr, MEASURED: tl.constexpr, WAY: tl.constexpr,
-):  # fmt: skip
+def span(row, program, PLAN: tl.constexpr):
+    """(first element of a program's block, end of those it may take): of the tensor, or of one row of it."""
+    index = program - tl.load(row + FIRST)
+    if PLAN.by_rows:
+        width = tl.load(row + WIDTH)
+        blocks = tl.cdiv(width, BLOCK)
+        start = index // blocks * width
+        return start + index % blocks * BLOCK, start + width
+    else:
+        return index * BLOCK, tl.load(row + NUMEL)
+
+
+@triton.jit
+def block(row, begin, end, shapes, c, stream, scale, out, PLAN: tl.constexpr, WAY: tl.constexpr):
     """One block."""
-    at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
-    mask = at < tl.load(row + NUMEL)
-    t_hi, t_lo = load_slot(row, 0, at, mask, shapes, THETA, WAY)
-    m_hi, m_lo = load_slot(row, 1, at, mask, shapes, M, WAY)
-    v_hi, v_lo = load_slot(row, 2, at, mask, shapes, V, WAY)
-    raw = read(tl.load(row + GRAD), place(row, 6, at, shapes, WAY), mask, GRADIENT, WAY)
-    g = rn(-raw if MAXIMIZE else raw, NARROW)
-    t_a, t_b = number(t_hi, t_lo, THETA)
-    m_a, m_b = number(m_hi, m_lo, M)
-    v_a, v_b = number(v_hi, v_lo, V)
-    delta, t_a, t_b, m_a, m_b, v_a, v_b = UPDATE(
-        g, c, t_a, t_b, m_a, m_b, v_a, v_b, kind_of(THETA, NARROW), kind_of(M, NARROW), kind_of(V, NARROW), NARROW
-    )
+    if PLAN.by_rows and WAY == WHOLE:
+        begin = begin // BLOCK * BLOCK  # it is: this says so
+    at = begin + tl.arange(0, BLOCK)
+    mask = at < end
+    planes = ()
+    for k in tl.static_range(len(PLAN.slots)):
+        planes = planes + (load(row, at, begin, end, shapes, PLAN.slots[k], WAY),)
+    g = gradient(row, at, mask, shapes, scale, PLAN, WAY)
+    numbers = ()
+    for k in tl.static_range(len(PLAN.slots)):
+        numbers = numbers + (PLAN.slots[k].format.number(planes[k], PLAN.ROUND, PLAN.slots[k].format),)
+    numbers, delta = PLAN.rule.update(numbers, g, constants_of(c, PLAN))
     word = at
-    if RANDOM:
-        word = random_words(row, stream, begin, at, shapes, WAY)
-    new_hi, new_lo = store_slot(row, 0, at, mask, shapes, t_a, t_b, word, kind_of(THETA, NARROW), THETA, RANDOM, WAY)
-    store_slot(row, 1, at, mask, shapes, m_a, m_b, word, scaled_kind(kind_of(M, NARROW)), M, RANDOM, WAY)
-    store_slot(row, 2, at, mask, shapes, v_a, v_b, word, scaled_kind(kind_of(V, NARROW)), V, RANDOM, WAY)
-    if MEASURED:
-        measure(out, mask, delta, t_hi, t_lo, new_hi, new_lo, THETA)
+    if PLAN.shared:
+        word = random_words(row, tl.load(stream), begin, at, shapes, WAY)
+    for k in tl.static_range(len(PLAN.slots)):
+        if PLAN.slots[k].written:
+            random = random_bits(word, row, stream, begin, at, shapes, PLAN.slots[k], WAY)
+            codes = PLAN.slots[k].format.encode(numbers[k], random, mask, PLAN.slots[k].format)
+            store(row, at, begin, end, shapes, codes, PLAN.slots[k], WAY)
+            if PLAN.measured and k == 0:
+                measure(out, mask, delta, planes[0], decoded(codes, PLAN.slots[0].format), PLAN.slots[0].format)
 
 
 @triton.jit
-def number(hi, lo, FORMAT: tl.constexpr):
-    """Planes as a number: for a master weight that is the second plane alone."""
-    if FORMAT % 4 == MASTER:
-        return lo, lo
+def gradient(row, at, mask, shapes, scale, PLAN: tl.constexpr, WAY: tl.constexpr):
+    """As a rule reads it: unscaled in float32, then rounded to a register."""
+    if PLAN.gradient is None:
+        return None
     else:
-        return hi, lo
+        g = read(row, 0, at, mask, shapes, PLAN.gradient, WAY)
+        if PLAN.scaled:
+            g = tl.div_rn(g, tl.load(scale))
+        return Real(PLAN.ROUND(negative(g) if PLAN.maximize else g), PLAN.ROUND)
 
 
 @triton.jit
-def load_slot(row, SLOT: tl.constexpr, at, mask, shapes, FORMAT: tl.constexpr, WAY: tl.constexpr):
-    first = place(row, 2 * SLOT, at, shapes, WAY)
-    return load(row + 2 * SLOT, first, place(row, 2 * SLOT + 1, at, shapes, WAY), mask, FORMAT, WAY)
-
-
-@triton.jit
-def store_slot(
-    row, SLOT: tl.constexpr, at, mask, shapes, a, b, word,
-    KIND: tl.constexpr, FORMAT: tl.constexpr, RANDOM: tl.constexpr, WAY: tl.constexpr,
-):  # fmt: skip
-    """Round a number into its planes. Returns what they now hold, as float32."""
-    random = bits(word, SLOT) if RANDOM else at
-    hi, lo = encode(a, b, random, KIND, FORMAT)
-    write(tl.load(row + 2 * SLOT), place(row, 2 * SLOT, at, shapes, WAY), mask, hi, FORMAT % 16 // 4 * 4, WAY)
-    new_hi = value_of(hi, FORMAT % 16 // 4 * 4)
-    if FORMAT % 4 == SINGLE:
-        return new_hi, new_hi
-    else:
-        other = place(row, 2 * SLOT + 1, at, shapes, WAY)
-        if FORMAT % 4 == MASTER:
-            write(tl.load(row + 2 * SLOT + 1), other, mask, lo, FP32, WAY)
-            return new_hi, lo
+def constants_of(c, PLAN: tl.constexpr):
+    """A row of folded constants, by their names. An expansion takes two numbers of it, hi and lo."""
+    values = ()
+    for k in tl.static_range(len(PLAN.rule.widths)):
+        if PLAN.rule.widths[k] == 2:
+            values = values + ((Real(tl.load(c), PLAN.ROUND), Real(tl.load(c + 1), PLAN.ROUND)),)
         else:
-            write(tl.load(row + 2 * SLOT + 1), other, mask, lo, BF16, WAY)
-            return new_hi, value_of(lo, BF16)
+            values = values + (Real(tl.load(c), PLAN.ROUND),)
+        c += PLAN.rule.widths[k]
+    return PLAN.rule.constants(*values)
+
+
+@triton.jit
+def random_bits(word, row, stream, begin, at, shapes, SLOT: tl.constexpr, WAY: tl.constexpr):
+    """16 for each element, of the word that slots share, or of the slot's own."""
+    if not SLOT.format.stochastic:
+        return at
+    elif SLOT.salt == 0:
+        return bits(word, SLOT.part)
+    else:
+        return bits(random_words(row, salted(tl.load(stream), SLOT.salt), begin, at, shapes, WAY), SLOT.part)
+
+
+@triton.jit
+def random_words(row, base, begin, at, shapes, WAY: tl.constexpr):
+    """32 random bits for each element, by its row-major index in the unsharded tensor."""
+    base = base.to(tl.uint64, bitcast=True)
+    offset = tl.load(row + OFFSET)
+    if WAY != STRIDED:
+        return words_of_run(base, offset + begin, tl.arange(0, BLOCK))
+    else:
+        dims = tl.load(row + REGION_DIMS)
+        sizes = shapes + tl.load(row + REGION)
+        return words(base, offset + dot(at, dims, sizes, sizes + dims))
+
+
+@triton.jit
+def load(row, at, begin, end, shapes, SLOT: tl.constexpr, WAY: tl.constexpr):
+    """What a slot's planes hold, as its format reads it."""
+    planes = ()
+    for p in tl.static_range(len(SLOT.format.words)):
+        if SLOT.format.per[p] == 1:
+            x = read(row, SLOT.first + p, at, at < end, shapes, SLOT.format.words[p], WAY)
+        else:
+            where, mask = shared(row, begin, end, SLOT.format.per[p])
+            x = read(row, SLOT.first + p, where, mask, shapes, SLOT.format.words[p], MASKED)
+        planes = planes + (x,)
+    return planes
+
+
+@triton.jit
+def store(row, at, begin, end, shapes, codes, SLOT: tl.constexpr, WAY: tl.constexpr):
+    for p in tl.static_range(len(SLOT.format.words)):
+        if SLOT.format.per[p] == 1:
+            write(row, SLOT.first + p, at, at < end, shapes, codes[p], SLOT.format.words[p], WAY)
+        else:
+            where, mask = shared(row, begin, end, SLOT.format.per[p])
+            write(row, SLOT.first + p, where, mask, shapes, codes[p], SLOT.format.words[p], MASKED)
+
+
+@triton.jit
+def shared(row, begin, end, PER: tl.constexpr):
+    """(offsets of a block's words in a plane with one for PER elements of a row, which of them there are)."""
+    width = tl.load(row + WIDTH)
+    lane = tl.arange(0, BLOCK // PER)
+    first = begin // width * tl.cdiv(width, PER) + begin % width // PER
+    return first + lane, begin + lane * PER < end
+
+
+@triton.jit
+def decoded(codes, FORMAT: tl.constexpr):
+    """What planes will hold, as their format reads it."""
+    planes = ()
+    for p in tl.static_range(len(FORMAT.words)):
+        planes = planes + (FORMAT.words[p].decode(codes[p]),)
+    return planes
+
+
+@triton.jit
+def read(row, TENSOR: tl.constexpr, at, mask, shapes, WORD: tl.constexpr, WAY: tl.constexpr):
+    """A plane's elements, decoded."""
+    x = fetch(row, TENSOR, at, mask, shapes, WORD, WAY)
+    return WORD.decode(x if WORD.memory == tl.float32 else x.to(tl.int32))
+
+
+@triton.jit
+def fetch(row, TENSOR: tl.constexpr, at, mask, shapes, WORD: tl.constexpr, WAY: tl.constexpr):
+    pointer = tl.load(row + ADDRESSES + TENSOR).to(tl.pointer_type(WORD.memory))
+    if WAY == WHOLE:
+        return tl.load(tl.multiple_of(pointer, 16) + at)
+    else:
+        return tl.load(pointer + place(row, TENSOR, at, shapes, WAY), mask=mask, other=0)
+
+
+@triton.jit
+def write(row, TENSOR: tl.constexpr, at, mask, shapes, code, WORD: tl.constexpr, WAY: tl.constexpr):
+    pointer = tl.load(row + ADDRESSES + TENSOR).to(tl.pointer_type(WORD.memory))
+    if WAY == WHOLE:
+        tl.store(tl.multiple_of(pointer, 16) + at, code.to(WORD.memory))
+    else:
+        tl.store(pointer + place(row, TENSOR, at, shapes, WAY), code.to(WORD.memory), mask=mask)
 
 
 @triton.jit
@@ -157,36 +269,29 @@ def dot(at, dims, sizes, strides):
 
 
 @triton.jit
-def random_words(row, stream, begin, at, shapes, WAY: tl.constexpr):
-    """32 random bits for each element, by its row-major index in the unsharded tensor."""
-    base = tl.load(stream).to(tl.uint64, bitcast=True)
-    offset = tl.load(row + OFFSET)
-    if WAY != STRIDED:
-        return words_of_run(base, offset + begin, tl.arange(0, BLOCK))
-    else:
-        dims = tl.load(row + REGION_DIMS)
-        sizes = shapes + tl.load(row + REGION)
-        return words(base, offset + dot(at, dims, sizes, sizes + dims))
-
-
-@triton.jit
-def measure(out, mask, delta, old_hi, old_lo, new_hi, new_lo, THETA: tl.constexpr):
+def measure(out, mask, delta, old, new, FORMAT: tl.constexpr):
     """The monitor's sums over one block (reference.measure): intended, arrived and visible update, in float64."""
-    intended = tl.where(mask, delta, 0.0).to(tl.float64)
-    visible = tl.where(mask, new_hi.to(tl.float64) - old_hi.to(tl.float64), 0.0)
-    arrived = visible
-    moved = new_hi != old_hi
-    if THETA % 4 != SINGLE:
-        arrived = tl.where(mask, new_lo.to(tl.float64) - old_lo.to(tl.float64), 0.0)
-        moved = moved | (new_lo != old_lo)
-        if THETA % 4 != MASTER:
-            arrived += visible
+    intended = tl.where(mask, delta.x, 0.0).to(tl.float64)
+    visible = difference(mask, new[0], old[0])
+    before, after = FORMAT.components(old, FORMAT), FORMAT.components(new, FORMAT)
+    arrived = tl.zeros([BLOCK], tl.float64)
+    for k in tl.static_range(1, len(before) + 1):
+        arrived += difference(mask, after[len(before) - k], before[len(before) - k])
+    moved = new[0] != old[0]
+    for p in tl.static_range(1, len(old)):
+        if FORMAT.per[p] == 1:
+            moved = moved | (new[p] != old[p])
     tl.store(out, halved(intended * arrived))
     tl.store(out + 1, halved(intended * visible))
     tl.store(out + 2, halved(intended * intended))
-    nonzero = (delta != 0.0) & mask
+    nonzero = (delta.x != 0.0) & mask
     tl.store(out + 3, tl.sum(nonzero.to(tl.int32)).to(tl.float64))
     tl.store(out + 4, tl.sum((nonzero & (moved == 0)).to(tl.int32)).to(tl.float64))
+
+
+@triton.jit
+def difference(mask, new, old):
+    return tl.where(mask, new.to(tl.float64) - old.to(tl.float64), 0.0)
 
 
 @triton.jit
@@ -195,63 +300,3 @@ def halved(x):
     for level in tl.static_range(10):
         x = tl.sum(tl.reshape(x, [2, 512 >> level]), axis=0)
     return tl.sum(x)
-
-
-@triton.jit
-def add_up(sums, first, totals):
-    """totals[tensor] += the sums of its blocks, one after another. first: [tensors + 1], number of its first block."""
-    tensor = tl.program_id(0)
-    lane = tl.arange(0, 8)
-    total = tl.load(totals + tensor * 5 + lane, mask=lane < 5, other=0.0)
-    at = sums + tl.load(first + tensor) * 5 + lane
-    for _ in range(tl.load(first + tensor + 1) - tl.load(first + tensor)):
-        total += tl.load(at, mask=lane < 5, other=0.0)
-        at += 5
-    tl.store(totals + tensor * 5 + lane, total, mask=lane < 5)
-
-
-@triton.jit
-def broken(table, blocks, shapes, counts, THETA: tl.constexpr, REST: tl.constexpr):
-    """How many elements of theta, in each block, have planes that no step could have left."""
-    program = tl.program_id(0)
-    row = table + tl.load(blocks + program).to(tl.int64) * COLUMNS
-    begin = (program - tl.load(row + FIRST)) * BLOCK
-    at = begin + tl.arange(0, BLOCK)
-    hi, lo = load_slot(row, 0, at, at < tl.load(row + NUMEL), shapes, THETA, REST)
-    tl.store(counts + program, tl.sum(is_broken(hi, lo, THETA).to(tl.int32)))
-
-
-@triton.jit
-def stream(
-    table, blocks, zero, THETA: tl.constexpr, M: tl.constexpr, V: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
-    """The limit of a step: reads and writes the planes of whole blocks, without arithmetic. zero holds a 0."""
-    program = tl.program_id(0)
-    row = table + tl.load(blocks + program).to(tl.int64) * COLUMNS
-    begin = (program - tl.load(row + FIRST)) * BLOCK
-    at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
-    if begin + BLOCK <= tl.load(row + NUMEL):
-        g = read(tl.load(row + GRAD), at, at, GRADIENT, WHOLE).to(tl.int32, bitcast=True) & tl.load(zero)
-        stream_slot(row, at, g, THETA)
-        stream_slot(row + 2, at, g, M)
-        stream_slot(row + 4, at, g, V)
-
-
-@triton.jit
-def stream_slot(planes, at, g, FORMAT: tl.constexpr):
-    """What is written depends on what was read, the gradient included: no compiler can leave it out."""
-    hi, lo = load(planes, at, at, at, FORMAT, WHOLE)
-    write_back(tl.load(planes), at, hi, g, FORMAT % 16 // 4 * 4)
-    if FORMAT % 4 == MASTER:
-        write_back(tl.load(planes + 1), at, lo, g, FP32)
-    elif FORMAT % 4 != SINGLE:
-        write_back(tl.load(planes + 1), at, lo, g, BF16)
-
-
-@triton.jit
-def write_back(plane, at, x, g, COMPONENT: tl.constexpr):
-    bits = x.to(tl.int32, bitcast=True) | g
-    if COMPONENT == FP32:
-        write(plane, at, at, bits.to(tl.float32, bitcast=True), FP32, WHOLE)
-    else:
-        write(plane, at, at, bits >> 16, BF16, WHOLE)
