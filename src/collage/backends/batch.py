@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ class Batch:
 
     def constants(self, step: int) -> Any:
         """The folded constants of a step, as floats."""
-        return self.rule.fold(float(self.lr), self.hyper, step, self.register)
+        return _folded(self.rule, float(self.lr), tuple(self.hyper), step, self.register)
 
     def own(self, k: int) -> Sequence[Tensor]:
         """The planes of one parameter."""
@@ -127,6 +127,11 @@ class Batch:
             grads=taken(self.grads), steps=taken(self.steps), keys=taken(self.keys), regions=taken(self.regions),
             sums=taken(self.sums), counters=taken(self.counters), kept=None,
         )  # fmt: skip
+
+
+@lru_cache(maxsize=256)  # parameters that step one by one share them
+def _folded(rule: Rule, lr: float, hyper: tuple[float, ...], step: int, register: torch.dtype) -> Any:
+    return rule.fold(lr, hyper, step, register)
 
 
 @cache

@@ -42,7 +42,7 @@ def step(batch: Batch) -> None:
     increment_version(reference.written(batch))  # as any in-place operation would
     gradient = GRADIENTS[batch.grads[0].dtype] if batch.grads else ""
     _operation(batch.rule.name, batch.formats, gradient, batch.rule.prefixes, batch.register).run(
-        **_tensors(batch.formats, batch.planes, batch.grads),
+        **_tensors(batch.formats, batch.planes, batch.grads, batch.kept),
         **(_noise(batch.seed, batch.steps, batch.keys, batch.regions) if batch.stochastic else {}),
         constants=constants,
         rows=rows,
@@ -131,24 +131,43 @@ def _each(method: Callable[[Tensor], int], tensors: Sequence[Tensor]) -> list[in
     return list(map(method, tensors))
 
 
-def _tensors(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[str, list[Any]]:
+def _tensors(
+    formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor], kept: dict[str, Any] | None = None
+) -> dict[str, list[Any]]:
     """Where the tensors of a call lie: columns of native numbers."""
+    found: dict[str, Any] = {} if kept is None else kept
     layout = _layout(formats)
-    visible = planes[:: len(layout)]
-    in_rows = any(plane.per != 1 for plane in layout)
+    if "numel" not in found:
+        visible = planes[:: len(layout)]
+        _require_whole(layout, planes, visible)
+        in_rows = any(plane.per != 1 for plane in layout)
+        found["numel"] = _each(Tensor.numel, visible)
+        found.setdefault("addresses", _each(Tensor.data_ptr, planes))
+        found["columns"] = [as_rows(param.shape)[1] for param in visible] if in_rows else []
+        found["in_order"] = all(map(Tensor.is_contiguous, planes))
+    in_order = found["in_order"] and all(map(Tensor.is_contiguous, grads))
     return {
-        "numel": _each(Tensor.numel, visible),
-        "planes": _each(Tensor.data_ptr, planes),
+        "numel": found["numel"],
+        "planes": found["addresses"],
         "gradients": _each(Tensor.data_ptr, grads),
-        "layouts": _strides(layout, planes, grads),
-        "columns": [as_rows(param.shape)[1] for param in visible] if in_rows else [],
+        "layouts": [] if in_order else _strides(layout, planes, grads),
+        "columns": found["columns"],
     }
 
 
+def _require_whole(layout: tuple[Plane, ...], planes: Sequence[Tensor], visible: Sequence[Tensor]) -> None:
+    """Raise ValueError for a plane of another shape or dtype than its format has: a kernel would read beside it."""
+    shapes = [plane.shape(param.shape) for param in visible for plane in layout]
+    dtypes = [plane.dtype for _ in visible for plane in layout]
+    for tensor, shape, dtype in zip(planes, shapes, dtypes, strict=True):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"planes: one has shape {tuple(tensor.shape)}, {tensor.dtype}, instead of {shape}, {dtype}"
+            )
+
+
 def _strides(layout: tuple[Plane, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> list[list[int]]:
-    """Sizes and strides of the parameters whose tensors are not all contiguous; nothing if all are."""
-    if all(map(Tensor.is_contiguous, planes)) and all(map(Tensor.is_contiguous, grads)):
-        return []
+    """Sizes and strides of the parameters whose tensors are not all contiguous."""
     strides = []
     for k in range(len(planes) // len(layout)):
         own = planes[k * len(layout) : (k + 1) * len(layout)]

@@ -42,11 +42,8 @@ def step(batch: Batch) -> None:
 
 
 def written(batch: Batch) -> list[Tensor]:
-    """The planes that a step writes to."""
-    if all(slot.written for slot in batch.rule.slots):
-        return list(batch.planes)
-    pairs = [pair for row in batch.rows() for pair in zip(batch.rule.slots, row.slots, strict=True)]
-    return [plane for slot, planes in pairs for plane in planes if slot.written]
+    """What a step writes to and others may look at: the weights, or what stands in the first slot of a rule."""
+    return list(batch.visible())
 
 
 def decode(format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None:

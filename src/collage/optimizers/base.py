@@ -18,7 +18,7 @@ from collage.optimizers import admission, compiled, edits, loading, planes
 from collage.optimizers.memory import accept
 from collage.optimizers.parameters import Group, Named, Parameter, named, require_unique
 from collage.optimizers.plan import Columns, Plan, check, chosen, renewed, started, strategy_for
-from collage.optimizers.settings import checked_seed, without_foreign
+from collage.optimizers.settings import checked_seed, require_constants, without_foreign
 from collage.rng import signed
 from collage.rules import Rule, Setting
 from collage.saying import warn_once
@@ -121,10 +121,9 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         for setting in (LR, *rule.settings):
             group[setting.name] = setting.checked(group[setting.name])
         group["seed"] = checked_seed(group["seed"])
-        elsewhere = (x for x in (group["lr"], *rule.hyper(group)) if isinstance(x, Tensor) and x.device.type != "cpu")
-        if next(elsewhere, None) is None:  # reading it would wait
-            register = Strategy.parse(group["strategy"]).register
-            rule.fold(float(group["lr"]), list(map(float, rule.hyper(group))), 1, register)
+        settings = [group["lr"], *rule.hyper(group)]
+        if not any(isinstance(x, Tensor) and x.device.type != "cpu" for x in settings):  # reading it would wait
+            require_constants(rule, *map(float, settings), register=Strategy.parse(group["strategy"]).register)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

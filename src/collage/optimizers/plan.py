@@ -35,10 +35,8 @@ Chosen = tuple[list[Tensor], list[Tensor]]  # parameters, and their gradients
 
 def chosen(group: Group) -> tuple[Chosen, Chosen]:
     """The group's parameters that have a gradient: of its own strategy, and float32 ones among its narrower ones."""
-    params, grads = group["params"], [param.grad for param in group["params"]]
-    if type(None) in set(map(type, grads)):
-        params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-        grads = [grad for grad in grads if grad is not None]
+    params = [param for param in group["params"] if param.grad is not None]
+    grads = [param.grad for param in params]
     dtypes = list(map(_dtype, params))
     if torch.float32 not in set(dtypes) or Strategy.parse(group["strategy"]).dtype == torch.float32:
         return (params, grads), ([], [])
@@ -58,15 +56,20 @@ class Facts:
     def __init__(self, thetas: Sequence[Tensor], planes: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
         self.thetas, self.planes, self.steps = thetas, planes, steps
         self.visible = planes[:: len(planes) // len(thetas)]
-        self.addresses, self.counters = list(map(Tensor.data_ptr, planes)), list(map(Tensor.data_ptr, steps))
         self.storages = [theta.untyped_storage()._weak_ref() for theta in self.visible]
-        self.forms = self._forms()
+        self.found = self._look()
+        self.addresses, self.counters = self.found[0][::3], self.found[1]
 
-    def _forms(self) -> tuple[list[Any], ...]:
-        in_order = all(map(Tensor.is_contiguous, self.planes))
-        strides = [] if in_order else [(plane.shape, plane.stride()) for plane in self.planes]
-        sizes = list(map(Tensor.numel, self.planes))
-        return list(map(_shape, self.thetas)), list(map(_dtype, self.visible)), sizes, strides
+    def _look(self) -> tuple[list[Any], ...]:
+        # All of one tensor before the next: there may be more of them than a cache holds.
+        lying = zip(
+            map(Tensor.data_ptr, self.planes), map(Tensor.numel, self.planes), map(Tensor.is_contiguous, self.planes),
+            strict=True,
+        )  # fmt: skip
+        flat = list(chain.from_iterable(lying))
+        strides = [] if all(flat[2::3]) else [(plane.shape, plane.stride()) for plane in self.planes]
+        forms = chain.from_iterable(zip(map(_shape, self.thetas), map(_dtype, self.visible), strict=True))
+        return flat, list(map(Tensor.data_ptr, self.steps)), strides, list(forms)
 
     @property
     def live(self) -> bool:
@@ -76,16 +79,11 @@ class Facts:
     @property
     def place(self) -> tuple[Any, ...]:
         """Where the first parameter was."""
-        return self.addresses[0], self.forms
+        return self.addresses[0], self.found[2], self.found[3]
 
     def hold(self) -> bool:
         """Whether everything is as it was."""
-        return (
-            list(map(Tensor.data_ptr, self.planes)) == self.addresses
-            and list(map(Tensor.data_ptr, self.steps)) == self.counters
-            and self._forms() == self.forms
-            and self.live
-        )
+        return self._look() == self.found and self.live
 
     def __del__(self) -> None:
         for storage in getattr(self, "storages", ()):
@@ -148,7 +146,7 @@ class Columns:
         self.held = [x for plan in plans for x in plan.held]
         self.planes = [plane for plan in plans for plane in plan.planes]
         self.steps = [plan.state["step"] for plan in plans]
-        self.facts = Facts(self.params, self.planes, self.steps)
+        self.facts = plans[0].facts if len(plans) == 1 else Facts(self.params, self.planes, self.steps)
         self.thetas = self.facts.visible
         self.names = [plan.parameter.name for plan in plans]
         random = stochastic(self.rule, self.formats)
