@@ -19,6 +19,10 @@ inline B16 operator/(B16 a, B16 b) { return {BF16::rn(a.x / b.x)}; }
 inline B16 operator-(B16 a) { return {-a.x}; }
 inline B16 sqrt(B16 a) { return {BF16::rn(sqrt(a.x))}; }
 
+// 1 or -1; x itself where it is +-0 or NaN.
+inline F32 sign(F32 x) { return (x < F32{}) | (x > F32{}) ? (F32)(((U32)x & 0x80000000) | 0x3F800000) : x; }
+inline B16 sign(B16 x) { return {sign(x.x)}; }
+
 inline F32 to_float(F32 x) { return x; }
 inline F32 to_float(B16 x) { return x.x; }
 
@@ -33,8 +37,23 @@ inline N in_register(F32 x) {
 
 // A constant, as an expansion in the arithmetic's dtype: (hi, lo) in bfloat16, where beta2 = 0.999 would be 1.0.
 template <class N>
-struct Expansion {
+struct Constant {
   N hi, lo;
+};
+
+// A rule's folded constants, read one after the other.
+template <class N>
+class Row {
+ public:
+  explicit Row(const float* next) : next_(next) {}
+  operator N() { return in_register<N>(splat(*next_++)); }
+  operator Constant<N>() {
+    const N hi = *this, lo = *this;
+    return {hi, lo};
+  }
+
+ private:
+  const float* next_;
 };
 
 template <class N>
@@ -62,7 +81,7 @@ inline Two<B16> grow(B16 hi, B16 lo, B16 a) {
 }
 
 // An expansion times a constant (mcf.mul).
-inline Two<B16> mul(B16 hi, B16 lo, Expansion<B16> c) {
+inline Two<B16> mul(B16 hi, B16 lo, Constant<B16> c) {
   const Two<B16> head = two_prod(hi, c.hi);
   return two_sum(head.sum, (hi * c.lo + lo * c.hi) + head.error);
 }

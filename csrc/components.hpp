@@ -1,7 +1,6 @@
 // The component dtypes: how LANES of them lie in memory, and rounding to them. In between they are float32
 // lanes, in two halves: the elements at even places (half 0) and those at odd ones (half 1).
 #pragma once
-#include "kernel.hpp"
 #include "simd.hpp"
 
 #if defined(__AVX512BW__)
@@ -16,6 +15,25 @@
 
 namespace collage {
 namespace {
+
+// Text that is put together when the kernels are compiled.
+struct Name {
+  char text[16]{};
+
+  constexpr Name(const char* from) { append(from); }
+  constexpr Name operator+(const char* from) const {
+    Name both = *this;
+    both.append(from);
+    return both;
+  }
+
+ private:
+  constexpr void append(const char* from) {
+    int k = 0;
+    while (text[k]) ++k;
+    while (*from) text[k++] = *from++;
+  }
+};
 
 // Every NaN made the quiet one.
 inline F32 quiet(F32 x) { return x == x ? x : (F32)(U32{} + 0x7FC00000); }
@@ -32,7 +50,8 @@ constexpr int merged(int k) {
 }
 
 struct FP32 {
-  static constexpr Code::Component component = Code::fp32;
+  static constexpr Name name{"fp32"};
+  static constexpr int BYTES = 4;
 
   template <int half>
   static F32 read(const char* plane, int64_t i) {
@@ -47,10 +66,13 @@ struct FP32 {
 
   static F32 value(F32 code) { return code; }
   static F32 code(F32 x) { return x; }
+  static F32 rn(F32 x) { return x; }
 };
 
 struct BF16 {
-  static constexpr Code::Component component = Code::bf16;
+  static constexpr Name name{"bf16"};
+  static constexpr int BYTES = 2;
+  static constexpr float ULP = 0x1p-7f, LEAST_NORMAL = 0x1p-126f, LEAST = 0x1p-133f;
 
   template <int half>
   static F32 read(const char* plane, int64_t i) {
@@ -75,15 +97,20 @@ struct BF16 {
 
   static F32 rn(F32 x) { return value(code(x)); }
 
-  // Stochastically, for finite x: 16 random bits are added to the 16 that are dropped. Stops before Inf.
-  static F32 stochastic_code(F32 x, U32 random) {
+  // Stochastically, for finite |x| < 2^127: 16 random bits are added to the 16 that are dropped.
+  static F32 stochastic_code(F32 x, U32 random) { return (F32)((U32)x + random); }
+
+  // For any finite x. Stops before Inf.
+  static F32 careful_stochastic_code(F32 x, U32 random) {
     const U32 below = min_signed((U32)x + random, U32{} + 0x7F7FFFFF);  // the sign bit makes negative ones smaller
     return (F32)min_unsigned(below, U32{} + 0xFF7FFFFF);
   }
 };
 
 struct FP16 {
-  static constexpr Code::Component component = Code::fp16;
+  static constexpr Name name{"fp16"};
+  static constexpr int BYTES = 2;
+  static constexpr float ULP = 0x1p-10f, LEAST_NORMAL = 0x1p-14f, LEAST = 0x1p-24f;
 
   template <int half>
   static F32 read(const char* plane, int64_t i) {
@@ -97,12 +124,31 @@ struct FP16 {
 
   static F32 value(F32 code) { return code; }
   static F32 code(F32 x) { return decode(encode(x)); }
+  static F32 rn(F32 x) { return code(x); }
+
+  // Stochastically, for finite x: `shift` bits are dropped, and as many random ones are added to them first; where they
+  // are more than the 16 that there are, half of the last of these goes with them, so that it stays unbiased.
+  static F32 stochastic_code(F32 x, U32 random) {
+    const U32 bits = (U32)magnitude(x);
+    const U32 exponent = (Mask)(bits >> 23) > 1 ? bits >> 23 : U32{} + 1;
+    const U32 significand = (bits & 0x7FFFFF) | ((Mask)bits < 0x800000 ? U32{} : U32{} + 0x800000);
+    const Mask below = 113 - (Mask)exponent, above = (Mask)exponent - 113;
+    const Mask wanted = 13 + (below > 0 ? below : Mask{});
+    const U32 shift = (U32)(wanted < 30 ? wanted : Mask{} + 30);
+    const U32 few = random >> ((16 - shift) & 31);
+    const U32 many = (random << ((shift - 16) & 31)) + ((U32{} + 1) << ((shift - 17) & 31));
+    const U32 sum = significand + ((Mask)shift <= 16 ? few : many);
+    const U32 rounded = (sum >> shift) + ((U32)(above > 0 ? above : Mask{}) << 10);
+    const U32 code = (Mask)rounded > 0x7BFF ? U32{} + 0x7BFF : rounded;
+    return decode(code | (((U32)x >> 16) & 0x8000));
+  }
+  static F32 careful_stochastic_code(F32 x, U32 random) { return stochastic_code(x, random); }
 
  private:
   static F32 decode(U32 code) {  // the exponent is moved to float32's by an exact multiplication: subnormals too
     const U32 magnitude = (code & 0x7FFF) << 13;
     const U32 bits = (code & 0x7C00) == 0x7C00 ? magnitude | 0x7F800000 : (U32)((F32)magnitude * 0x1p112f);
-    return (F32)(bits | ((code & 0x8000) << 16));
+    return quiet((F32)(bits | ((code & 0x8000) << 16)));
   }
 
   // As BF16::code; below the smallest normal number, adding 1/2, whose ulp is the smallest subnormal, rounds.

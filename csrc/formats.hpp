@@ -1,181 +1,145 @@
-// Planes in memory <-> numbers in registers. One for one what formats.py says: `encode` is pure, only the walk writes.
+// Planes in memory <-> numbers in registers. One for one what formats.py says: a format is one struct and one row of the
+// list at the end. Decoded, an element has `lanes` numbers: those of its own words, the visible one first, and what a block's
+// words make of them. `component` is the first of those whose sum is the number.
 #pragma once
-#include "accumulators.hpp"
-#include "random.hpp"
+#include "elementwise.hpp"
+#include "kernel.hpp"
 
 namespace collage {
 namespace {
 
-// One element's planes, as codes: what `write` stores. A format with one plane leaves lo alone.
-struct Planes {
-  F32 hi, lo;
-};
-
-// Whether every number to be stored is finite, as nearly all are. If not, `encode` also looks at NaN and Inf.
-template <bool v>
-using Finite = std::bool_constant<v>;
-
-template <class C, bool stochastic, bool is_finite>
-inline F32 rounded(F32 x, U32 word, int slot, Finite<is_finite>) {
-  if constexpr (C::component != Code::bf16 || (is_finite && !stochastic)) {
-    return C::code(x);
-  } else if constexpr (is_finite) {
-    return C::stochastic_code(x, bits_of(word, slot));
-  } else {
-    const F32 nearest = C::code(quiet(x));
-    if constexpr (!stochastic) return nearest;
-    return finite(x) ? C::stochastic_code(x, bits_of(word, slot)) : nearest;
-  }
+constexpr Format described(const Name& name, bool stochastic, int count, Plane a, Plane b = {}, Plane c = {}) {
+  Format format{{}, stochastic, count, {a, b, c}};
+  for (int k = 0; k < int(sizeof name.text); ++k) format.name[k] = name.text[k];
+  return format;
 }
+
+template <class C>
+constexpr Plane plane_of{C::BYTES, 1};
+
+constexpr const char* suffix(bool stochastic) { return stochastic ? ":sr" : ""; }
 
 // One plane: fp32, bf16, fp16.
 template <class C, bool stochastic = false>
-struct Single {
-  static constexpr Code code{Code::single, C::component, stochastic};
-  static constexpr bool random = stochastic;
+struct Single : Elementwise<Single<C, stochastic>, C> {
+  using Nearest = Single<C>;
+  static constexpr Format format = described(C::name + suffix(stochastic), stochastic, 1, plane_of<C>);
+  static constexpr Kind kind = Kind::one;
+  static constexpr int component = 0;
 
-  template <int half>
-  Planes read(const char* const* p, int64_t i) const {
-    return {C::template read<half>(p[0], i), F32{}};
+  static Register<F32> number(const Lanes<1>& x) { return {x.x[0]}; }
+
+  template <class Is>
+  static Lanes<1> codes(const Register<F32>& number, U32 random, Is is_finite) {
+    return {{rounded<C, stochastic>(number.x, random, is_finite)}};
   }
 
-  void write(char* const* p, int64_t i, const Planes& even, const Planes& odd) const {
-    C::write(p[0], i, even.hi, odd.hi);
+  static F32 whole(const Register<F32>& number) {  // not finite where care is needed: from 2^127 on, too
+    return stochastic ? number.x + number.x : F32{};
   }
 
-  template <class N>
-  Register<N> number(const Planes& x) const {
-    return {x.hi};
-  }
-
-  template <class A, class Is>
-  Planes encode(const A& number, U32 word, int slot, Is is_finite) const {
-    return {rounded<C, stochastic>(to_float(number.value()), word, slot, is_finite), F32{}};
-  }
-
-  template <class A>
-  F32 whole(const A& number) const {
-    return to_float(number.value());
-  }
-
-  template <int part>
-  F64 difference(const Planes& from, const Planes& to) const {
-    return wide<part>(to.hi) - wide<part>(from.hi);
-  }
-  Planes values(const Planes& codes) const { return {C::value(codes.hi), F32{}}; }
-  Mask moved(const Planes& from, const Planes& to) const { return from.hi != to.hi; }
-  Mask broken(const Planes&) const { return Mask{}; }
+  static Mask broken(const Lanes<1>&) { return Mask{}; }
 };
 
-// Planes that no `encode` could have left: |lo| beyond half an ulp of hi (for Kahan: a whole one) and one step more.
-// To nearest, hi is 0 only for what lo, too, rounds to 0.
-template <bool stochastic>
-inline Mask broken_pair(const Planes& x, float ulps) {
-  const F32 binade = (F32)((U32)x.hi & 0x7F800000);
-  const F32 bound = (binade > 0x1p-126f ? binade : splat(0x1p-126f)) * (ulps * 0x1p-7f);
-  const F32 step = bound * 0x1p-7f;
-  const F32 limit = bound + (step > 0x1p-133f ? step : splat(0x1p-133f));
-  const F32 lo = (F32)((U32)x.lo & 0x7FFFFFFF);
-  const Mask paired = stochastic ? finite(x.hi) : finite(x.hi) & (x.hi != F32{});
-  return ~(paired ? lo <= limit : x.lo == F32{});
+// Components that no `encode` could have left: |lo| beyond half an ulp of hi (for Kahan: a whole one) and one step
+// more. To nearest, hi is 0 only for what lo, too, rounds to 0.
+template <class C, bool stochastic>
+inline Mask broken_pair(F32 hi, F32 lo, float ulps) {
+  const F32 binade = (F32)((U32)hi & 0x7F800000);
+  const F32 bound = (binade > C::LEAST_NORMAL ? binade : splat(C::LEAST_NORMAL)) * (ulps * C::ULP);
+  const F32 step = bound * C::ULP;
+  const F32 limit = bound + (step > C::LEAST ? step : splat(C::LEAST));
+  const Mask paired = stochastic ? finite(hi) : finite(hi) & (hi != F32{});
+  return ~(paired ? magnitude(lo) <= limit : lo == F32{});
 }
 
-// A bfloat16 plane and a second one.
-template <class Second>
-struct TwoPlanes {
-  template <int half>
-  Planes read(const char* const* p, int64_t i) const {
-    return {BF16::read<half>(p[0], i), Second::template read<half>(p[1], i)};
-  }
+template <class Own, class C, int components>
+using ComponentsOf = std::conditional_t<components == 2, Elementwise<Own, C, C>, Elementwise<Own, C, C, C>>;
 
-  void write(char* const* p, int64_t i, const Planes& even, const Planes& odd) const {
-    BF16::write(p[0], i, even.hi, odd.hi);
-    Second::write(p[1], i, even.lo, odd.lo);
-  }
+// hi + lo (+ lo2), all of one dtype: each is RN of the rest, the last one R of it. +0 below what is not finite.
+template <class C, int components = 2, bool stochastic = false>
+struct Expansion : ComponentsOf<Expansion<C, components, stochastic>, C, components> {
+  using Nearest = Expansion<C, components>;
+  using Component = C;
+  using Every = Lanes<components>;
+  static constexpr Format format =
+      described(C::name + (components == 2 ? "x2" : "x3") + suffix(stochastic), stochastic, components, plane_of<C>,
+                plane_of<C>, components == 2 ? Plane{} : plane_of<C>);
+  static constexpr Kind kind = Kind::expanded;
+  static constexpr int component = 0;
 
-  Planes values(const Planes& codes) const { return {BF16::value(codes.hi), Second::value(codes.lo)}; }
-  Mask moved(const Planes& from, const Planes& to) const { return (from.hi != to.hi) | (from.lo != to.lo); }
-};
-
-// hi + lo, both bfloat16. hi = RN(x), lo = R(x - hi), and lo = +0 where either is not finite.
-template <bool stochastic = false>
-struct Pair : TwoPlanes<BF16> {
-  static constexpr Code code{Code::pair, Code::bf16, stochastic};
-  static constexpr bool random = stochastic;
-
-  template <class N>
-  auto number(const Planes& x) const {
-    if constexpr (std::is_same_v<N, F32>)
-      return Expanded{x.hi, x.lo};
+  static Expanded<C, components> number(const Every& x) {
+    if constexpr (components == 2)
+      return {x.x[0], x.x[1]};
     else
-      return PaperExpanded{{x.hi}, {x.lo}};
+      return {x.x[0], x.x[1], x.x[2]};
   }
 
-  template <class A, class Is>
-  Planes encode(const A& number, U32 word, int slot, Is is_finite) const {
-    const Parts x = number.parts();
-    if constexpr (is_finite) return {x.hi, rounded<BF16, stochastic>(x.rest, word, slot, is_finite)};
-    const F32 rest = keep(finite(x.hi + x.rest), x.rest);
-    return {quiet(x.hi), rounded<BF16, stochastic>(rest, word, slot, is_finite)};
+  template <class Number, class Is>
+  static Every codes(const Number& number, U32 random, Is is_finite) {
+    const Parts x = number.template parts<C>();
+    const F32 hi = is_finite() ? x.hi : quiet(x.hi);
+    const F32 rest = is_finite() ? x.rest : keep(finite(x.hi + x.rest), x.rest);
+    if constexpr (components == 2) {
+      return {{hi, rounded<C, stochastic>(rest, random, is_finite)}};
+    } else {
+      const F32 lo = C::rn(rest);
+      return {{hi, lo, rounded<C, stochastic>(rest - lo, random, is_finite)}};
+    }
   }
 
-  template <class A>
-  F32 whole(const A& number) const {
-    const Parts x = number.parts();
-    return x.hi + x.rest;
+  // The rest is not finite, either, where hi is not; and where both are, so is their sum.
+  template <class Number>
+  static F32 whole(const Number& number) {
+    return number.template parts<C>().rest;
   }
 
-  Mask broken(const Planes& x) const { return broken_pair<stochastic>(x, 0.5f); }
-
-  template <int part>
-  F64 difference(const Planes& from, const Planes& to) const {  // last component first
-    return (wide<part>(to.lo) - wide<part>(from.lo)) + (wide<part>(to.hi) - wide<part>(from.hi));
+  static Mask broken(const Every& x) {
+    const Mask second = broken_pair<C, stochastic && components == 2>(x.x[0], x.x[1], 0.5f);
+    if constexpr (components == 2)
+      return second;
+    else
+      return second | broken_pair<C, stochastic>(x.x[1], x.x[2], 0.5f);
   }
 };
 
-// bf16 for the forward pass, and the float32 master weight that it is a cast of. The number is the master alone.
-struct Master : TwoPlanes<FP32> {
-  static constexpr Code code{Code::master, Code::bf16, false};
-  static constexpr bool random = false;
+// A narrow plane for the forward pass, and the float32 master weight that it is a cast of: the number is that alone.
+template <class C>
+struct Master : Elementwise<Master<C>, C, FP32> {
+  static constexpr Format format = described(C::name + "+fp32", false, 2, plane_of<C>, plane_of<FP32>);
+  static constexpr Kind kind = Kind::one;
+  static constexpr int component = 1;
 
-  template <class N>
-  Register<N> number(const Planes& x) const {
-    return {x.lo};
+  static Register<F32> number(const Lanes<2>& x) { return {x.x[1]}; }
+
+  template <class Is>
+  static Lanes<2> codes(const Register<F32>& number, U32, Is is_finite) {
+    return {{rounded<C, false>(number.x, U32{}, is_finite), number.x}};
   }
 
-  template <class A, class Is>
-  Planes encode(const A& number, U32 word, int slot, Is is_finite) const {
-    const F32 x = to_float(number.value());
-    return {rounded<BF16, false>(x, word, slot, is_finite), x};
-  }
+  static F32 whole(const Register<F32>&) { return F32{}; }
 
-  template <class A>
-  F32 whole(const A& number) const {
-    return to_float(number.value());
-  }
-
-  Mask broken(const Planes& x) const {
-    const F32 cast = BF16::rn(x.lo);
-    return ~((x.hi == cast) | ((x.hi != x.hi) & (cast != cast)));
-  }
-
-  template <int part>
-  F64 difference(const Planes& from, const Planes& to) const {
-    return wide<part>(to.lo) - wide<part>(from.lo);
+  static Mask broken(const Lanes<2>& x) {
+    const F32 cast = C::rn(x.x[1]);
+    return ~((x.x[0] == cast) | ((x.x[0] != x.x[0]) & (cast != cast)));
   }
 };
 
 // bf16 with Kahan's compensation in a second bf16 plane.
-struct Compensated : Pair<> {
-  static constexpr Code code{Code::compensated, Code::bf16, false};
+struct Compensated : Expansion<BF16> {
+  static constexpr Format format = described("bf16+kahan", false, 2, plane_of<BF16>, plane_of<BF16>);
+  static constexpr Kind kind = Kind::kahan;
 
-  Mask broken(const Planes& x) const { return broken_pair<false>(x, 1.0f); }
-
-  template <class N>
-  Kahan number(const Planes& x) const {
-    return {{x.hi}, {x.lo}};
-  }
+  static Mask broken(const Lanes<2>& x) { return broken_pair<BF16, false>(x.x[0], x.x[1], 1.0f); }
 };
+
+template <class... F>
+struct List {};
+
+using Formats = List<Single<FP32>, Single<BF16>, Single<FP16>, Single<BF16, true>, Single<FP16, true>,  //
+                     Expansion<BF16>, Expansion<BF16, 3>, Expansion<FP16>,                              //
+                     Expansion<BF16, 2, true>, Expansion<BF16, 3, true>, Expansion<FP16, 2, true>,      //
+                     Master<BF16>, Master<FP16>, Compensated>;
 
 }  // namespace
 }  // namespace collage

@@ -1,10 +1,10 @@
 // The Python module collage._native: raw addresses in, nothing of torch. backends/cpu.py is its only user.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
-#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -47,187 +47,162 @@ const InstructionSet& instruction_set(const std::string& name) {
   throw std::invalid_argument("instruction set '" + name + "' is not available here");
 }
 
-Code code_of(const std::string& format) {
-  static const std::map<std::string, Code> codes{
-      {"fp32", {Code::single, Code::fp32, false}},     {"bf16", {Code::single, Code::bf16, false}},
-      {"fp16", {Code::single, Code::fp16, false}},     {"bf16x2", {Code::pair, Code::bf16, false}},
-      {"bf16:sr", {Code::single, Code::bf16, true}},   {"bf16x2:sr", {Code::pair, Code::bf16, true}},
-      {"bf16+fp32", {Code::master, Code::bf16, false}}, {"bf16+kahan", {Code::compensated, Code::bf16, false}},
-  };
-  return codes.at(format);
+void require(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(std::string(what) + ": their number is not that of the tensors");
 }
 
-// One rule under one strategy and gradient dtype, on one instruction set.
-class Stepper {
+// All tensors of a call, as columns. planes: addresses, tensor by tensor in slot order. Of the rest, none at all stands
+// for nothing of the kind: no gradient is read, nothing is random, sharded, strided, or measured.
+struct Columns {
+  Numbers numel;
+  Addresses planes, gradients;
+  std::vector<std::vector<float>> constants;  // rows, of which each tensor takes one
+  Numbers rows;
+  Addresses streams;             // of random bits
+  std::vector<Numbers> shards;   // sizes, starts and global strides in a row, or nothing
+  std::vector<Numbers> layouts;  // sizes, then strides of every plane with a word per element, then the gradient's
+  Numbers columns;               // of a row: where a format has planes with words of several elements
+  Addresses sums;                // of SUMS float64, that the block sums are added to
+  bool maximize = false;
+  float scale = 1.0f;  // gradients are divided by it
+};
+
+// One operation on given formats, on one instruction set: a rule's step, decode, encode, broken or stream.
+class Operation {
  public:
-  Stepper(const std::string& set, const std::string& rule, const std::vector<std::string>& formats,
-          bool bfloat16_arithmetic, const std::string& gradient)
-      : set_(instruction_set(set)) {
-    if (rule != "adamw" || formats.size() != MAX_SLOTS) throw std::invalid_argument("no kernel for rule '" + rule + "'");
-    request_.rule = Request::adamw;
-    for (int s = 0; s < MAX_SLOTS; ++s) request_.slots[s] = code_of(formats[s]);
-    request_.bfloat16_arithmetic = bfloat16_arithmetic;
-    request_.gradient = code_of(gradient).component;
-    kernel_.reset(set_.make(request_));
-  }
-
-  // All tensors of a call. Per tensor: elements; the addresses of its planes, in slot order; its gradient's; the index
-  // of its row of constants; its stream of random bits. shards: sizes, starts and global strides in a row, or nothing.
-  // layouts: sizes, then strides of every plane and of the gradient, or nothing. sums: address of SUMS float64 that
-  // the block sums are added to, or nothing.
-  void step(const Numbers& numel, const Addresses& planes, const Addresses& gradients,
-            const std::vector<std::vector<float>>& constants, const Numbers& rows, const Addresses& streams,
-            const std::vector<Numbers>& shards, const std::vector<Numbers>& layouts, const Addresses& sums,
-            bool maximize, int threads) const {
-    std::vector<Tensor> tensors = collect(numel, planes, gradients);
-    const auto fits = [&](size_t n) { return n == 0 || n == numel.size(); };
-    if (rows.size() != numel.size() || !fits(streams.size()) || !fits(shards.size()) || !fits(layouts.size()) ||
-        !fits(sums.size()))
-      throw std::invalid_argument("rows, streams, shards, layouts or sums: their number is not that of the tensors");
-    for (int64_t row : rows)
-      if (row < 0 || row >= int64_t(constants.size()) || constants[row].size() < MAX_CONSTANTS)
-        throw std::invalid_argument("rows: each needs a whole row of constants");
-    std::vector<Region> regions(shards.size());
-    std::vector<Layout> strided(layouts.size());
-    for (size_t k = 0; k < tensors.size(); ++k) {
-      Tensor& t = tensors[k];
-      t.constants = constants[rows[k]].data();
-      t.stream = streams.empty() ? 0 : streams[k];
-      t.maximize = maximize;
-      if (!shards.empty() && !shards[k].empty()) {
-        const int dims = int(shards[k].size() / 3);
-        const int64_t* const at = shards[k].data();
-        regions[k] = {dims, at, at + dims, at + 2 * dims};
-        t.region = &regions[k];
-      }
-      if (!layouts.empty() && !layouts[k].empty()) {
-        strided[k] = layout(layouts[k]);
-        t.layout = &strided[k];
-      }
+  Operation(const std::string& set, const std::string& operation, const std::vector<std::string>& formats,
+            const std::vector<std::pair<uint64_t, int>>& random, bool bfloat16_arithmetic, const std::string& gradient) {
+    Request request{};
+    request.operation = operation.c_str();
+    request.slots = int(formats.size());
+    request.bfloat16_arithmetic = bfloat16_arithmetic;
+    request.gradient = gradient.empty() ? nullptr : gradient.c_str();
+    if (formats.empty() || formats.size() > MAX_SLOTS) throw std::invalid_argument("formats: one for each of 1 to 4 slots");
+    for (size_t s = 0; s < formats.size(); ++s) {
+      request.formats[s] = formats[s].c_str();
+      request.salts[s] = s < random.size() ? random[s].first : 0;
+      request.parts[s] = s < random.size() ? random[s].second : -1;
     }
-    nb::gil_scoped_release release;
+    kernel_.reset(instruction_set(set).make(request));
+    if (!kernel_) throw std::invalid_argument("no kernel for '" + operation + "' on these formats and gradients");
+    for (int s = 0; s < kernel_->slots; ++s)
+      for (int p = 0; p < kernel_->formats[s]->count; ++p, ++planes_) elementwise_ += kernel_->formats[s]->planes[p].per == 1;
+  }
+
+  // How many elements it counted, which only `broken` does.
+  int64_t run(const Columns& c, int threads) const {
+    check(c);
     std::vector<double> scratch;
-    if (!sums.empty()) scratch = attach_sums(tensors);
-    run(tensors, threads, [&](const Tensor& t, int64_t first, int64_t end) { kernel_->run(t, first, end); });
-    for (size_t k = 0; k < sums.size(); ++k) add_up(tensors[k], reinterpret_cast<double*>(sums[k]));
-  }
-
-  // How many elements of theta, in all tensors, have planes that no step could have left. planes: theta's alone.
-  int64_t broken(const Numbers& numel, const Addresses& planes, int threads) const {
-    const std::vector<Tensor> tensors = collect(numel, planes, {}, 1);
     nb::gil_scoped_release release;
-    std::atomic<int64_t> total{0};
-    run(tensors, threads, [&](const Tensor& t, int64_t first, int64_t end) { total += kernel_->broken(t, first, end); });
-    return total;
-  }
-
-  // The physical limit of `step`: reads and writes the same planes, without arithmetic.
-  void stream(const Numbers& numel, const Addresses& planes, const Addresses& gradients, int threads) const {
-    std::vector<Tensor> tensors = collect(numel, planes, gradients);
-    int bytes[MAX_SLOTS][MAX_PLANES];
-    for (int s = 0; s < MAX_SLOTS; ++s)
-      for (int p = 0; p < MAX_PLANES; ++p) bytes[s][p] = request_.slots[s].bytes(p);
-    const int gradient_bytes = request_.gradient == Code::fp32 ? 4 : 2;
-    volatile uint32_t zero = 0;  // a constant would let the compiler drop the copy
-    const uint32_t mask = zero;
-    nb::gil_scoped_release release;
-    run(tensors, threads, [&](const Tensor& t, int64_t first, int64_t end) {
-      set_.stream(t, bytes, gradient_bytes, mask, first, end);
+    Numbers ends(c.numel.size());  // in blocks
+    int64_t blocks = 0;
+    for (size_t k = 0; k < ends.size(); ++k) ends[k] = blocks += blocks_of(c.numel[k], row_length(c, k));
+    if (!c.sums.empty()) scratch.resize(blocks * SUMS);
+    std::atomic<int64_t> counted{0};
+    parallel(blocks, threads, [&](int64_t first, int64_t end) {
+      int64_t found = 0;
+      for (size_t k = std::upper_bound(ends.begin(), ends.end(), first) - ends.begin(); first < end; ++k) {
+        const int64_t start = k ? ends[k - 1] : 0, stop = std::min(end, ends[k]);
+        if (first < stop) found += run_one(c, k, scratch.data() + start * SUMS, first - start, stop - start);
+        first = stop;
+      }
+      counted += found;
     });
+    for (size_t k = 0; k < c.sums.size(); ++k)
+      add_up(scratch.data(), k ? ends[k - 1] : 0, ends[k], reinterpret_cast<double*>(c.sums[k]));
+    return counted;
   }
 
  private:
-  // Every tensor with its planes of the first so many slots, and its gradient if there are any.
-  std::vector<Tensor> collect(const Numbers& numel, const Addresses& planes, const Addresses& gradients,
-                              int slots = MAX_SLOTS) const {
-    std::vector<Tensor> tensors(numel.size());
-    auto plane = planes.begin();
-    size_t width = 0;
-    for (int s = 0; s < slots; ++s)
-      for (int p = 0; p < MAX_PLANES; ++p) width += request_.slots[s].bytes(p) > 0;
-    if (planes.size() != width * numel.size() || (slots == MAX_SLOTS && gradients.size() != numel.size()))
-      throw std::invalid_argument("planes or gradients: their number is not that of the tensors");
-    for (size_t k = 0; k < tensors.size(); ++k) {
-      tensors[k] = {};
-      tensors[k].numel = numel[k];
-      for (int s = 0; s < slots; ++s)
-        for (int p = 0; p < MAX_PLANES; ++p)
-          if (request_.slots[s].bytes(p)) tensors[k].planes[s][p] = reinterpret_cast<char*>(*plane++);
-      if (slots == MAX_SLOTS) tensors[k].gradient = reinterpret_cast<const char*>(gradients[k]);
-    }
-    return tensors;
+  void check(const Columns& c) const {
+    const size_t count = c.numel.size();
+    const auto all = [&](size_t n) { return n == count; };
+    const auto fits = [&](size_t n) { return n == 0 || n == count; };
+    require(c.planes.size() == planes_ * count, "planes");
+    require(kernel_->gradient ? all(c.gradients.size()) : c.gradients.empty(), "gradients");
+    require(kernel_->constants ? all(c.rows.size()) : c.rows.empty(), "rows");
+    require(elementwise_ == planes_ ? fits(c.columns.size()) : all(c.columns.size()), "columns");
+    require(fits(c.streams.size()) && fits(c.shards.size()) && fits(c.layouts.size()) && fits(c.sums.size()),
+            "streams, shards, layouts or sums");
+    for (int64_t row : c.rows)
+      if (row < 0 || row >= int64_t(c.constants.size()) || c.constants[row].size() < size_t(kernel_->constants))
+        throw std::invalid_argument("rows: each needs a whole row of constants");
   }
 
-  Layout layout(const Numbers& numbers) const {
-    int planes = 1;
-    for (const Code& code : request_.slots) planes += code.bytes(1) ? 2 : 1;
-    Layout l{int(numbers.size()) / (planes + 1), numbers.data(), {}, nullptr};
-    const int64_t* at = numbers.data() + l.dims;
-    for (int s = 0; s < MAX_SLOTS; ++s)
-      for (int p = 0; p < MAX_PLANES; ++p)
-        if (request_.slots[s].bytes(p)) l.planes[s][p] = at, at += l.dims;
-    l.gradient = at;
-    return l;
+  static int64_t row_length(const Columns& c, size_t k) { return c.columns.empty() ? c.numel[k] : c.columns[k]; }
+
+  // Some blocks of one tensor.
+  int64_t run_one(const Columns& c, size_t k, double* sums, int64_t first, int64_t end) const {
+    Tensor t;
+    t.numel = c.numel[k];
+    t.columns = row_length(c, k);
+    const uint64_t* plane = c.planes.data() + k * planes_;
+    for (int s = 0; s < kernel_->slots; ++s)
+      for (int p = 0; p < kernel_->formats[s]->count; ++p) t.planes[s][p] = reinterpret_cast<char*>(*plane++);
+    t.gradient = kernel_->gradient ? reinterpret_cast<const char*>(c.gradients[k]) : nullptr;
+    t.constants = kernel_->constants ? c.constants[c.rows[k]].data() : nullptr;
+    t.stream = c.streams.empty() ? 0 : c.streams[k];
+    const Region region = c.shards.empty() ? Region{} : region_of(c.shards[k]);
+    t.region = region.dims ? &region : nullptr;
+    const Layout layout = c.layouts.empty() ? Layout{} : layout_of(c.layouts[k]);
+    t.layout = layout.dims ? &layout : nullptr;
+    t.sums = c.sums.empty() ? nullptr : sums;
+    t.scale = c.scale;
+    t.maximize = c.maximize;
+    return kernel_->run(t, first, end);
   }
 
-  // Memory for the sums of every block; each tensor knows its part.
-  static std::vector<double> attach_sums(std::vector<Tensor>& tensors) {
-    int64_t blocks = 0;
-    for (const Tensor& t : tensors) blocks += blocks_of(t);
-    std::vector<double> memory(blocks * SUMS);
-    double* at = memory.data();
-    for (Tensor& t : tensors) {
-      t.sums = at;
-      at += blocks_of(t) * SUMS;
-    }
-    return memory;
+  static Region region_of(const Numbers& shard) {
+    const int dims = int(shard.size() / 3);
+    return {dims, shard.data(), shard.data() + dims, shard.data() + 2 * dims};
+  }
+
+  Layout layout_of(const Numbers& layout) const {
+    const int dims = int(layout.size() / (1 + elementwise_ + (kernel_->gradient != nullptr)));
+    return {dims, layout.data(), layout.data() + dims};
   }
 
   // In the order of the blocks, whichever thread took them.
-  static void add_up(const Tensor& t, double* sums) {
-    for (int64_t b = 0; b < blocks_of(t); ++b)
-      for (int k = 0; k < SUMS; ++k) sums[k] += t.sums[b * SUMS + k];
+  static void add_up(const double* blocks, int64_t first, int64_t end, double* sums) {
+    for (int64_t b = first; b < end; ++b)
+      for (int k = 0; k < SUMS; ++k) sums[k] += blocks[b * SUMS + k];
   }
 
-  template <class Fn>
-  static void run(const std::vector<Tensor>& tensors, int threads, Fn fn) {
-    Numbers ends(tensors.size());
-    int64_t blocks = 0;
-    for (size_t k = 0; k < tensors.size(); ++k) ends[k] = blocks += blocks_of(tensors[k]);
-    parallel(blocks, threads, [&](int64_t first, int64_t end) {
-      for (size_t k = std::upper_bound(ends.begin(), ends.end(), first) - ends.begin(); first < end; ++k) {
-        const int64_t start = ends[k] - blocks_of(tensors[k]), stop = std::min(end, ends[k]);
-        if (first < stop) fn(tensors[k], first - start, stop - start);
-        first = stop;
-      }
-    });
-  }
-
-  const InstructionSet& set_;
-  Request request_{};
   std::unique_ptr<Kernel> kernel_;
+  size_t planes_ = 0, elementwise_ = 0;  // of one tensor; those with a word per element
 };
+
+int64_t run(const Operation& operation, Numbers numel, Addresses planes, Addresses gradients,
+            std::vector<std::vector<float>> constants, Numbers rows, Addresses streams, std::vector<Numbers> shards,
+            std::vector<Numbers> layouts, Numbers columns, Addresses sums, bool maximize, float scale, int threads) {
+  return operation.run({std::move(numel), std::move(planes), std::move(gradients), std::move(constants),
+                        std::move(rows), std::move(streams), std::move(shards), std::move(layouts), std::move(columns),
+                        std::move(sums), maximize, scale},
+                       threads);
+}
 
 }  // namespace
 }  // namespace collage
 
 NB_MODULE(_native, m) {
-  using collage::Stepper;
+  using namespace collage;
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
-    for (const auto& [name, set] : collage::instruction_sets()) names.push_back(name);
+    for (const auto& [name, set] : instruction_sets()) names.push_back(name);
     return names;
   });
-  m.def("count_up", [](const collage::Addresses& counters) {  // of int64, in the memory of this process
-    collage::Numbers numbers;
+  m.def("count_up", [](const Addresses& counters) {  // of int64, in the memory of this process
+    Numbers numbers;
     for (uint64_t at : counters) numbers.push_back(++*reinterpret_cast<int64_t*>(at));
     return numbers;
   });
-  nb::class_<Stepper>(m, "Stepper")
-      .def(nb::init<const std::string&, const std::string&, const std::vector<std::string>&, bool, const std::string&>(),
-           "instruction_set"_a, "rule"_a, "formats"_a, "bfloat16_arithmetic"_a, "gradient"_a)
-      .def("step", &Stepper::step, "numel"_a, "planes"_a, "gradients"_a, "constants"_a, "rows"_a, "streams"_a,
-           "shards"_a, "layouts"_a, "sums"_a, "maximize"_a, "threads"_a)
-      .def("broken", &Stepper::broken, "numel"_a, "planes"_a, "threads"_a)
-      .def("stream", &Stepper::stream, "numel"_a, "planes"_a, "gradients"_a, "threads"_a);
+  nb::class_<Operation>(m, "Operation")
+      .def(nb::init<const std::string&, const std::string&, const std::vector<std::string>&,
+                    const std::vector<std::pair<uint64_t, int>>&, bool, const std::string&>(),
+           "instruction_set"_a, "operation"_a, "formats"_a, "random"_a = std::vector<std::pair<uint64_t, int>>(),
+           "bfloat16_arithmetic"_a = false, "gradient"_a = "")
+      .def("run", run, "numel"_a, "planes"_a, "gradients"_a = Addresses(), "constants"_a = std::vector<std::vector<float>>(),
+           "rows"_a = Numbers(), "streams"_a = Addresses(), "shards"_a = std::vector<Numbers>(),
+           "layouts"_a = std::vector<Numbers>(), "columns"_a = Numbers(), "sums"_a = Addresses(), "maximize"_a = false,
+           "scale"_a = 1.0f, "threads"_a = 1);
 }

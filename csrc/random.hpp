@@ -22,42 +22,51 @@ inline U mix32(U x, uint32_t key0, uint32_t key1) {  // three keyed rounds of mu
 }
 
 // 16 bits for one of the slots out of an element's word.
-inline U32 bits_of(U32 word, int slot) {
-  return slot == 0 ? word & 0xFFFF : slot == 1 ? word >> 16 : (word * 0x9E3779B1) >> 16;
+template <class U>
+inline U bits_of(U word, int part) {
+  return part == 0 ? word & 0xFFFF : part == 1 ? word >> 16 : (word * 0x9E3779B1) >> 16;
 }
 
-// The words of one block of consecutive local elements.
+// The words of consecutive local elements.
 class Random {
  public:
-  Random(const Tensor& tensor, int64_t begin, int64_t count) : tensor_(tensor), begin_(begin), first_(global(begin)) {
-    const uint64_t last = global(begin + count - 1);
-    one_run_ = last - first_ == uint64_t(count - 1) && first_ >> 32 == (first_ + count + LANES) >> 32;
-    use_keys(first_ >> 32);
+  Random(const Tensor& tensor, uint64_t salt, int64_t begin, int count)
+      : region_(tensor.region), base_(salt ? mix64(tensor.stream ^ salt) : tensor.stream), begin_(begin), count_(count) {
+    use_keys(global(begin) >> 32);
   }
 
-  U32 words(int64_t i, int half) {  // of every second element from begin + i + half
-    U32 index;
-    for (int k = 0; k < W; ++k) index[k] = 2 * k;
-    if (one_run_) return mix32(index + uint32_t(first_ + i + half), key0_, key1_);
-    for (int k = 0; k < W; ++k) index[k] = word(global(begin_ + i + half + 2 * k));
-    return index;
+  // One per element, chunk by chunk: first those at even places, then those at odd ones.
+  void words(uint32_t* to) {
+    const uint64_t first = global(begin_), last = global(begin_ + count_ - 1);
+    const bool one_run = last - first == uint64_t(count_ - 1) && first >> 32 == (first + count_ + LANES) >> 32;
+    if (!one_run) return scattered(to);
+    const uint32_t key0 = key0_, key1 = key1_;
+    U32 even = uint32_t(first) + U32{};
+    for (int k = 0; k < W; ++k) even[k] += 2 * k;
+    for (int i = 0; i < count_; i += LANES, even += LANES) {
+      save(to + i, mix32(even, key0, key1));
+      save(to + i + W, mix32(even + 1, key0, key1));
+    }
   }
 
  private:
+  void scattered(uint32_t* to) {
+    for (int i = 0; i < padded(count_); ++i) to[place_of(i)] = word(global(begin_ + i));
+  }
+
   // Row-major index in the unsharded tensor.
   uint64_t global(int64_t local) const {
-    if (!tensor_.region) return local;
-    const Region& r = *tensor_.region;
+    if (!region_) return local;
     int64_t index = 0;
-    for (int d = r.dims - 1; d >= 0; --d) {
-      index += (r.starts[d] + local % r.sizes[d]) * r.strides[d];
-      local /= r.sizes[d];
+    for (int d = region_->dims - 1; d >= 0; --d) {
+      index += (region_->starts[d] + local % region_->sizes[d]) * region_->strides[d];
+      local /= region_->sizes[d];
     }
     return index;
   }
 
   void use_keys(uint64_t high) {
-    const uint64_t mixed = mix64(tensor_.stream ^ high);
+    const uint64_t mixed = mix64(base_ ^ high);
     key0_ = uint32_t(mixed);
     key1_ = uint32_t(mixed >> 32);
     high_ = high;
@@ -68,10 +77,11 @@ class Random {
     return mix32(uint32_t(index), key0_, key1_);
   }
 
-  const Tensor& tensor_;
+  const Region* region_;
+  uint64_t base_;
   int64_t begin_;
-  uint64_t first_, high_ = 0;
-  bool one_run_;
+  int count_;
+  uint64_t high_ = 0;
   uint32_t key0_ = 0, key1_ = 0;
 };
 

@@ -22,6 +22,8 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 constexpr int LANES = 2 * W;
+constexpr int padded(int count) { return (count + LANES - 1) / LANES * LANES; }  // to whole chunks
+constexpr int place_of(int i) { return i / LANES * LANES + i % 2 * W + i % LANES / 2; }  // in buffers of lanes
 
 // Lanes: one vector of W numbers. Arithmetic is the operators of the compiler's vectors.
 typedef float F32 __attribute__((vector_size(4 * W)));
@@ -115,9 +117,11 @@ inline F64 wide(F32 x) {
 #endif
 }
 
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
 inline F32 splat(float x) { return F32{} + x; }
 inline Mask finite(F32 x) { return x - x == F32{}; }
 inline F32 keep(Mask m, F32 x) { return (F32)((Mask)x & m); }  // +0 elsewhere
+inline F32 magnitude(F32 x) { return (F32)((U32)x & 0x7FFFFFFF); }
 
 }  // namespace
 }  // namespace collage

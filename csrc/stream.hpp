@@ -1,26 +1,46 @@
 // The physical limit of a step: read and write the same planes, without arithmetic. For `collage bench`.
 #pragma once
-#include "kernel.hpp"
-#include "simd.hpp"
+#include "operations.hpp"
 
 namespace collage {
 namespace {
 
-// zero is 0, but no compiler knows: every plane comes back as it was, and depends on the gradient having been read.
-inline void stream(const Tensor& t, const int (&bytes)[MAX_SLOTS][MAX_PLANES], int gradient_bytes, uint32_t zero,
-                   int64_t first_block, int64_t end_block) {
-  for (int64_t i = first_block * BLOCK; i + LANES <= end_block * BLOCK && i + LANES <= t.numel; i += LANES) {
-    U32 g{};
-    for (int k = 0; k < LANES * gradient_bytes; k += sizeof g) g |= load<U32>(t.gradient + i * gradient_bytes + k);
-    g &= zero;
-    for (int s = 0; s < MAX_SLOTS; ++s)
-      for (int p = 0; p < MAX_PLANES; ++p)
-        for (int k = 0; k < LANES * bytes[s][p]; k += sizeof g) {
-          char* const at = t.planes[s][p] + i * bytes[s][p] + k;
-          save(at, load<U32>(at) | g);
-        }
+// Every plane comes back as it was, and depends on the gradient having been read. Contiguous tensors only.
+struct Stream final : Operation {
+  Stream(const Codec* const (&codecs)[MAX_SLOTS], int count, const Codec* gradient_codec)
+      : Operation(codecs, count, gradient_codec) {}
+
+  int64_t run(const Tensor& t, int64_t first_block, int64_t end_block) const override {
+    volatile uint32_t zero = 0;  // a constant would let the compiler drop the copy
+    const U32 mask = U32{} + zero;
+    const Shape shape(*this);
+    for (int64_t b = first_block; b < end_block; ++b) {
+      const int64_t in_row = blocks_in_row(t.columns), first = b % in_row * BLOCK;
+      const Piece piece = piece_at(t, shape, b / in_row, first, block_size(t, b));
+      for (int i = 0; i + STAGE <= piece.count; i += STAGE) pass(stage_of(piece, shape, i), shape, mask);
+    }
+    return 0;
   }
-}
+
+ private:
+  static void pass(const Piece& piece, const Shape& shape, U32 mask) {
+    U32 g{};
+    each_vector(piece.gradient, shape.gradient_bytes, [&](const char* at) { g |= load<U32>(at); });
+    g &= mask;
+    shape.each_plane([&](int s, int p, const Plane& plane) {
+      if (plane.per != 1) return;
+      each_vector(piece.planes[s][p], plane.bytes, [&](char* at) { save(at, load<U32>(at) | g); });
+    });
+  }
+
+  template <class At, class Fn>
+  static void each_vector(At at, int bytes, Fn fn) {
+    for (const char* end = at + STAGE * bytes; at < end; at += sizeof(U32)) {
+      prefetch(at + AHEAD * bytes);
+      fn(at);
+    }
+  }
+};
 
 }  // namespace
 }  // namespace collage

@@ -8,24 +8,14 @@ namespace {
 
 class Sums {
  public:
-  Sums(const Tensor&, int64_t, int count) : count_(count) {
+  explicit Sums(int64_t count) {
     if (count < BLOCK) std::memset(terms_, 0, sizeof terms_);
   }
 
-  // Whether some of the block's elements i and on are the padding of the last chunk, which counts for nothing.
-  bool padded(int i) const { return i + LANES > count_; }
-
-  // Which of every second element from the i-th are real.
-  Mask real(int i) const {
-    Mask mask{};
-    for (int k = 0; k < W; ++k) mask[k] = -(i + 2 * k < count_);
-    return mask;
-  }
-
-  // A quarter of the block's elements i and on: lower and upper even ones, lower and upper odd ones. What was intended,
-  // what arrived of it, and what the forward pass sees of that.
-  void add(int i, int quarter, F64 intended, F64 arrived, F64 visible) {
-    double* const at = terms_[0] + i % HALF + quarter * (W / 2);
+  // Half a vector of the block's elements, from place i of their order in lanes on. What was intended, what arrived of
+  // it, and what the forward pass sees of that.
+  void add(int i, F64 intended, F64 arrived, F64 visible) {
+    double* const at = terms_[0] + i % HALF;
     const F64 terms[] = {intended * arrived, intended * visible, intended * intended};
     for (int k = 0; k < 3; ++k) save(at + k * HALF, i < HALF ? terms[k] : load<F64>(at + k * HALF) + terms[k]);
   }
@@ -55,7 +45,6 @@ class Sums {
  private:
   static constexpr int HALF = BLOCK / 2;
 
-  int count_;
   alignas(64) double terms_[3][HALF];  // of a block's first half, to which those of its second are added
   Mask nonzero_{}, lost_{};
 };

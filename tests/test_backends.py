@@ -278,3 +278,37 @@ def test_backends_are_rows():
     assert backends.fastest(torch.device("cuda")) == "triton"
     assert backends.fastest(torch.device("mps")) == "reference"
     assert list(BACKENDS) == ["cpu", "triton", "reference"]
+
+
+def operation(name: str, formats: Sequence[str], gradient: str = "") -> Any:
+    return cpu.native.Operation(cpu.instruction_set(), name, formats, gradient=gradient)
+
+
+def test_lists_of_other_lengths_are_refused_by_the_kernels():
+    x = torch.ones(8).bfloat16()
+    own = [x.data_ptr()]
+    with pytest.raises(ValueError, match="their number is not that of the tensors"):
+        operation("broken", ["bf16"]).run([8, 8], own)
+    with pytest.raises(ValueError, match="their number is not that of the tensors"):
+        operation("stream", ["bf16"] * 3, "bf16").run([8], own * 3)
+    whole = {"constants": [[0.0] * 9], "rows": [0]}
+    for wrong in ({"rows": []}, {"rows": [1]}, {"constants": [[0.0] * 8]}, {"sums": [0, 0]}, {"layouts": [[], []]}):
+        with pytest.raises(ValueError, match=r"number is not that|row of constants"):
+            operation("adamw", ["bf16"] * 3, "bf16").run([8], own * 3, own, **{**whole, **wrong})
+    assert (x == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "formats", "gradient"),
+    [
+        ("adamw", ["bf16"], "bf16"),  # too few slots
+        ("adamw", ["bf16", "bf16", "bf17"], "bf16"),
+        ("adamw", ["bf16"] * 3, ""),  # it reads a gradient
+        ("average", ["bf16"] * 2, "bf16"),  # it reads none
+        ("adamw", ["bf16"] * 3, "bf16x2"),
+        ("adamv", ["bf16"] * 3, "bf16"),
+    ],
+)
+def test_what_has_no_kernel_is_refused(name, formats, gradient):
+    with pytest.raises(ValueError, match="no kernel"):
+        operation(name, formats, gradient)

@@ -67,6 +67,7 @@ class Batch:
     counters: Sequence[Tensor] = ()  # 0-d int64: t, where the backend is to read it and lr on the device; then no steps
     scale: float | Tensor = 1.0  # the gradients are this many times what they should be
     skip: Tensor | None = None  # on the device: not 0 if nothing is to be done, nor counted
+    kept: dict[str, Any] | None = None  # what backends keep from step to step of planes that are known to be the same
 
     @property
     def width(self) -> int:
@@ -124,7 +125,7 @@ class Batch:
         return replace(
             self, planes=[plane for k in positions for plane in self.own(k)],
             grads=taken(self.grads), steps=taken(self.steps), keys=taken(self.keys), regions=taken(self.regions),
-            sums=taken(self.sums), counters=taken(self.counters),
+            sums=taken(self.sums), counters=taken(self.counters), kept=None,
         )  # fmt: skip
 
 

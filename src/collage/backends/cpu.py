@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from collage.backends import reference
-from collage.backends.batch import Batch
-from collage.formats import Planes
-from collage.rng import bases
+from collage.backends.batch import Batch, Noise, Region
+from collage.formats import Plane, Planes, as_rows, format_of
+from collage.rng import bases, draw_of
 from collage.rules.folding import row
 
 MISSING = (
@@ -38,57 +38,80 @@ GRADIENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16
 
 def step(batch: Batch) -> None:
     """Carry out the batch on `torch.get_num_threads()` threads, with no temporary of a parameter's size."""
-    if batch.rule.name != "adamw" or not set(batch.formats) <= FORMATS or batch.scale != 1.0:
-        return reference.step(batch)
     constants, rows = _constants(batch)
-    increment_version(batch.planes)  # as any in-place operation would
-    kernel = stepper(instruction_set(), batch.rule.name, batch.formats, batch.register, batch.grads[0].dtype)
-    kernel.step(
-        numel=_each(Tensor.numel, batch.grads),
-        planes=_each(Tensor.data_ptr, batch.planes),
-        gradients=_each(Tensor.data_ptr, batch.grads),
+    increment_version(reference.written(batch))  # as any in-place operation would
+    gradient = GRADIENTS[batch.grads[0].dtype] if batch.grads else ""
+    _operation(batch.rule.name, batch.formats, gradient, batch.rule.prefixes, batch.register).run(
+        **_tensors(batch.formats, batch.planes, batch.grads),
+        **(_noise(batch.seed, batch.steps, batch.keys, batch.regions) if batch.stochastic else {}),
         constants=constants,
         rows=rows,
-        streams=bases(batch.seed, batch.steps, batch.keys) if batch.stochastic else [],
-        shards=[[*region.sizes, *region.starts, *region.strides] for region in batch.regions]
-        if batch.stochastic
-        else [],
-        layouts=_layouts(batch),
         sums=_each(Tensor.data_ptr, batch.sums),
         maximize=batch.maximize,
+        scale=float(batch.scale),
         threads=torch.get_num_threads(),
     )
-    return None
 
 
-FORMATS = {"fp32", "bf16", "fp16", "bf16x2", "bf16+fp32", "bf16+kahan", "bf16:sr", "bf16x2:sr"}
-decode, encode = reference.decode, reference.encode
+def decode(format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None:
+    """out[k] <- the float32 number that planes[k] stand for."""
+    increment_version(list(out))
+    tensors = [tensor for own, result in zip(planes, out, strict=True) for tensor in (*own, result)]
+    _run("decode", (format, "fp32"), tensors)
 
 
-def _each(method: Callable[[Tensor], int], tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(method, tensors))
+def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], noise: Noise | None = None) -> None:
+    """planes[k] <- values[k], float32, rounded to nearest, or stochastically with noise."""
+    tensors = list(chain.from_iterable(planes))
+    increment_version(tensors)
+    drawn = _noise(noise.seed, noise.steps, noise.keys, noise.regions) if noise else {}
+    _run("encode", (format,), tensors, values, (noise.prefix,) if noise else (), **drawn)
 
 
 def broken(format: str, thetas: Sequence[Planes]) -> int:
     """How many elements of all parameters' theta have planes that no step could have left."""
-    planes = [plane for own in thetas for plane in own]
-    if not all(map(Tensor.is_contiguous, planes)) or format not in FORMATS:
-        return reference.broken(format, thetas)
-    others = ("fp32", "fp32") if format != "bf16+kahan" else ("bf16", "bf16")
-    register = torch.float32 if format != "bf16+kahan" else torch.bfloat16
-    kernel = stepper(instruction_set(), "adamw", (format, *others), register, thetas[0][0].dtype)
-    count: int = kernel.broken(
-        [own[0].numel() for own in thetas], _each(Tensor.data_ptr, planes), threads=torch.get_num_threads()
-    )
+    return _run("broken", (format,), list(chain.from_iterable(thetas)))
+
+
+def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Read and write all planes without arithmetic."""
+    _run("stream", formats, planes, grads)
+
+
+def _run(
+    name: str,
+    formats: tuple[str, ...],
+    planes: Sequence[Tensor],
+    grads: Sequence[Tensor] = (),
+    prefixes: tuple[str, ...] = (),
+    **columns: Any,
+) -> int:
+    """One of the operations beside a rule's step."""
+    if not planes:
+        return 0
+    kernel = _operation(name, formats, GRADIENTS[grads[0].dtype] if grads else "", prefixes, torch.float32)
+    count: int = kernel.run(**_tensors(formats, planes, grads), **columns, threads=torch.get_num_threads())
     return count
 
 
-@cache
-def stepper(
-    instructions: str, rule: str, formats: tuple[str, ...], register: torch.dtype, gradient: torch.dtype
+def _operation(
+    name: str, formats: tuple[str, ...], gradient: str, prefixes: tuple[str, ...], register: torch.dtype
 ) -> Any:
-    """The kernel of one rule, strategy and gradient dtype."""
-    return native.Stepper(instructions, rule, list(formats), register == torch.bfloat16, GRADIENTS[gradient])
+    return _compiled(instruction_set(), name, formats, gradient, prefixes, register)
+
+
+@cache
+def _compiled(
+    instructions: str,
+    name: str,
+    formats: tuple[str, ...],
+    gradient: str,
+    prefixes: tuple[str, ...],  # of the slots' state keys, or none: to nearest
+    register: torch.dtype,
+) -> Any:
+    """The kernel of a rule, or of an operation beside it, for slots of these formats and a gradient dtype."""
+    random = [tuple(draw_of(prefix)) for prefix in prefixes]
+    return native.Operation(instructions, name, formats, random, register == torch.bfloat16, gradient)
 
 
 @cache
@@ -98,32 +121,50 @@ def instruction_set() -> str:
     return best
 
 
+@cache
+def _layout(formats: tuple[str, ...]) -> tuple[Plane, ...]:
+    """Every plane of a parameter."""
+    return tuple(plane for name in formats for plane in format_of(name).planes)
+
+
+def _each(method: Callable[[Tensor], int], tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(method, tensors))
+
+
+def _tensors(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[str, list[Any]]:
+    """Where the tensors of a call lie: columns of native numbers."""
+    layout = _layout(formats)
+    visible = planes[:: len(layout)]
+    in_rows = any(plane.per != 1 for plane in layout)
+    return {
+        "numel": _each(Tensor.numel, visible),
+        "planes": _each(Tensor.data_ptr, planes),
+        "gradients": _each(Tensor.data_ptr, grads),
+        "layouts": _strides(layout, planes, grads),
+        "columns": [as_rows(param.shape)[1] for param in visible] if in_rows else [],
+    }
+
+
+def _strides(layout: tuple[Plane, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> list[list[int]]:
+    """Sizes and strides of the parameters whose tensors are not all contiguous; nothing if all are."""
+    if all(map(Tensor.is_contiguous, planes)) and all(map(Tensor.is_contiguous, grads)):
+        return []
+    strides = []
+    for k in range(len(planes) // len(layout)):
+        own = planes[k * len(layout) : (k + 1) * len(layout)]
+        each = [tensor for tensor, plane in zip(own, layout, strict=True) if plane.per == 1] + list(grads[k : k + 1])
+        contiguous = all(map(Tensor.is_contiguous, each))
+        strides.append([] if contiguous else [*own[0].shape, *chain.from_iterable(map(Tensor.stride, each))])
+    return strides
+
+
+def _noise(seed: int, steps: Sequence[int], keys: Sequence[int], regions: Sequence[Region]) -> dict[str, list[Any]]:
+    """What random bits are drawn from, as columns."""
+    shards = [[*region.sizes, *region.starts, *region.strides] for region in regions]
+    return {"streams": bases(seed, steps, keys), "shards": shards}
+
+
 def _constants(batch: Batch) -> tuple[list[list[float]], list[int]]:
     """(folded constants of each distinct step, which of them each parameter takes)."""
     distinct = {step: k for k, step in enumerate(dict.fromkeys(batch.steps))}
     return [row(batch.constants(step)) for step in distinct], [distinct[step] for step in batch.steps]
-
-
-def _layouts(batch: Batch) -> list[list[int]]:
-    """Sizes and strides of the tensors that are not all contiguous; nothing if all are."""
-    if all(map(Tensor.is_contiguous, batch.planes)) and all(map(Tensor.is_contiguous, batch.grads)):
-        return []
-    tensors = [[*batch.own(k), grad] for k, grad in enumerate(batch.grads)]
-    return [
-        [] if all(map(Tensor.is_contiguous, own)) else [*own[0].shape, *chain.from_iterable(map(Tensor.stride, own))]
-        for own in tensors
-    ]
-
-
-def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Read and write all planes without arithmetic."""
-    register = torch.float32 if "bf16+kahan" not in formats else torch.bfloat16
-    if len(formats) != 3 or not set(formats) <= FORMATS:
-        return reference.stream(formats, planes, grads)
-    stepper(instruction_set(), "adamw", formats, register, grads[0].dtype).stream(
-        numel=_each(Tensor.numel, grads),
-        planes=_each(Tensor.data_ptr, planes),
-        gradients=_each(Tensor.data_ptr, grads),
-        threads=torch.get_num_threads(),
-    )
-    return None

@@ -63,7 +63,7 @@ def carry_out(batch: Batch, backend: str, capturable: bool = False) -> None:
     on_device = capturable and all(chosen.FOLDS_ON_DEVICE for chosen in backends.values())
     if not on_device and batch.skip is not None and bool(batch.skip):
         return
-    numbers = _count_up(batch.counters, on_device, batch.skip)
+    numbers = _count_up(batch, on_device)
     if on_device:
         whole = replace(batch, steps=())
     else:
@@ -83,21 +83,22 @@ def _by_kind(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], 
     return dict(kinds)
 
 
-def _count_up(steps: Sequence[Tensor], on_device: bool, skip: Tensor | None) -> list[int]:
+def _count_up(batch: Batch, on_device: bool) -> list[int]:
     """Every counter plus one; the counts, unless they are to stay on the device.
 
     Before anything else is written, so that what cannot be counted is not updated either.
     """
-    if set(map(_dtype, steps)) - {torch.int64} or any(map(Tensor.dim, steps)):
+    steps, addresses = list(batch.counters), (batch.kept or {}).get("counters")
+    if addresses is None and (set(map(_dtype, steps)) - {torch.int64} or any(map(Tensor.dim, steps))):
         raise ValueError("step: needs a 0-d int64 tensor in each parameter's state; it was replaced by hand")
-    if native is not None and all(map(_is_cpu, steps)):
-        increment_version(list(steps))
-        numbers: list[int] = native.count_up(list(map(Tensor.data_ptr, steps)))
+    if native is not None and (addresses or all(map(_is_cpu, steps))):
+        increment_version(steps)
+        numbers: list[int] = native.count_up(addresses or list(map(Tensor.data_ptr, steps)))
         return [] if on_device else numbers
-    if skip is None:
-        torch._foreach_add_(list(steps), 1)
+    if batch.skip is None:
+        torch._foreach_add_(steps, 1)
     else:
-        torch._foreach_add_(list(steps), [1 - skip.to(step.device, torch.int64).reshape(()) for step in steps])
+        torch._foreach_add_(steps, [1 - batch.skip.to(step.device, torch.int64).reshape(()) for step in steps])
     return [] if on_device else [int(step) for step in steps]
 
 

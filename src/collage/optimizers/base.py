@@ -17,7 +17,7 @@ from collage.monitor import Monitor
 from collage.optimizers import admission, compiled, edits, loading, planes
 from collage.optimizers.memory import accept
 from collage.optimizers.parameters import Group, Named, Parameter, named, require_unique
-from collage.optimizers.plan import Columns, Plan, check, chosen, gather, renewed, strategy_for
+from collage.optimizers.plan import Columns, Plan, check, chosen, renewed, started, strategy_for
 from collage.optimizers.settings import checked_seed, without_foreign
 from collage.rng import signed
 from collage.rules import Rule, Setting
@@ -173,12 +173,10 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         self._drop_the_gone()
         for group in self.param_groups:
             self._validate(group)
-            for in_float32 in (False, True):
-                strategy = strategy_for(group, in_float32)
-                params = chosen(group, in_float32) if strategy else []
-                if strategy and params:
-                    columns, grads = self._look(group, first, in_float32, strategy, params)
-                    todo.append((columns, self._batch(group, columns, grads)))
+            for in_float32, (params, grads) in enumerate(chosen(group)):
+                if params:
+                    columns, own = self._look(group, first, bool(in_float32), params, grads)
+                    todo.append((columns, self._batch(group, columns, own)))
             first += len(group["params"])
         if not todo:
             warn_once("step(): no parameter has a gradient, so nothing was updated; call backward() first")
@@ -206,7 +204,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             columns.rule, columns.formats, columns.strategy.register, group["lr"],
             list(map(float, columns.rule.hyper(group))), group["maximize"], group["seed"], columns.planes, grads, (),
             columns.keys, columns.places, (), columns.steps, 1.0 if scale is None else scale,
-            getattr(self, "found_inf", None),
+            getattr(self, "found_inf", None), columns.kept,
         )  # fmt: skip
 
     def _adopt(self, columns: Columns, every: bool = False) -> dict[int, int]:
@@ -235,18 +233,18 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             monitor.after(watched)
 
     def _look(
-        self, group: Group, first: int, in_float32: bool, strategy: Strategy, params: list[Tensor]
+        self, group: Group, first: int, in_float32: bool, params: list[Tensor], grads: list[Any]
     ) -> tuple[Columns, list[Tensor]]:
         """(parameters that step together as columns, their gradients). Raises before anything is changed."""
-        rule = self.rule_of(group)
-        grads = local_gradients(params, [param.grad for param in params])
-        held, fresh = gather(rule, strategy, params, self.state, group["capturable"])
-        self._fresh += fresh
+        rule, strategy = self.rule_of(group), strategy_for(group, in_float32)
+        grads = local_gradients(params, grads)
         columns = self._columns.get((id(group), in_float32))
         if not (
-            columns and columns.holds(rule, strategy, first, held) and accept(columns.thetas, grads, strategy.dtype)
+            columns
+            and columns.holds(rule, strategy, first, params, self.state)
+            and accept(columns.thetas, grads, strategy.dtype)
         ):
-            columns = self._renew(group, first, in_float32, (rule, strategy), held, grads)
+            columns = self._renew(group, first, in_float32, (rule, strategy), params, grads)
         return columns, grads
 
     def _renew(
@@ -255,14 +253,13 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         first: int,
         in_float32: bool,
         under: tuple[Rule, Strategy],
-        held: list[Any],
+        params: list[Tensor],
         grads: list[Tensor],
     ) -> Columns:
         """Look at a group's parameters anew. Raises what is wrong with them, and then leaves no state behind."""
         before = self._columns.pop((id(group), in_float32), None)
         if before:
             before.settle()
-        params = held[:: len(held) // len(grads)]
         wide: list[int] = []
 
         def look(parameter: Parameter, grad: Tensor) -> None:
@@ -272,7 +269,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
             check(*under, parameter, grad, self.state[parameter.tensor])
 
         try:
-            plans = renewed(self._those_of(group, params), *under, held, grads, self._plans, look)
+            self._fresh += started(*under, params, self.state, group["capturable"])
+            plans = renewed(self._those_of(group, params), *under, grads, self.state, self._plans, look)
         except BaseException:
             for param in self._fresh:
                 self.state.pop(param, None)
@@ -346,12 +344,11 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         """
         if not first and not in_float32:  # the first call of a step
             self._fresh = []
-        strategy = strategy_for(group, in_float32)
-        params = chosen(group, in_float32) if strategy else []
-        if strategy is None or not params:
+        params, given = chosen(group)[in_float32]
+        if not params:
             return "", ""
-        columns, own = self._look(group, first, in_float32, strategy, params)
-        compiled.require_compilable(columns.held, len(self.monitors) > 0)
+        columns, own = self._look(group, first, in_float32, params, given)
+        compiled.require_compilable([*columns.params, *columns.held], len(self.monitors) > 0)
         edits.traced(columns.thetas, columns.seen)
         tensors += columns.planes
         grads += own
@@ -360,7 +357,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         regions += columns.regions
         seen.append(columns.seen)
         names += columns.names
-        return str(strategy), columns.rule.name
+        return str(columns.strategy), columns.rule.name
 
     def planes(self, parameter: Parameter, strategy: Strategy | None = None) -> tuple[Planes, ...]:
         """The local planes of every slot of one parameter, theta first; created at first use."""

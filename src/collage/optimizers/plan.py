@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from collage.backends.batch import stochastic
 from collage.backends.operator import regions_of
@@ -17,87 +17,120 @@ from collage.optimizers import edits, planes
 from collage.optimizers.memory import check_gradient, has_memory
 from collage.optimizers.parameters import Group, Parameter, State
 from collage.rules import Rule
-from collage.sharding import any_dtensor, local, locals_of, region
+from collage.sharding import any_dtensor, local, region
 from collage.strategies import STRATEGIES, Strategy
 
 _shape, _dtype = attrgetter("shape"), attrgetter("dtype")
-_weak: Any = StorageWeakRef  # torch has not typed it
+_expired: Any = torch.UntypedStorage._expired  # torch has not typed them
+_free: Any = torch.UntypedStorage._free_weak_ref
 
 
-def strategy_for(group: Group, in_float32: bool) -> Strategy | None:
-    """The group's own strategy, or that of the float32 parameters among its narrower ones; None if it has no such."""
-    own = Strategy.parse(group["strategy"])
-    if not in_float32:
-        return own
-    return None if own.dtype == torch.float32 else STRATEGIES["fp32"]
+def strategy_for(group: Group, in_float32: bool) -> Strategy:
+    """The group's own strategy, or that of the float32 parameters among its narrower ones."""
+    return STRATEGIES["fp32"] if in_float32 else Strategy.parse(group["strategy"])
 
 
-def chosen(group: Group, in_float32: bool) -> list[Tensor]:
-    """The group's parameters that have a gradient and that strategy."""
-    params = [param for param in group["params"] if param.grad is not None]
-    if torch.float32 not in set(map(_dtype, params)):
-        return [] if in_float32 else params
-    if Strategy.parse(group["strategy"]).dtype == torch.float32:
-        return params
-    return [param for param in params if (param.dtype == torch.float32) == in_float32]
+Chosen = tuple[list[Tensor], list[Tensor]]  # parameters, and their gradients
+
+
+def chosen(group: Group) -> tuple[Chosen, Chosen]:
+    """The group's parameters that have a gradient: of its own strategy, and float32 ones among its narrower ones."""
+    params, grads = group["params"], [param.grad for param in group["params"]]
+    if type(None) in set(map(type, grads)):
+        params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+        grads = [grad for grad in grads if grad is not None]
+    dtypes = list(map(_dtype, params))
+    if torch.float32 not in set(dtypes) or Strategy.parse(group["strategy"]).dtype == torch.float32:
+        return (params, grads), ([], [])
+    low, full = ([k for k, x in enumerate(dtypes) if (x == torch.float32) == wide] for wide in (False, True))
+    return (
+        ([params[k] for k in low], [grads[k] for k in low]),
+        ([params[k] for k in full], [grads[k] for k in full]),
+    )
+
+
+class Facts:
+    """What must not change of tensors that were checked, so that a kernel may be given their addresses again.
+
+    thetas: the parameters themselves; planes: local ones, theta's first; steps: counters.
+    """
+
+    def __init__(self, thetas: Sequence[Tensor], planes: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+        self.thetas, self.planes, self.steps = thetas, planes, steps
+        self.visible = planes[:: len(planes) // len(thetas)]
+        self.addresses, self.counters = list(map(Tensor.data_ptr, planes)), list(map(Tensor.data_ptr, steps))
+        self.storages = [theta.untyped_storage()._weak_ref() for theta in self.visible]
+        self.forms = self._forms()
+
+    def _forms(self) -> tuple[list[Any], ...]:
+        in_order = all(map(Tensor.is_contiguous, self.planes))
+        strides = [] if in_order else [(plane.shape, plane.stride()) for plane in self.planes]
+        sizes = list(map(Tensor.numel, self.planes))
+        return list(map(_shape, self.thetas)), list(map(_dtype, self.visible)), sizes, strides
+
+    @property
+    def live(self) -> bool:
+        """Whether no storage is gone, whose address another one may have by now."""
+        return not any(map(_expired, self.storages))
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Where the first parameter was."""
+        return self.addresses[0], self.forms
+
+    def hold(self) -> bool:
+        """Whether everything is as it was."""
+        return (
+            list(map(Tensor.data_ptr, self.planes)) == self.addresses
+            and list(map(Tensor.data_ptr, self.steps)) == self.counters
+            and self._forms() == self.forms
+            and self.live
+        )
+
+    def __del__(self) -> None:
+        for storage in getattr(self, "storages", ()):
+            _free(storage)
 
 
 @dataclass(slots=True)
 class Plan:
     """One parameter, checked: its planes under a rule and a strategy, where they lie, and what was seen of them.
 
-    version: of theta after its last step; told: whether an edit of it was.
+    version: of theta after its last step; told: whether an edit of it was; stayed: whether it is where it was then.
     """
 
     parameter: Parameter
     rule: Rule
     strategy: Strategy
-    held: list[Any]  # the parameter and its state's tensors, the counter last
+    state: State
     planes: list[Tensor] = field(init=False)  # local ones
+    held: list[Tensor] = field(init=False)  # all that is in the state
     region: list[int] = field(init=False)
-    facts: tuple[list[Any], ...] = field(init=False)
+    facts: Facts = field(init=False)
     version: int = edits.UNSEEN
     told: int = 0
-    stayed: bool = False  # is where it was at its last step
-    memory: Any = field(init=False)  # a weak reference to its storage, whose address another one may have by now
-    place: tuple[Any, ...] = field(init=False)
+    stayed: bool = False
 
     def __post_init__(self) -> None:
         tensor = self.parameter.tensor
         self.region = _region([tensor])  # refuses partial DTensors
-        self.planes = locals_of(self.held[:-1])
-        self.facts = _facts(self.held, self.planes)
-        self.memory, self.place = _weak(self.planes[0].untyped_storage()), _place(self.planes[0])
+        keys = planes.kept(self.rule, self.strategy).keys
+        self.planes = [local(tensor), *map(local, map(self.state.__getitem__, keys))]
+        self.held = list(self.state.values())
+        self.facts = Facts([tensor], self.planes, [self.state["step"]])
 
     def follows(self, last: Plan | None) -> None:
         """Take over what was seen of the parameter, as far as it is where it was."""
         if last is not None:
             self.told = last.told
-            self.stayed = last.version != edits.UNSEEN and last.place == self.place and not last.memory.expired()
+            self.stayed = last.version != edits.UNSEEN and last.facts.place == self.facts.place and last.facts.live
             self.version = last.version if self.stayed else edits.UNSEEN
 
-    def holds(self, parameter: Parameter, rule: Rule, strategy: Strategy, held: Sequence[Any]) -> bool:
+    def holds(self, parameter: Parameter, rule: Rule, strategy: Strategy, state: State) -> bool:
         """Whether these are the tensors that were checked, where they were."""
         same = self.parameter[:3] == parameter[:3] and self.parameter.group is parameter.group
-        same = same and (self.rule, self.strategy) == (rule, strategy)
-        same = same and len(held) == len(self.held) and all(map(is_, held, self.held))
-        return same and _facts(held, self.planes) == self.facts and not self.memory.expired()
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def _facts(held: Sequence[Any], planes: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """What must not change of tensors that were checked. held: of one parameter, or of several of one strategy."""
-    width = len(held) // (len(held) - len(planes))  # a counter each
-    in_order = list(map(Tensor.is_contiguous, planes))
-    strided = [] if all(in_order) else [(p.shape, p.stride()) for p in planes]
-    params = held[::width]
-    return (
-        list(map(Tensor.data_ptr, planes)), list(map(Tensor.data_ptr, held[width - 1 :: width])),
-        in_order, strided, list(map(Tensor.numel, planes)), list(map(_shape, params)), list(map(_dtype, params)),
-    )  # fmt: skip
+        same = same and (self.rule, self.strategy) == (rule, strategy) and len(state) == len(self.held)
+        return same and self.state is state and all(map(is_, state.values(), self.held)) and self.facts.hold()
 
 
 class Columns:
@@ -110,50 +143,53 @@ class Columns:
         self.plans, self.first = plans, first
         self.rule, self.strategy = plans[0].rule, plans[0].strategy
         self.formats = planes.kept(self.rule, self.strategy).formats
+        self.params = [plan.parameter.tensor for plan in plans]
+        self.states = [plan.state for plan in plans]
         self.held = [x for plan in plans for x in plan.held]
         self.planes = [plane for plan in plans for plane in plan.planes]
-        self.thetas = [plan.planes[0] for plan in plans]
-        self.steps = [plan.held[-1] for plan in plans]
+        self.steps = [plan.state["step"] for plan in plans]
+        self.facts = Facts(self.params, self.planes, self.steps)
+        self.thetas = self.facts.visible
         self.names = [plan.parameter.name for plan in plans]
         random = stochastic(self.rule, self.formats)
         self.keys = [plan.parameter.key for plan in plans] if random else []
         self.regions = [x for plan in plans for x in plan.region] if random else []
-        rows = [[plan.version, plan.told, edits.UNSEEN, 0, 0] for plan in plans]
-        self.seen = torch.tensor(rows, dtype=torch.int64, device="cpu").T.contiguous()
-        self.facts = _facts(self.held, self.planes)
         if self.regions and not all(plan.region for plan in plans):
             self.regions = [x for plan in plans for x in plan.region or _region([plan.parameter.tensor], whole=True)]
         self.places = regions_of(self.regions)
+        rows = [[plan.version, plan.told, edits.UNSEEN, 0, 0] for plan in plans]
+        self.seen = torch.tensor(rows, dtype=torch.int64, device="cpu").T.contiguous()
+        self.kept: dict[str, Any] = {"addresses": self.facts.addresses}
+        if all(step.device.type == "cpu" for step in self.steps):
+            self.kept["counters"] = self.facts.counters
 
     def settle(self) -> None:
         """Leave what was seen of each parameter in its plan."""
         for plan, version, told in zip(self.plans, *self.seen[:2].tolist(), strict=True):
             plan.version, plan.told = version, told
 
-    def holds(self, rule: Rule, strategy: Strategy, first: int, held: list[Any]) -> bool:
+    def holds(
+        self, rule: Rule, strategy: Strategy, first: int, params: Sequence[Tensor], states: Mapping[Tensor, State]
+    ) -> bool:
         """Whether these are the tensors that were checked, where they were."""
-        same = (rule, strategy, first) == (self.rule, self.strategy, self.first) and len(held) == len(self.held)
-        same = same and all(map(is_, held, self.held)) and _facts(held, self.planes) == self.facts
-        return same and not any(plan.memory.expired() for plan in self.plans)
+        if (rule, strategy, first, len(params)) != (self.rule, self.strategy, self.first, len(self.params)):
+            return False
+        if not all(map(is_, params, self.params)) or not all(map(is_, map(states.get, params), self.states)):
+            return False
+        now = list(chain.from_iterable(map(dict.values, self.states)))
+        return len(now) == len(self.held) and all(map(is_, now, self.held)) and self.facts.hold()
 
 
-def gather(
+def started(
     rule: Rule, strategy: Strategy, params: Sequence[Tensor], states: Mapping[Tensor, State], capturable: bool
-) -> tuple[list[Any], list[Tensor]]:
-    """(Every parameter, its planes and counter, as its state holds them, not checked; those that had no state yet).
-
-    A state is made at first use, if it can be.
-    """
-    keys = (*planes.kept(rule, strategy).keys, "step")
-    found: list[Any] = []
+) -> list[Tensor]:
+    """Make a state for every parameter that has none yet, if it can be; returns which those are."""
     fresh: list[Tensor] = []
     for param in params:
-        values = states[param]
-        if not values and param.dtype == strategy.dtype and has_memory(local(param)):
-            planes.initialise(rule, strategy, param, values, capturable)
+        if not states[param] and param.dtype == strategy.dtype and has_memory(local(param)):
+            planes.initialise(rule, strategy, param, states[param], capturable)
             fresh.append(param)
-        found += (param, *map(values.get, keys))
-    return found, fresh
+    return fresh
 
 
 def check(rule: Rule, strategy: Strategy, parameter: Parameter, grad: Tensor, values: State) -> None:
@@ -198,8 +234,8 @@ def renewed(
     parameters: Iterator[Parameter],
     rule: Rule,
     strategy: Strategy,
-    held: list[Any],
     grads: Sequence[Tensor],
+    states: Mapping[Tensor, State],
     plans: Mapping[int, Plan],
     look: Callable[[Parameter, Tensor], None],
 ) -> list[Plan]:
@@ -207,13 +243,12 @@ def renewed(
 
     plans: by id of the parameter. Raises what `look` raises.
     """
-    width = len(held) // len(grads)
     result = []
-    for k, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
-        own, plan = held[k * width : (k + 1) * width], plans.get(id(parameter.tensor))
-        if plan is None or not plan.holds(parameter, rule, strategy, own):
+    for parameter, grad in zip(parameters, grads, strict=True):
+        state, plan = states[parameter.tensor], plans.get(id(parameter.tensor))
+        if plan is None or not plan.holds(parameter, rule, strategy, state):
             look(parameter, grad)
-            last, plan = plan, Plan(parameter, rule, strategy, own)
+            last, plan = plan, Plan(parameter, rule, strategy, state)
             plan.follows(last)
         else:
             check_gradient(parameter, grad)

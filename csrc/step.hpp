@@ -1,0 +1,128 @@
+// A rule's step on any formats.
+#pragma once
+#include "fused.hpp"
+#include "stage.hpp"
+
+namespace collage {
+namespace {
+
+// What a slot's random bits are drawn from.
+struct RandomBits {
+  uint64_t salt;
+  int part;  // of a word; -1: none are given, all is rounded to nearest
+
+  bool given(const Format& format) const { return format.stochastic && part >= 0; }
+};
+
+class Step final : public Kernel {
+ public:
+  template <class Rule>
+  Step(const Request& r, const Codec* const (&codecs)[MAX_SLOTS], const Codec* gradient_codec, Rule)
+      : reads_(Rule::reads),
+        measured_(Rule::measured),
+        gradient_codec_(gradient_codec),
+        update_(update_of<Rule>(r.formats[0], r.bfloat16_arithmetic, Formats{})),
+        fused_(fused_of(r, FusedRows{})) {
+    slots = r.slots;
+    gradient = gradient_codec ? gradient_codec->format : nullptr;
+    constants = sizeof(typename Rule::template Constants<F32>) / sizeof(F32);
+    for (int s = 0; s < slots; ++s) {
+      const bool in_parts = r.bfloat16_arithmetic ? codecs[s]->kind != Kind::one : s == 0 && Rule::grows && codecs[s]->expanded;
+      formats[s] = codecs[s]->format;
+      writes[s] = s < Rule::writes;
+      slots_[s] = {codecs[s], {r.salts[s], r.parts[s]}, in_parts};
+    }
+  }
+
+  int64_t run(const Tensor& t, int64_t first_block, int64_t end_block) const override {
+    const Shape shape(*this);
+    for (int64_t b = first_block; b < end_block; ++b) {
+      if (t.sums && measured_) {
+        Sums sums(block_size(t, b));
+        walk(t, shape, b, [&](const Piece& piece, int at) { stages(t, shape, piece, 0, at, &sums); });
+        sums.finish(t.sums + b * SUMS);
+      } else {
+        walk(t, shape, b, [&](const Piece& piece, int at) { stages(t, shape, piece, fused(t, piece), at, nullptr); });
+      }
+    }
+    return 0;
+  }
+
+ private:
+  struct Slot {
+    const Codec* codec;
+    RandomBits random;
+    bool in_parts;  // the rule is given, and leaves, components instead of values
+  };
+
+  // How many elements of a piece are done by its own loop.
+  int fused(const Tensor& t, const Piece& piece) const {
+    if (!fused_ || t.maximize || t.scale != 1.0f) return 0;
+    alignas(64) uint32_t words[BLOCK];
+    if (formats[0]->stochastic) Random(t, 0, piece.begin, piece.count).words(words);
+    return fused_(piece, t.constants, words);
+  }
+
+  void stages(const Tensor& t, const Shape& shape, const Piece& piece, int done, int at, Sums* sums) const {
+    for (int i = done; i < piece.count; i += STAGE) stage(t, shape, stage_of(piece, shape, i), at + i, sums);
+  }
+
+  void stage(const Tensor& t, const Shape& shape, const Piece& piece, int at, Sums* sums) const {
+    Stage stage;
+    Parted old;
+    load(t, piece, stage);
+    if (sums) slots_[0].codec->decode(piece.planes[0], piece.count, old);
+    update_(stage, t.constants, piece.count, Ahead(piece, shape), sums != nullptr);
+    if (piece.count % LANES) clear(stage, piece.count);
+    store(t, piece, stage);
+    if (!sums) return;
+    slots_[0].codec->decode(piece.planes[0], piece.count, stage.slots[0]);
+    slots_[0].codec->measure(old, stage.slots[0], stage.delta, piece.count, at, *sums);
+  }
+
+  void load(const Tensor& t, const Piece& piece, Stage& stage) const {
+    for (int s = 0; s < slots; ++s) {
+      const Slot& slot = slots_[s];
+      stage.kinds[s] = slot.codec->kind;
+      if (s >= reads_) continue;
+      if (slot.in_parts)
+        slot.codec->decode(piece.planes[s], piece.count, stage.slots[s]);
+      else
+        slot.codec->values(piece.planes[s], piece.count, stage.slots[s][0]);
+    }
+    if (!gradient) return;
+    char* const at[] = {const_cast<char*>(piece.gradient)};
+    gradient_codec_->values(at, piece.count, stage.gradient);
+    if (t.scale == 1.0f && !t.maximize) return;
+    for (int i = 0; i < padded(piece.count); i += W) {
+      const F32 g = collage::load<F32>(stage.gradient + i) / splat(t.scale);
+      save(stage.gradient + i, t.maximize ? -g : g);
+    }
+  }
+
+  void store(const Tensor& t, const Piece& piece, Stage& stage) const {
+    Noise noise(t, piece);
+    for (int s = 0; s < slots; ++s) {
+      const auto& [codec, random, in_parts] = slots_[s];
+      if (!writes[s]) continue;
+      const uint32_t* const bits = random.given(*codec->format) ? noise.bits(random.salt, random.part) : nullptr;
+      (in_parts ? codec->encode_parts : codec->encode)(piece.planes[s], piece.count, stage.slots[s], bits);
+    }
+  }
+
+  void clear(Stage& stage, int count) const {
+    clear_padding(stage.delta, count);
+    for (int s = 0; s < slots; ++s)
+      for (Buffer& x : stage.slots[s]) clear_padding(x, count);
+  }
+
+  int reads_;
+  bool measured_;
+  const Codec* gradient_codec_;
+  Slot slots_[MAX_SLOTS]{};
+  Update update_;
+  Fused fused_;
+};
+
+}  // namespace
+}  // namespace collage
