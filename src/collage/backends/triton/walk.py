@@ -112,7 +112,9 @@ def block(row, begin, end, shapes, c, stream, scale, out, PLAN: tl.constexpr, WA
     planes = ()
     for k in tl.static_range(len(PLAN.slots)):
         planes = planes + (load(row, at, begin, end, shapes, PLAN.slots[k], WAY),)
-    g = gradient(row, at, mask, shapes, scale, PLAN, WAY)
+    g = ()
+    if PLAN.gradient is not None:
+        g = gradient(row, at, mask, shapes, scale, PLAN, WAY)
     numbers = ()
     for k in tl.static_range(len(PLAN.slots)):
         numbers = numbers + (PLAN.slots[k].format.number(planes[k], PLAN.ROUND, PLAN.slots[k].format),)
@@ -132,13 +134,10 @@ def block(row, begin, end, shapes, c, stream, scale, out, PLAN: tl.constexpr, WA
 @triton.jit
 def gradient(row, at, mask, shapes, scale, PLAN: tl.constexpr, WAY: tl.constexpr):
     """As a rule reads it: unscaled in float32, then rounded to a register."""
-    if PLAN.gradient is None:
-        return None
-    else:
-        g = read(row, 0, at, mask, shapes, PLAN.gradient, WAY)
-        if PLAN.scaled:
-            g = tl.div_rn(g, tl.load(scale))
-        return Real(PLAN.ROUND(negative(g) if PLAN.maximize else g), PLAN.ROUND)
+    g = read(row, 0, at, mask, shapes, PLAN.gradient, WAY)
+    if PLAN.scaled:
+        g = tl.div_rn(g, tl.load(scale))
+    return Real(PLAN.ROUND(negative(g) if PLAN.maximize else g), PLAN.ROUND)
 
 
 @triton.jit
