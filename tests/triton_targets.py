@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from collage.backends.triton import BLOCK, FORMATS, _plan, _plan_of_all, _plan_of_one, other, rules, walk
+from collage.backends.triton import BLOCK, FORMATS, _plan, _plan_of_all, _plan_of_one, rules, sums, walk
+from collage.backends.triton import planes as of_planes
 from collage.backends.triton.fold import fold
 from collage.backends.triton.walk import MASKED, STRIDED
 from collage.rules import RULES
@@ -100,14 +101,14 @@ def others(case: Case, target: GPUTarget) -> dict:
     shape = case._replace(formats=case.formats[:1]).shape(True)
     one = {"PLAN": _plan_of_one(case.formats[0], True, 0, 0, **shape)}
     all_of_them = {"PLAN": _plan_of_all(case.formats, torch.bfloat16, **case.shape(False))}
-    counting = {"broken": (other.broken, TABLES | {"counts": "*i32"}, one)}
+    counting = {"broken": (of_planes.broken, TABLES | {"counts": "*i32"}, one)}
     kernels = {
         "fold": (fold, pointers, folds),
-        "decode": (other.decode, TABLES, one),
-        "encode": (other.encode, TABLES | {"streams": "*i64"}, one),
+        "decode": (of_planes.decode, TABLES, one),
+        "encode": (of_planes.encode, TABLES | {"streams": "*i64"}, one),
         **(counting if FORMATS[case.formats[0]].broken else {}),
-        "stream": (other.stream, {"table": "*i64", "owners": "*i32", "zero": "*i32"}, all_of_them),
-        "add_up": (other.add_up, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}),
+        "stream": (of_planes.stream, {"table": "*i64", "owners": "*i32", "zero": "*i32"}, all_of_them),
+        "add_up": (sums.add_up, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}),
     }
     return {name: compiled(*kernel, target) for name, kernel in kernels.items()}
 

@@ -16,12 +16,14 @@ from torch.autograd.graph import increment_version
 
 from collage.backends.batch import Batch, Noise, Region
 from collage.backends.reference import written
-from collage.backends.triton import other, walk
+from collage.backends.triton import planes as of_planes
+from collage.backends.triton import walk
 from collage.backends.triton.arithmetic import bf16, same
 from collage.backends.triton.fold import fold
 from collage.backends.triton.formats import BF16, FORMATS, FP16, FP32
 from collage.backends.triton.language import static
 from collage.backends.triton.rules import RULES
+from collage.backends.triton.sums import add_up
 from collage.backends.triton.tables import BLOCK, Layout, bases_of, layout_of, owners_of, rows_of, table_of
 from collage.backends.triton.walk import MASKED, STRIDED, Plan, Slot
 from collage.formats import Planes
@@ -108,7 +110,7 @@ def _add_up(sums: Tensor, launch: Launch, totals: Sequence[Tensor]) -> None:
     device = launch.device
     on_device = _to(device, torch.stack(list(totals)))
     with _current(device):
-        other.add_up[(len(totals),)](sums, _to(device, table_of(launch.layout.first)), on_device)
+        add_up[(len(totals),)](sums, _to(device, table_of(launch.layout.first)), on_device)
     for own, total in zip(totals, on_device.cpu(), strict=True):
         own.copy_(total)
 
@@ -156,7 +158,7 @@ def decode(format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None
     increment_version(list(out))
     plan = _plan_of_one(format, False, 0, 0, **launch.shape)
     with _current(launch.device):
-        other.decode[(launch.blocks,)](*launch.tables(out), PLAN=plan, **OPTIONS)
+        of_planes.decode[(launch.blocks,)](*launch.tables(out), PLAN=plan, **OPTIONS)
 
 
 def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], noise: Noise | None = None) -> None:
@@ -171,7 +173,7 @@ def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], nois
     salt, part = draw_of(noise.prefix) if noise and random else (0, 0)
     plan = _plan_of_one(format, random, salt, part, **launch.shape)
     with _current(launch.device):
-        other.encode[(launch.blocks,)](*launch.tables(values), _to(launch.device, streams), PLAN=plan, **OPTIONS)
+        of_planes.encode[(launch.blocks,)](*launch.tables(values), _to(launch.device, streams), PLAN=plan, **OPTIONS)
 
 
 def broken(format: str, thetas: Sequence[Planes]) -> int:
@@ -185,7 +187,7 @@ def broken(format: str, thetas: Sequence[Planes]) -> int:
     plan = _plan_of_one(format, True, 0, 0, **launch.shape)
     counts = torch.empty(launch.blocks, dtype=torch.int32, device=launch.device)
     with _current(launch.device):
-        other.broken[(launch.blocks,)](*launch.tables(()), counts, PLAN=plan, **OPTIONS)
+        of_planes.broken[(launch.blocks,)](*launch.tables(()), counts, PLAN=plan, **OPTIONS)
     return int(counts.sum())
 
 
@@ -196,7 +198,7 @@ def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[T
     table, owners, _ = launch.tables(grads)
     zero = torch.zeros(1, dtype=torch.int32, device=launch.device)
     with _current(launch.device):
-        other.stream[(launch.blocks,)](table, owners, zero, PLAN=plan, **OPTIONS)
+        of_planes.stream[(launch.blocks,)](table, owners, zero, PLAN=plan, **OPTIONS)
 
 
 @cache

@@ -17,7 +17,7 @@ from collage.backends.triton.numbers import Register
 class Rule(Row):
     """What a rule's kernels are made of.
 
-    update: (slots' numbers, gradient, constants) -> (new numbers, intended update of theta or None)
+    update: (slots' numbers, gradient, constants) -> (new numbers, intended update of theta or ())
     fold: (lr, settings, step) -> constants in float64, not rounded
     constants: the named tuple that they are; those annotated as tuples are expansions
     """
@@ -145,7 +145,7 @@ def fold_lion(lr, settings, t):
 @triton.jit
 def average(slots, g, c):
     own, theta = slots
-    return (own.grown(c.weight * (theta.value() - own.value())), theta), None
+    return (own.grown(c.weight * (theta.value() - own.value())), theta), ()
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def fold_average(lr, settings, t):
 
 @triton.jit
 def accumulate(slots, g, c):
-    return (slots[0].grown(c.weight * g),), None
+    return (slots[0].grown(c.weight * g),), ()
 
 
 @triton.jit
@@ -166,13 +166,13 @@ def fold_accumulate(lr, settings, t):
 @triton.jit
 def momentum(slots, g, c):
     b = slots[0].scaled(c.momentum).grown(c.one_minus_momentum * g)
-    return (b, Register(b.value())), None
+    return (b, Register(b.value())), ()
 
 
 @triton.jit
 def momentum_nesterov(slots, g, c):
     b = slots[0].scaled(c.momentum).grown(c.one_minus_momentum * g)
-    return (b, Register(c.one_minus_momentum * g + b.scaled(c.momentum).value())), None
+    return (b, Register(c.one_minus_momentum * g + b.scaled(c.momentum).value())), ()
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton.language as tl
 from collage.backends.triton.arithmetic import Real, negative, same
 from collage.backends.triton.language import Row
 from collage.backends.triton.random import bits, salted, words, words_of_run
+from collage.backends.triton.sums import measure
 
 BLOCK = tl.constexpr(1024)
 
@@ -111,7 +112,9 @@ def block(row, begin, end, shapes, c, stream, scale, out, PLAN: tl.constexpr, WA
     planes = ()
     for k in tl.static_range(len(PLAN.slots)):
         planes = planes + (load(row, at, begin, end, shapes, PLAN.slots[k], WAY),)
-    g = gradient(row, at, mask, shapes, scale, PLAN, WAY)
+    g = ()
+    if PLAN.gradient is not None:
+        g = gradient(row, at, mask, shapes, scale, PLAN, WAY)
     numbers = ()
     for k in tl.static_range(len(PLAN.slots)):
         numbers = numbers + (PLAN.slots[k].format.number(planes[k], PLAN.ROUND, PLAN.slots[k].format),)
@@ -125,19 +128,16 @@ def block(row, begin, end, shapes, c, stream, scale, out, PLAN: tl.constexpr, WA
             codes = PLAN.slots[k].format.encode(numbers[k], random, mask, PLAN.slots[k].format)
             store(row, at, begin, end, shapes, codes, PLAN.slots[k], WAY)
             if PLAN.measured and k == 0:
-                measure(out, mask, delta, planes[0], decoded(codes, PLAN.slots[0].format), PLAN.slots[0].format)
+                measure(out, mask, delta.x, planes[0], codes, PLAN.slots[0].format)
 
 
 @triton.jit
 def gradient(row, at, mask, shapes, scale, PLAN: tl.constexpr, WAY: tl.constexpr):
     """As a rule reads it: unscaled in float32, then rounded to a register."""
-    if PLAN.gradient is None:
-        return None
-    else:
-        g = read(row, 0, at, mask, shapes, PLAN.gradient, WAY)
-        if PLAN.scaled:
-            g = tl.div_rn(g, tl.load(scale))
-        return Real(PLAN.ROUND(negative(g) if PLAN.maximize else g), PLAN.ROUND)
+    g = read(row, 0, at, mask, shapes, PLAN.gradient, WAY)
+    if PLAN.scaled:
+        g = tl.div_rn(g, tl.load(scale))
+    return Real(PLAN.ROUND(negative(g) if PLAN.maximize else g), PLAN.ROUND)
 
 
 @triton.jit
@@ -211,15 +211,6 @@ def shared(row, begin, end, PER: tl.constexpr):
 
 
 @triton.jit
-def decoded(codes, FORMAT: tl.constexpr):
-    """What planes will hold, as their format reads it."""
-    planes = ()
-    for p in tl.static_range(len(FORMAT.words)):
-        planes = planes + (FORMAT.words[p].decode(codes[p]),)
-    return planes
-
-
-@triton.jit
 def read(row, TENSOR: tl.constexpr, at, mask, shapes, WORD: tl.constexpr, WAY: tl.constexpr):
     """A plane's elements, decoded."""
     x = fetch(row, TENSOR, at, mask, shapes, WORD, WAY)
@@ -266,37 +257,3 @@ def dot(at, dims, sizes, strides):
         total += (rest % size).to(tl.int64) * tl.load(strides + d)
         rest = rest // size
     return total
-
-
-@triton.jit
-def measure(out, mask, delta, old, new, FORMAT: tl.constexpr):
-    """The monitor's sums over one block (reference.measure): intended, arrived and visible update, in float64."""
-    intended = tl.where(mask, delta.x, 0.0).to(tl.float64)
-    visible = difference(mask, new[0], old[0])
-    before, after = FORMAT.components(old, FORMAT), FORMAT.components(new, FORMAT)
-    arrived = tl.zeros([BLOCK], tl.float64)
-    for k in tl.static_range(1, len(before) + 1):
-        arrived += difference(mask, after[len(before) - k], before[len(before) - k])
-    moved = new[0] != old[0]
-    for p in tl.static_range(1, len(old)):
-        if FORMAT.per[p] == 1:
-            moved = moved | (new[p] != old[p])
-    tl.store(out, halved(intended * arrived))
-    tl.store(out + 1, halved(intended * visible))
-    tl.store(out + 2, halved(intended * intended))
-    nonzero = (delta.x != 0.0) & mask
-    tl.store(out + 3, tl.sum(nonzero.to(tl.int32)).to(tl.float64))
-    tl.store(out + 4, tl.sum((nonzero & (moved == 0)).to(tl.int32)).to(tl.float64))
-
-
-@triton.jit
-def difference(mask, new, old):
-    return tl.where(mask, new.to(tl.float64) - old.to(tl.float64), 0.0)
-
-
-@triton.jit
-def halved(x):
-    """The sum of a block by pairwise halving, x[:half] + x[half:]. Two numbers have one sum, whatever reduces them."""
-    for level in tl.static_range(10):
-        x = tl.sum(tl.reshape(x, [2, 512 >> level]), axis=0)
-    return tl.sum(x)

@@ -1,4 +1,4 @@
-"""What else walks planes: decoding and encoding them, counting edits, adding up sums, streaming without arithmetic."""
+"""What else walks planes: decoding and encoding them, counting edits, streaming them without arithmetic."""
 
 import triton
 import triton.language as tl
@@ -49,19 +49,6 @@ def broken(table, owners, shapes, counts, PLAN: tl.constexpr):
     planes = load(row, at, begin, end, shapes, PLAN.slots[0], PLAN.rest)
     apart = PLAN.slots[0].format.broken(planes, PLAN.slots[0].format) & (at < end)
     tl.store(counts + program, tl.sum(apart.to(tl.int32)))
-
-
-@triton.jit
-def add_up(sums, first, totals):
-    """totals[tensor] += the sums of its blocks, one after another. first: [tensors + 1], number of its first block."""
-    tensor = tl.program_id(0)
-    lane = tl.arange(0, 8)
-    total = tl.load(totals + tensor * 5 + lane, mask=lane < 5, other=0.0)
-    at = sums + tl.load(first + tensor) * 5 + lane
-    for _ in range(tl.load(first + tensor + 1) - tl.load(first + tensor)):
-        total += tl.load(at, mask=lane < 5, other=0.0)
-        at += 5
-    tl.store(totals + tensor * 5 + lane, total, mask=lane < 5)
 
 
 @triton.jit
