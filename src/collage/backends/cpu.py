@@ -63,6 +63,8 @@ def decode(format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None
 def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], noise: Noise | None = None) -> None:
     """planes[k] <- values[k], float32, rounded to nearest, or stochastically with noise."""
     tensors = list(chain.from_iterable(planes))
+    if [x.shape for x in values] != [own[0].shape for own in planes]:
+        raise ValueError("values: one has another shape than the planes that it is to be encoded in")
     increment_version(tensors)
     drawn = _noise(noise.seed, noise.steps, noise.keys, noise.regions) if noise else {}
     _run("encode", (format,), tensors, values, (noise.prefix,) if noise else (), **drawn)

@@ -35,7 +35,8 @@ def step(batch: Batch) -> None:
             g = gradient(batch, grad) if grad is not None else torch.zeros((), dtype=batch.register, device=device)
             delta, new = advance(batch, slots, g, constants[row.step, device], random)
             if row.sums is not None and delta is not None:
-                measure(batch.layouts[0], slots[0], new[0], delta, row.sums)
+                in_rows = delta.shape if not all(fmt.elementwise for fmt in batch.layouts) else (1, delta.numel())
+                measure(batch.layouts[0], slots[0], new[0], delta, row.sums, in_rows)
             for slot, planes, fresh in zip(batch.rule.slots, slots, new, strict=True):
                 for plane, value in zip(planes if slot.written else (), fresh, strict=False):
                     plane.copy_(value)
@@ -89,7 +90,14 @@ def advance(
     return delta, [fmt.encode(x, bits) for fmt, x, bits in zip(batch.layouts, grown, random, strict=True)]
 
 
-def measure(fmt: Format, old: Planes, new: Planes, delta: Tensor, sums: Tensor) -> None:
+def measure(
+    fmt: Format,
+    old: Planes,
+    new: Planes,
+    delta: Tensor,
+    sums: Tensor,
+    in_rows: Sequence[int],  # as blocks are cut
+) -> None:
     """Add one chunk's SUMS to ``sums``: three float64 sums and two counts.
 
     Intended update Delta; arrived update = sum over components, last first, of new - old, each in float64.
@@ -99,9 +107,8 @@ def measure(fmt: Format, old: Planes, new: Planes, delta: Tensor, sums: Tensor) 
     for before, after in reversed(list(zip(fmt.components(old), fmt.components(new), strict=True))):
         arrived += after.double() - before.double()
     visible = new[0].double() - old[0].double()
-    in_rows = delta.shape if not fmt.elementwise else (1, delta.numel())
     for k, terms in enumerate((intended * arrived, intended * visible, intended * intended)):
-        _add_in_blocks(terms.reshape(in_rows), sums, k)
+        _add_in_blocks(terms.reshape(*in_rows), sums, k)
     moved = torch.zeros_like(delta, dtype=torch.bool)
     for before, after in zip(old, new, strict=True):
         moved |= (before != after).expand_as(moved) if before.shape == moved.shape else False

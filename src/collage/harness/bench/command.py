@@ -14,7 +14,7 @@ from rich.console import Console
 from collage.backends import fastest, missing
 from collage.harness.bench import plot
 from collage.harness.bench.measure import measure
-from collage.harness.bench.rows import DEFAULT, Row, Shapes, rows
+from collage.harness.bench.rows import DEFAULT, KINDS, Row, Shapes, rows
 from collage.harness.bench.shown import show, show_plan
 from collage.harness.console import say
 from collage.harness.options import open_folder
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan", action="store_true", help="print what would be measured, the bytes and the floors; measure nothing")
     add("--bandwidth", type=float, metavar="GB/S", help="of --plan (default: 2000, an A100's)")
     add("--threads", type=int, metavar="N", help=f"of torch and of the kernels (default: {torch.get_num_threads()})")
+    add("--optimizer", choices=tuple(KINDS), default="adamw", help="which rule (default: %(default)s)")
     add("--strategies", default=",".join(DEFAULT), metavar="NAMES", help="comma-separated (default: %(default)s)")
     add("--rounds", type=int, default=9, metavar="N", help="timings of every row, interleaved (default: %(default)s)")
     add("--no-monitor", action="store_true", help="leave out the monitored steps")
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
         Strategy.parse(name)
     shapes = shapes_of(args.shapes, args.params)
-    lines = rows(names, not args.no_monitor, not args.no_others, args.extra)
+    lines = rows(args.optimizer, names, not args.no_monitor, not args.no_others, args.extra)
     numel = sum(math.prod(shape) for shape in shapes)
     if args.bandwidth is not None and not (args.plan and 0 < args.bandwidth < math.inf):
         raise ValueError(f"--bandwidth: needs --plan and a number above 0, got {args.bandwidth:g}")
@@ -94,12 +95,13 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads or before)
     screen = Console(width=max(100, Console().width))
     try:
-        result = measure(lines, shapes, args.rounds, device, screen)
+        result = measure(args.optimizer, lines, shapes, args.rounds, device, screen)
     finally:
         torch.set_num_threads(before)
     result["command"] = (
-        f"collage bench --device {args.device} --params {args.params} --shapes {args.shapes} "
-        f"--threads {result['machine']['threads']} --strategies {args.strategies} --rounds {args.rounds}"
+        f"collage bench --optimizer {args.optimizer} --device {args.device} --params {args.params} "
+        f"--shapes {args.shapes} --threads {result['machine']['threads']} --strategies {args.strategies} "
+        f"--rounds {args.rounds}"
     )
     (args.out / "bench.json").write_text(to_json(result, indent=1), encoding="utf-8")
     plot.draw(result, args.out / "bench.png")

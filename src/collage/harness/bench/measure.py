@@ -21,7 +21,9 @@ LR = 1e-5
 MINIMUM = 2e-3  # seconds that one timing takes at least: several steps of a small optimizer are timed together
 
 
-def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, device: torch.device, screen: Console) -> dict[str, Any]:
+def measure(
+    optimizer: str, lines: Sequence[Row], shapes: Shapes, rounds: int, device: torch.device, screen: Console
+) -> dict[str, Any]:
     """Time all rows round after round, so that what disturbs the machine disturbs all of them."""
     numel = sum(math.prod(shape) for shape in shapes)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -51,9 +53,10 @@ def measure(lines: Sequence[Row], shapes: Shapes, rounds: int, device: torch.dev
     table = [entry(row, times[name], numel) for name, (row, _, _) in contestants.items()]
     contestants.clear()
     for line, row in zip(table, (row for row in lines if row.name in times), strict=True):
-        line["edq_ratio"] = None if row.name.startswith("limit") else arrived(row, device)
+        line["edq_ratio"] = None if row.name.startswith("limit") else arrived(optimizer, row, device)
     compare(table)
     return {
+        "optimizer": optimizer,
         "machine": machine(torch.float32, device.type == "cuda"),
         "parameters": numel,
         "tensors": len(shapes),

@@ -1,9 +1,9 @@
-"""What `collage bench` times: our strategies, what others offer, and the limit that moving the bytes sets."""
+"""What `collage bench` times: our optimizers, what others offer, and the limit that moving the bytes sets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +13,47 @@ from torch import Tensor, nn
 import collage
 from collage.backends import choose
 from collage.formats import Master, bytes_per_value, format_of
+from collage.optimizers.base import PrecisionOptimizer
+from collage.rules import Rule
 from collage.strategies import Strategy
 
 Shapes = Sequence[tuple[int, ...]]
 BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+class Kind(NamedTuple):
+    """An optimizer to time: ours, its settings but lr, and torch's of the same rule."""
+
+    ours: type[PrecisionOptimizer]
+    settings: dict[str, Any]
+    torch: type[torch.optim.Optimizer] | None
+
+    def make(self, params: Iterable[Tensor], lr: float, strategy: Strategy) -> PrecisionOptimizer:
+        return self.ours(params, lr=lr, strategy=strategy, **self.settings)  # type: ignore[call-arg]
+
+    def moved(self, strategy: Strategy) -> float:
+        """Bytes per parameter that a step reads and writes; of a master's 16-bit copy it only writes."""
+        unread = 2 if isinstance(format_of(strategy.param), Master) else 0
+        return 2 * sum(bytes_per_value(format_of(f)) for f in self.formats(strategy)) - unread + strategy.dtype.itemsize
+
+    def formats(self, strategy: Strategy) -> tuple[str, ...]:
+        return strategy.formats(self.rule.roles)
+
+    @property
+    def rule(self) -> Rule:
+        """Of these settings."""
+        probe = self.make([nn.Parameter(torch.zeros(1))], 0.0, Strategy.parse("fp32"))
+        return probe.rule_of(probe.param_groups[0])
+
+
+ADAM = {"betas": BETAS, "eps": EPS, "weight_decay": 0.0}
+KINDS = {
+    "adamw": Kind(collage.AdamW, ADAM, torch.optim.AdamW),
+    "amsgrad": Kind(collage.AdamW, {**ADAM, "amsgrad": True}, torch.optim.AdamW),
+    "adam": Kind(collage.Adam, ADAM, torch.optim.Adam),
+    "sgd": Kind(collage.SGD, {"momentum": 0.9}, torch.optim.SGD),
+    "lion": Kind(collage.Lion, {"betas": (0.9, 0.99)}, None),
+}
 
 
 @dataclass(slots=True)
@@ -53,13 +90,13 @@ def parameters(shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.
     return params
 
 
-def ours(name: str, monitored: int | None = None) -> Row:
+def ours(kind: Kind, name: str, monitored: int | None = None) -> Row:
     """A strategy of this package; `monitored`: measured once in so many steps, and timed over ten."""
     strategy = Strategy.parse(name)
 
     def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
         params = parameters(shapes, device, strategy.dtype)
-        opt = collage.AdamW(params, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, strategy=strategy)
+        opt = kind.make(params, lr, strategy)
 
         def values() -> list[Tensor]:
             return [format_of(strategy.param).value(opt.theta(parameter)) for parameter in opt.parameters()]
@@ -69,38 +106,36 @@ def ours(name: str, monitored: int | None = None) -> Row:
         collage.monitor(opt, every=monitored)
         return Contestant(params, lambda: [opt.step() for _ in range(10)], values, steps=10)
 
-    planes = sum(map(bytes_per_value, map(format_of, strategy.formats())))
-    unread = 2 if isinstance(format_of(strategy.param), Master) else 0  # of a master's bf16 copy only writes
-    moved = 2 * planes - unread + strategy.dtype.itemsize
     label = name if monitored is None else f"{name}, monitored 1 in {monitored}"
-    return Row(label, build, moved, strategy.bytes_per_param())
+    return Row(label, build, kind.moved(strategy), strategy.bytes_per_param(roles=kind.rule.roles))
 
 
-def limit(name: str) -> Row:
+def limit(kind: Kind, name: str) -> Row:
     """Reads and writes the planes of a strategy, without arithmetic."""
     strategy = Strategy.parse(name)
 
     def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
         params = parameters(shapes, device, strategy.dtype)
-        opt = collage.AdamW(params, lr=lr, strategy=strategy)
+        opt = kind.make(params, lr, strategy)
         grads = [torch.zeros_like(param) for param in params]
         planes = [plane for parameter in opt.parameters() for slot in opt.planes(parameter) for plane in slot]
         backend = choose("auto", grads[0].device)
-        return Contestant(params, lambda: backend.stream(strategy.formats(), planes, grads), list)
+        return Contestant(params, lambda: backend.stream(kind.formats(strategy), planes, grads), list)
 
-    held = sum(map(bytes_per_value, map(format_of, strategy.formats())))
-    return Row(f"limit of {name}", build, 2 * held + strategy.dtype.itemsize, strategy.bytes_per_param())
+    kept = strategy.bytes_per_param(roles=kind.rule.roles)
+    return Row(f"limit of {name}", build, 2 * kept - strategy.dtype.itemsize, kept)
 
 
-def torch_adamw(label: str, dtype: torch.dtype, moved: float, kept: float, **kind: Any) -> Row:
-    """torch's own AdamW on weights of one dtype."""
+def torchs(kind: Kind, label: str, dtype: torch.dtype, **how: Any) -> Row:
+    """torch's own optimizer on weights of one dtype, its state in the same."""
 
     def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
         params = parameters(shapes, device, dtype)
-        opt = torch.optim.AdamW(params, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, **kind)
+        opt = kind.torch(params, lr=lr, **kind.settings, **how)  # type: ignore[misc]
         return Contestant(params, opt.step, lambda: params)
 
-    return Row(label, build, moved, kept)
+    kept = dtype.itemsize * (1 + len(kind.rule.slots))
+    return Row(label, build, 2 * kept - dtype.itemsize, kept)
 
 
 def option_d(label: str, preallocated: bool, **kind: Any) -> Row:
@@ -162,10 +197,12 @@ def torchao(kind: str, moved: float, kept: float, **arguments: Any) -> Row:
 
 
 A, D = "A: torch fused bf16", "D: torch fused + master"
-OTHERS = (
-    torch_adamw(A, torch.bfloat16, 14, 8, fused=True),
-    torch_adamw("torch foreach bf16", torch.bfloat16, 14, 8, foreach=True),
-    torch_adamw("torch fused fp32", torch.float32, 28, 16, fused=True),
+WAYS: tuple[tuple[str, torch.dtype, dict[str, bool]], ...] = (
+    (A, torch.bfloat16, {"fused": True}),
+    ("torch foreach bf16", torch.bfloat16, {"foreach": True}),
+    ("torch fused fp32", torch.float32, {"fused": True}),
+)
+MASTERS = (
     option_d(D, preallocated=True, fused=True),
     option_d("D as people write it", preallocated=False, fused=True),
     option_d("D with foreach", preallocated=True, foreach=True),
@@ -178,26 +215,35 @@ EXTRA = (
 DEFAULT = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", "fp32-master")
 
 
-def rows(strategies: Sequence[str], monitor: bool, others: bool, extra: bool) -> list[Row]:
-    """The lines of the table, limits first."""
+def rows(optimizer: str, strategies: Sequence[str], monitor: bool, others: bool, extra: bool) -> list[Row]:
+    """The lines of the table, limits first. Others but torch's own of the same rule are there for AdamW alone."""
+    kind = KINDS[optimizer]
     known = list(dict.fromkeys(str(Strategy.parse(name)) for name in strategies))
     watched = "collage-plus" if "collage-plus" in known else known[-1]
-    monitored = [ours(watched, every) for every in (10, 1)] if monitor else []
-    return [
-        *map(limit, known), *map(ours, known), *monitored, *(OTHERS if others else ()), *(EXTRA if extra else ()),
-    ]  # fmt: skip
+    found = [limit(kind, name) for name in known] + [ours(kind, name) for name in known]
+    found += [ours(kind, watched, every) for every in (10, 1)] if monitor else []
+    found += [torchs(kind, label, dtype, **how) for label, dtype, how in WAYS] if others and kind.torch else []
+    if optimizer == "adamw":
+        found += [*(MASTERS if others else ()), *(EXTRA if extra else ())]
+    return found
 
 
-def arrived(row: Row, device: torch.device, steps: int = 50, lr: float = 1e-5, n: int = 65_536) -> float:
-    """<D, D'> / |D|**2, with D the movement of the weights under float64 AdamW and D' this row's, over some steps.
+def arrived(
+    optimizer: str, row: Row, device: torch.device, steps: int = 50, lr: float = 1e-5, n: int = 65_536
+) -> float | None:
+    """<D, D'> / |D|**2, with D the movement of the weights under torch's optimizer in float64 and D' this row's.
+
+    None where torch has no such optimizer.
 
     1.0: all of the intended movement arrived. Gradients N(0, 1e-3), new at every step.
     """
-    shapes = [(n,)]
+    kind, shapes = KINDS[optimizer], [(n,)]
+    if kind.torch is None:
+        return None
     contestant = row.build(shapes, lr, device)
     exact = torch.nn.Parameter(contestant.params[0].detach().double())
     start = exact.detach().clone()
-    opt = torch.optim.AdamW([exact], lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0)
+    opt = kind.torch([exact], lr=lr, **kind.settings)  # type: ignore[call-arg]
     g = torch.Generator().manual_seed(1)
     for _ in range(0, steps, contestant.steps):
         grad = torch.empty(n).normal_(std=1e-3, generator=g).bfloat16().to(exact.device)

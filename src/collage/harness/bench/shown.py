@@ -39,7 +39,8 @@ def show_plan(lines: Sequence[Row], numel: int, args: argparse.Namespace) -> int
         for row in lines
         if not row.name.startswith("limit")
     }
-    print_table(screen, f"One step of AdamW, {numel:,} parameters, {args.device}: a plan", columns, planned)
+    title = f"One step of {args.optimizer}, {numel:,} parameters, {args.device}: a plan"
+    print_table(screen, title, columns, planned)
     say(
         screen,
         f"Nothing was measured. Without --plan: {args.rounds} interleaved rounds of these rows, their medians, and how "
@@ -53,8 +54,8 @@ def show(result: dict[str, Any], screen: Console) -> None:
     tensors = f"{result['tensors']:,} tensor{'s' * (result['tensors'] > 1)}"
     about = result["machine"]
     title = (
-        f"One step of AdamW, {result['parameters']:,} parameters in {tensors}, threads: {about['threads']}, "
-        f"{about['kernels']}"
+        f"One step of {result['optimizer']}, {result['parameters']:,} parameters in {tensors}, "
+        f"threads: {about['threads']}, {about['kernels']}"
     )
     print_table(screen, title, TIMES, {line["name"]: line for line in result["rows"]})
     for name, reason in result["failed"].items():
