@@ -20,7 +20,8 @@ from torch import Tensor
 
 from collage import mcf
 from collage.accumulators import Expanded, Kahan, PaperExpanded, Register
-from collage.formats import FORMATS, Compensated, Expansion, Format, bytes_per_value, fitted, format_of, split
+from collage.formats import FORMATS, Compensated, Expansion, Format, fitted, format_of, split
+from collage.layout import bytes_per_value
 from collage.rng import Stream
 
 BF16, FP32 = torch.bfloat16, torch.float32

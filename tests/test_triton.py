@@ -20,7 +20,8 @@ from test_backends import test_decoding_and_encoding as check_decoding_and_encod
 import collage
 from collage import backends
 from collage.backends import Region, Row, reference
-from collage.formats import FORMATS, Master, format_of, zeros
+from collage.formats import FORMATS, Master, format_of
+from collage.layout import zeros
 from collage.rng import bases, signed
 from collage.rules import RULES
 from collage.strategies import STRATEGIES, Strategy

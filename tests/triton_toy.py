@@ -11,7 +11,8 @@ from collage.backends.triton import numbers
 from collage.backends.triton.arithmetic import Real
 from collage.backends.triton.formats import BF16, FP32, largest, spread
 from collage.backends.triton.language import static
-from collage.formats import FORMATS, Format, Plane
+from collage.formats import FORMATS, Format
+from collage.layout import Plane
 
 BLOCK = 32
 

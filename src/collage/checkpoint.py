@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from collage.backends import choose
-from collage.formats import format_of, pieces
+from collage.formats import format_of
+from collage.layout import pieces
 from collage.optimizers import edits
 from collage.optimizers.parameters import dtype_of
 from collage.owners import Optimizers, Owner, number_of, owners

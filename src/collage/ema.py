@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from collage.backends import Batch, choose
 from collage.checkpoint import exported, require_keys
-from collage.formats import Planes, fitted, format_of, pieces, zeros
+from collage.formats import fitted, format_of
+from collage.layout import Planes, pieces, zeros
 from collage.lending import lent
 from collage.optimizers import edits
 from collage.optimizers.parameters import dtype_of

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from collage.formats import Format, Planes, format_of, split
+from collage.formats import Format, format_of, split
+from collage.layout import Planes
 from collage.strategies import ARITHMETICS, STRATEGIES
 
 THETA_FORMATS = tuple(dict.fromkeys(s.param for s in STRATEGIES.values()))  # those that hold weights in some strategy

@@ -8,7 +8,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from collage.formats import Planes, format_of
+from collage.formats import format_of
+from collage.layout import Planes
 from collage.optimizers.base import PrecisionOptimizer
 from collage.optimizers.parameters import Parameter, dtype_of
 from collage.sharding import local

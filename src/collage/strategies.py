@@ -9,7 +9,8 @@ from functools import cache
 
 import torch
 
-from collage.formats import FORMATS, bytes_per_value, format_of
+from collage.formats import FORMATS, format_of
+from collage.layout import bytes_per_value
 
 ARITHMETICS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROLES = ("param", "momentum", "variance")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from collage.backends.batch import Batch, Noise, Region, Row
-from collage.formats import Planes
+from collage.layout import Planes
 
 __all__ = ["BACKENDS", "Backend", "Batch", "Noise", "Region", "Row", "choose", "fastest", "missing", "require"]
 

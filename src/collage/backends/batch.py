@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collage.formats import Format, Planes, format_of
+from collage.formats import Format, format_of
+from collage.layout import Planes
 from collage.rng import Stream, draw_of
 from collage.rules import Rule
 

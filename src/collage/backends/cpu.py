@@ -14,7 +14,8 @@ from torch.autograd.graph import increment_version
 
 from collage.backends import reference
 from collage.backends.batch import Batch, Noise, Region
-from collage.formats import Plane, Planes, as_rows, format_of
+from collage.formats import format_of
+from collage.layout import Plane, Planes, as_rows
 from collage.rng import bases, draw_of
 from collage.rules.folding import row
 

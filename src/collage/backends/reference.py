@@ -14,7 +14,8 @@ from torch.autograd.graph import increment_version
 
 from collage import mcf
 from collage.backends.batch import Batch, Noise, Row, cut, indices
-from collage.formats import PIECE, Format, Planes, aligned, format_of, split
+from collage.formats import Format, format_of, split
+from collage.layout import PIECE, Planes, aligned
 from collage.rules.folding import tensors
 
 FOLDS_ON_DEVICE = False

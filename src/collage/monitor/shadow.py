@@ -15,7 +15,8 @@ from torch import Tensor
 
 from collage.backends import Batch, choose, reference
 from collage.backends.batch import cut
-from collage.formats import Planes, format_of, split
+from collage.formats import format_of, split
+from collage.layout import Planes
 from collage.rules import Rule
 from collage.rules.folding import tensors
 from collage.strategies import STRATEGIES, Strategy

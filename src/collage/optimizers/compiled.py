@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from collage.optimizers import edits
 from collage.optimizers.parameters import Group
+from collage.optimizers.plan import Columns, chosen
+from collage.rng import signed
+from collage.rules import Rule
 from collage.sharding import any_dtensor
 
 
@@ -41,3 +46,86 @@ def require_capturable(groups: Sequence[Group]) -> None:
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     if capturing and not all(group["capturable"] for group in groups):
         raise RuntimeError("capturable: a step in a CUDA graph needs AdamW(..., capturable=True)")
+
+
+class Traced(torch.optim.Optimizer):
+    """The step as torch.compile sees it. All that it forces on a method is here."""
+
+    backend: str
+    monitors: list[Any]
+    _fresh: list[Tensor]
+
+    def rule_of(self, group: Group) -> Rule:
+        """The rule that a group's settings ask for."""
+        raise NotImplementedError
+
+    def _look(
+        self, group: Group, first: int, in_float32: bool, params: list[Tensor], grads: list[Any]
+    ) -> tuple[Columns, list[Tensor]]:
+        raise NotImplementedError
+
+    def _traced(self, closure: Callable[[], Any] | None) -> Any:
+        """The step as torch.compile traces it: two operators per group and strategy."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first = 0
+        for group in self.param_groups:
+            for in_float32 in (False, True):
+                tensors: list[Tensor] = []
+                grads: list[Tensor] = []
+                steps: list[Tensor] = []
+                keys: list[int] = []
+                regions: list[int] = []
+                seen: list[Tensor] = []
+                names: list[str] = []
+                strategy, rule = self._init_group(
+                    group, first, in_float32, tensors, grads, steps, keys, regions, seen, names
+                )
+                if len(grads) > 0:
+                    torch.ops.collage.adopt_(tensors, seen[0], names, rule, strategy, self.backend)
+                    lr = group["lr"]
+                    torch.ops.collage.step_(
+                        tensors, grads, steps, torch.empty(0, 5, dtype=torch.float64, device="cpu"),
+                        lr if isinstance(lr, Tensor) else numbers([lr])[0],
+                        numbers(self.rule_of(group).hyper(group)), rule, strategy, self.backend, keys, regions,
+                        signed(group["seed"]), group["maximize"], group["capturable"],
+                    )  # fmt: skip
+                    edits.advance(seen[0])
+            first += len(group["params"])
+        return loss
+
+    def _init_group(
+        self,
+        group: Group,
+        first: int,
+        in_float32: bool,
+        tensors: list[Tensor],
+        grads: list[Tensor],
+        steps: list[Tensor],
+        keys: list[int],
+        regions: list[int],
+        seen: list[Tensor],
+        names: list[str],
+    ) -> tuple[str, str]:
+        """Append what the operators need of a group's parameters. Raises before anything is changed.
+
+        torch.compile knows this method's name: it runs it where it would trace another, and guards what it returned.
+        """
+        if not first and not in_float32:  # the first call of a step
+            self._fresh = []
+        params, given = chosen(group)[in_float32]
+        if not params:
+            return "", ""
+        columns, own = self._look(group, first, in_float32, params, given)
+        require_compilable([*columns.params, *columns.held], len(self.monitors) > 0)
+        edits.traced(columns.thetas, columns.seen)
+        tensors += columns.planes
+        grads += own
+        steps += columns.steps
+        keys += map(signed, columns.keys)
+        regions += columns.regions
+        seen.append(columns.seen)
+        names += columns.names
+        return str(columns.strategy), columns.rule.name

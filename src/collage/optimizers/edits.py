@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from collage.backends import choose
-from collage.formats import Plane, Planes, fitted, format_of, pieces
+from collage.formats import fitted, format_of
+from collage.layout import Plane, Planes, pieces
 from collage.optimizers.planes import kept
 from collage.rules import RULES
 from collage.saying import warn

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from collage.backends import Backend, choose
-from collage.formats import Plane, Planes, format_of, pieces, zeros
+from collage.formats import format_of
+from collage.layout import Plane, Planes, pieces, zeros
 from collage.optimizers.memory import in_memory
 from collage.optimizers.parameters import State, dtype_of, name_of
 from collage.rules import Rule

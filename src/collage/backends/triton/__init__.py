@@ -26,7 +26,7 @@ from collage.backends.triton.rules import RULES
 from collage.backends.triton.sums import add_up
 from collage.backends.triton.tables import BLOCK, Layout, bases_of, layout_of, owners_of, rows_of, table_of
 from collage.backends.triton.walk import MASKED, STRIDED, Plan, Slot
-from collage.formats import Planes
+from collage.layout import Planes
 from collage.rng import draw_of, mix64, signed
 from collage.rules import Rule
 from collage.rules.folding import row

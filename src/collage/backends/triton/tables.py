@@ -17,7 +17,7 @@ from torch import Tensor
 
 from collage.backends.batch import Region
 from collage.backends.triton import walk
-from collage.formats import as_rows
+from collage.layout import as_rows
 from collage.rng import mix64, signed
 
 BLOCK: int = walk.BLOCK.value

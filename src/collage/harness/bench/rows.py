@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import collage
 from collage.backends import choose
-from collage.formats import Master, bytes_per_value, format_of
+from collage.formats import Master, format_of
+from collage.layout import bytes_per_value
 from collage.optimizers.base import PrecisionOptimizer
 from collage.rules import Rule
 from collage.strategies import Strategy
@@ -131,7 +132,7 @@ def torchs(kind: Kind, label: str, dtype: torch.dtype, **how: Any) -> Row:
 
     def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
         params = parameters(shapes, device, dtype)
-        opt = kind.torch(params, lr=lr, **kind.settings, **how)  # type: ignore[misc]
+        opt = kind.torch(params, lr=lr, **kind.settings, **how)  # type: ignore[misc, call-arg]
         return Contestant(params, opt.step, lambda: params)
 
     kept = dtype.itemsize * (1 + len(kind.rule.slots))
