@@ -24,6 +24,7 @@ from oracle import (
     nearest,
     nearest_units,
     random_patterns,
+    stochastic,
     units,
 )
 from torch import Tensor
@@ -244,6 +245,20 @@ def test_sr_to_float16_leaves_exact_values_zeros_infinities_and_the_maximum():
             got = mcf.sr(sign * beyond, bits[: len(beyond)], FP16)
             assert_same_bits("beyond the maximum", got, torch.full_like(beyond, sign * top).half())
         assert codes(mcf.sr(nans, bits[:4], FP16)).tolist() == [0x7E00] * 4
+
+
+@of(BF16, FP16)
+def test_sr_is_the_oracles(dtype):
+    """Random numbers and random bits; zeros keep their sign."""
+    g = torch.Generator().manual_seed(1)
+    shift = 2.0 ** torch.randint(-45, 15, (20_000,), generator=g)
+    x = torch.cat([random_patterns(FP32, 10_000, seed=2), torch.randn(20_000, generator=g) * shift])
+    x = x[x.isfinite()]
+    random = torch.randint(0, 1 << 16, x.shape, generator=g, dtype=torch.int32)
+    want = [stochastic(number, r, dtype) for number, r in zip(fractions(x), random.tolist(), strict=True)]
+    got = mcf.sr(x, random, dtype)
+    assert fractions(got) == want
+    assert torch.equal(got.signbit(), x.signbit())
 
 
 @of(FP32, BF16)
