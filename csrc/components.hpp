@@ -144,10 +144,12 @@ struct FP16 {
   static F32 stochastic_code(F32 x, U32 random) {
     const U32 bits = (U32)magnitude(x);
     const U32 exponent = (Mask)(bits >> 23) > 1 ? bits >> 23 : U32{} + 1;
-    const U32 significand = (bits & 0x7FFFFF) | ((Mask)bits < 0x800000 ? U32{} : U32{} + 0x800000);
+    const U32 whole = (bits & 0x7FFFFF) | ((Mask)bits < 0x800000 ? U32{} : U32{} + 0x800000);
     const Mask below = 113 - (Mask)exponent, above = (Mask)exponent - 113;
-    const Mask wanted = 13 + (below > 0 ? below : Mask{});
-    const U32 shift = (U32)(wanted < 30 ? wanted : Mask{} + 30);
+    const Mask dropped = 13 + (below > 0 ? below : Mask{});
+    const Mask beyond = dropped - 30;  // the random bits reach no further down
+    const U32 significand = beyond > 0 ? whole >> (U32)(beyond < 31 ? beyond : Mask{} + 31) : whole;
+    const U32 shift = (U32)(dropped < 30 ? dropped : Mask{} + 30);
     const U32 few = random >> ((16 - shift) & 31);
     const U32 many = (random << ((shift - 16) & 31)) + ((U32{} + 1) << ((shift - 17) & 31));
     const U32 sum = significand + ((Mask)shift <= 16 ? few : many);

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from oracle import codes
 from torch import Tensor
@@ -179,3 +183,38 @@ def assert_same_bits(name: str, got: Tensor, want: Tensor) -> None:
             f"{name}: {len(wrong)} of {want.numel()} differ, the first at {i}: got 0x{a & mask:0{digits}x} "
             f"({got[i].item()}), want 0x{b & mask:0{digits}x} ({want[i].item()}), {apart:+d} ulp"
         )
+
+
+def planes_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every parameter of an optimizer, and every tensor of its states, by position and key."""
+    found: dict[str, Tensor] = {}
+    for k, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        found[f"{k}"] = p.detach()
+        found |= {f"{k}.{key}": value for key, value in optimizer.state.get(p, {}).items()}
+    return found
+
+
+def assert_same_planes(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """Each bit of what `planes_of` found."""
+    assert got.keys() == want.keys()
+    for key in want:
+        assert_same_bits(key, got[key], want[key])
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Every setting of every group, and how many parameters it has."""
+    return [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
+
+
+@contextmanager
+def refused(optimizer: torch.optim.Optimizer, error: type[BaseException], match: str) -> Iterator[None]:
+    """An error that says why, and that leaves weights, states, settings and what monitors have seen as they were."""
+    planes = copy.deepcopy(planes_of(optimizer))
+    settings = copy.deepcopy(settings_of(optimizer))
+    reports = [monitor.report() for monitor in getattr(optimizer, "monitors", ())]
+    with pytest.raises(error) as caught:
+        yield
+    assert re.search(match, str(caught.value)), f"{match!r} not in: {caught.value}"
+    assert_same_planes(planes_of(optimizer), planes)
+    assert settings_of(optimizer) == settings
+    assert [monitor.report() for monitor in getattr(optimizer, "monitors", ())] == reports

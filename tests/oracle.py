@@ -124,6 +124,28 @@ def _nearest(numerator: int, denominator: int, spec: Spec) -> int:
     return code | (spec.sign if numerator < 0 else 0)
 
 
+def half_ulp(x: Fraction, dtype: torch.dtype) -> Fraction:
+    """Half the distance between the numbers of the format around x."""
+    spec = SPECS[dtype]
+    n, d = abs(x.numerator), x.denominator  # d is a power of two
+    exponent = n.bit_length() - d.bit_length() if n else spec.emin
+    return Fraction(2) ** (max(exponent, spec.emin) - spec.precision)
+
+
+def stochastic(x: Fraction, random: int, dtype: torch.dtype) -> Fraction:
+    """x rounded stochastically: up in magnitude if the part dropped, in 2**-16 ulps, and the random bits carry.
+
+    Of the 65,536 values of `random` so many carry as the part dropped says, itself rounded to a multiple of 2**-16
+    (half up). Never beyond Omega.
+    """
+    ulp = 2 * half_ulp(x, dtype)
+    steps = abs(x) // ulp
+    part = (abs(x) / ulp - steps) * (1 << 16) + Fraction(1, 2)
+    steps += (part.numerator // part.denominator) + random >= 1 << 16
+    largest = decode(SPECS[dtype].max_code, SPECS[dtype]) or 0
+    return (-1 if x < 0 else 1) * min(steps * ulp, largest * Fraction(2) ** SPECS[dtype].unit)
+
+
 def rounded(numbers: list[Fraction], dtype: torch.dtype) -> Tensor:
     """A tensor of exact numbers, each rounded once."""
     return from_codes([nearest(x, dtype) for x in numbers], dtype)

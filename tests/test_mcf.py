@@ -3,10 +3,12 @@
 u = 2**-p. "Patterns" are uniform bit patterns: every exponent, zeros, subnormals, the largest numbers, Inf and NaN.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -22,6 +24,7 @@ from oracle import (
     nearest,
     nearest_units,
     random_patterns,
+    stochastic,
     units,
 )
 from torch import Tensor
@@ -30,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from collage import mcf
 
 E5M2, E4M3, FP16, BF16, FP32 = torch.float8_e5m2, torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32
+INF, NAN = float("inf"), float("nan")
 FLOAT8, NATIVE, NARROW = (E5M2, E4M3), (FP16, BF16), (E5M2, E4M3, FP16, BF16)
 
 
@@ -198,6 +202,72 @@ def test_sr_leaves_exact_values_zeros_infinities_and_the_maximum():
         assert_same_bits("beyond minus the maximum", mcf.sr(-beyond, bits), -top)
         nans = from_codes([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF], FP32)
         assert codes(mcf.sr(nans, bits[:4])).tolist() == [0x7FC0] * 4
+
+
+SUBNORMAL = 2.0**-14  # of float16, below it
+HALVES = [  # float32, of every kind that float16 rounds
+    *(1.0, 1.5, 1 + 2.0**-10, 1 + 2.0**-11, 1 + 2.0**-23, 2 - 2.0**-23, 65503.996, 65504.0, 2047.5),  # 13 bits dropped
+    *(SUBNORMAL, SUBNORMAL * (1 - 2.0**-24), SUBNORMAL * 0.99, 2.0**-17 * 1.37, 2.0**-18, 2.0**-19 * 1.9999),
+    *(2.0**-24, 2.0**-24 * 1.0001, 2.0**-25, 2.0**-25 * 1.3, 2.0**-30 * 1.7, 2.0**-31 * 1.7),  # below the smallest
+    *(2.0**-39 * 1.99, 2.0**-40, 2.0**-41 * 1.5, 2.0**-42, 1e-14, 2.0**-60, 1e-30, 2.0**-126, 1e-40, 1e-45),
+]
+
+
+def test_sr_to_float16_is_unbiased():
+    """Over all random values: exactly where no more bits than they have are dropped, else within half of one of them.
+
+    So the mean of a number far below the smallest subnormal is off by 2**-17 of that at most, as of any other number.
+    """
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0x33000000, 0x477FE000, (120,), generator=g)  # 2**-25 to 65504
+    tiny = torch.randint(0x2A000000, 0x33000000, (40,), generator=g)  # 2**-43 to 2**-25
+    x = torch.cat([torch.tensor(HALVES), from_codes(torch.cat([drawn, tiny]), FP32)])
+    random = torch.arange(1 << 16, dtype=torch.int32)
+    for exact, value in zip(fractions(x), x, strict=True):
+        for signed in (value, -value):
+            got, counts = torch.unique(mcf.sr(signed.repeat(1 << 16), random, FP16), return_counts=True)
+            mean = sum(number * n for number, n in zip(fractions(got), counts.tolist(), strict=True)) / (1 << 16)
+            ulp_ = Fraction(2) ** max(math.frexp(value)[1] - 11, -24)
+            bound = 0 if value >= 2.0**-17 else ulp_ / 2**17
+            assert abs(abs(mean) - exact) <= bound, signed.item()
+            below = exact // ulp_ * ulp_
+            assert {abs(number) for number in fractions(got)} <= {below, below + ulp_}, signed.item()
+
+
+def test_sr_to_float16_leaves_exact_values_zeros_infinities_and_the_maximum():
+    x, top = every(FP16).float(), 65504.0
+    beyond = torch.cat([torch.tensor([65504.004, 65519.996, 65520.0, 65536.0, 3.4e38]), torch.arange(65505.0, 1e5, 7)])
+    nans = from_codes([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF], FP32)
+    for random in (0, 1, 0x8000, 0xFFFF):
+        bits = torch.full((1 << 16,), random, dtype=torch.int32)
+        assert_same_bits("exact", mcf.sr(x, bits, FP16), mcf.rn(x, FP16))
+        for sign in (1, -1):
+            got = mcf.sr(sign * beyond, bits[: len(beyond)], FP16)
+            assert_same_bits("beyond the maximum", got, torch.full_like(beyond, sign * top).half())
+        assert codes(mcf.sr(nans, bits[:4], FP16)).tolist() == [0x7E00] * 4
+
+
+@of(BF16, FP16)
+def test_sr_is_the_oracles(dtype):
+    """Random numbers and random bits; zeros keep their sign."""
+    g = torch.Generator().manual_seed(1)
+    shift = 2.0 ** torch.randint(-45, 15, (20_000,), generator=g)
+    x = torch.cat([random_patterns(FP32, 10_000, seed=2), torch.randn(20_000, generator=g) * shift])
+    x = x[x.isfinite()]
+    random = torch.randint(0, 1 << 16, x.shape, generator=g, dtype=torch.int32)
+    want = [stochastic(number, r, dtype) for number, r in zip(fractions(x), random.tolist(), strict=True)]
+    got = mcf.sr(x, random, dtype)
+    assert fractions(got) == want
+    assert torch.equal(got.signbit(), x.signbit())
+
+
+@of(FP32, BF16)
+def test_sign(dtype):
+    """Of every kind of number; zeros keep their sign, and NaN stays one."""
+    x = torch.cat([random_patterns(FP32, 1000, seed=0), torch.tensor([0.0, -0.0, 1e-45, -1e-45, -INF, INF, NAN])])
+    x = mcf.rn(x, dtype)
+    want = [value if value != value or value == 0 else 1.0 if value > 0 else -1.0 for value in x.tolist()]
+    assert_same_bits("sign", mcf.sign(x), torch.tensor(want, dtype=dtype))
 
 
 # Canaries: torch computes these in float32 and rounds once, which is the correct rounding (24 >= 2p + 2)

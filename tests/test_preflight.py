@@ -19,19 +19,23 @@ from collage.harness.preflight.examine import examine
 LR = 1e-5
 
 
-def nearest(x, precision):
-    """x rounded to so many significant bits, ties to even (normal range only)."""
+def nearest(x, precision, smallest=-149):
+    """x rounded to so many significant bits, but to no less than 2**smallest, ties to even (nothing overflows)."""
     if x == 0:
         return x
     exponent = math.frexp(float(x))[1]
     exponent += abs(x) >= Fraction(2) ** exponent  # float(x) may have been rounded
     exponent -= abs(x) < Fraction(2) ** (exponent - 1)
-    quantum = Fraction(2) ** (exponent - precision)
+    quantum = Fraction(2) ** max(exponent - precision, smallest)
     return round(x / quantum) * quantum
 
 
 def bf16(x):
-    return nearest(x, 8)
+    return nearest(x, 8, -133)
+
+
+def fp16(x):
+    return nearest(x, 11, -24)
 
 
 def fp32(x):
@@ -46,12 +50,16 @@ def moves_fp32(w, d):
     return fp32(w + d) != w
 
 
-def moves_bf16x2(w, d):
-    hi = bf16(w)
-    lo = bf16(w - hi)
+def moves_two(w, d, low=bf16):
+    hi = low(w)
+    lo = low(w - hi)
     r = fp32(lo + d)
-    h = bf16(fp32(hi + r))
-    return (h, bf16(fp32(fp32(hi - h) + r))) != (hi, lo)
+    h = low(fp32(hi + r))
+    return (h, low(fp32(fp32(hi - h) + r))) != (hi, lo)
+
+
+def moves_fp16x2(w, d):
+    return moves_two(w, d, fp16)
 
 
 def moves_kahan(w, d):
@@ -76,8 +84,8 @@ def moves_bf16x2_sr(w, d):
 
 
 MOVES = {
-    "bf16": moves_bf16, "bf16x2": moves_bf16x2, "bf16+kahan": moves_kahan, "fp32": moves_fp32, "bf16+fp32": moves_fp32,
-    "bf16:sr": moves_bf16_sr, "bf16x2:sr": moves_bf16x2_sr,
+    "bf16": moves_bf16, "bf16x2": moves_two, "bf16+kahan": moves_kahan, "fp32": moves_fp32, "bf16+fp32": moves_fp32,
+    "bf16:sr": moves_bf16_sr, "bf16x2:sr": moves_bf16x2_sr, "fp16x2": moves_fp16x2,
 }  # fmt: skip
 
 
@@ -152,6 +160,11 @@ def test_decay_below_the_floor_reaches_only_the_weights_with_a_small_mantissa(tm
         total = examine(tmp_path / "w.safetensors", lr=1e-2, weight_decay=w * 100).total
         assert (total.nonzero, total.undecayed["bf16"]) == (4, expected)
     assert examine(tmp_path / "w.safetensors", lr=1e-5, weight_decay=0.1).total.undecayed["bf16x2"] == 4
+    # In fp16x2 the floor of small weights is 2**-25 itself
+    small = torch.tensor([2.0**-10, 2.0**-8, 2.0**-5, 1.0, 2.0**-30])
+    save_file({"w": small}, tmp_path / "small.safetensors")
+    for w, expected in ((2.0**-14, 1), (2.0**-16, 2), (2.0**-18, 3), (2.0**-25, 5)):
+        assert examine(tmp_path / "small.safetensors", 1.0, w).total.undecayed["fp16x2"] == expected
     assert examine(tmp_path / "w.safetensors", lr=1e-4, weight_decay=0.1).total.undecayed["bf16x2"] == 0
 
 
@@ -198,7 +211,8 @@ def test_run_prints_the_verdict_and_writes_the_numbers(model, tmp_path, capsys):
     numbers = json.loads(target.read_text(encoding="utf-8"))
     assert numbers["verdict"] == [
         "A step of 1e-5 cannot move 71.2 % of the weights in bf16; bf16x2 loses 0 %.",
-        "A decay of 1e-5 × 0.1 = 1e-6 per step comes to nothing in bf16, bf16x2 and bf16+kahan.",
+        "A decay of 1e-5 × 0.1 = 1e-6 per step comes to nothing in bf16, bf16x2 and bf16+kahan "
+        "and reaches only a part of the weights in fp16x2.",
         "2 of 4 norm weights are still exactly 1.0, where they began, and stay there in bf16.",
     ]
     for line in (*numbers["verdict"], "Skipped: 3 tensor(s), 92 values", "norm weights"):

@@ -22,7 +22,7 @@ ALLOWED = {
     "layout": set(),
     "formats": {"mcf", "rng", "accumulators", "layout"},
     "strategies": {"formats", "layout"},
-    "floors": {"formats", "layout", "strategies"},
+    "floors": {"mcf", "formats", "layout", "strategies"},
     "rules": {"mcf", "accumulators"},
     "backends": NUMBERS | {"rules"},
     "sharding": {"backends"},

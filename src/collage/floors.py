@@ -7,6 +7,10 @@ it is enough to look at the states ahead: "is there one that d leaves as it is, 
 
 For a single plane that state is the number itself. In an expansion the last component absorbs increments until it is so
 large that d falls below half its own ulp: that is why bf16x2 moves by 1e-6 at first and then stops.
+
+Where a format's components have float32's exponents, floors scale with the binade of the weight. Float16's do not reach
+down far enough: under a weight of 1/4 the low component is subnormal at least in part, where an ulp is 2**-24 whatever
+the weight, so the floor of fp16x2 ends at 2**-25.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from collage import mcf
 from collage.formats import Format, format_of, split
 from collage.layout import Planes
 from collage.strategies import ARITHMETICS, STRATEGIES
@@ -26,7 +31,9 @@ from collage.strategies import ARITHMETICS, STRATEGIES
 THETA_FORMATS = tuple(dict.fromkeys(s.param for s in STRATEGIES.values()))  # those that hold weights in some strategy
 MANTISSAS = 128  # bf16 numbers in a binade: where in a binade a weight lies decides what share of it is half an ulp
 
-_TAIL_BINADES = 3  # of the last component, from half an ulp of the first down; below, an increment is dropped no sooner
+_TAIL_BINADES = 3  # of a component, from half an ulp of the one before down; below, an increment is dropped no sooner
+_AT_THE_TOP = 4  # numbers of each binade of a component between the first and the last: how far the last may grow
+_PIECE = 1 << 15  # states measured at once: tensors so small that torch starts no threads
 _CPU = torch.device("cpu")
 _CODES = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
@@ -54,7 +61,7 @@ def floor(format_name: str, at: float = 1.0, arithmetic: str | None = None) -> F
 
     Args:
         format_name: a name in FORMATS.
-        at: the weight, in the normal range of the format. For a negative one, up is still away from zero.
+        at: the weight, in the range of the format. For a negative one, up is still away from zero.
         arithmetic: "float32" or "bfloat16"; by default that of the first strategy which keeps weights in this format.
 
     Returns:
@@ -76,16 +83,20 @@ def floors_table() -> dict[str, Floor]:
 def decay_floor(format_name: str, arithmetic: str | None = None) -> DecayFloor:
     """The lr * weight_decay below which decoupled decay, theta grown by -(lr * weight_decay) * theta, does nothing.
 
-    As `floor`, over the weights of one binade: half an ulp is a larger share of 1.01 than of 1.99. It is the same in
-    every binade of the normal range.
+    As `floor`, over the weights from 1 to 2: half an ulp is a larger share of 1.01 than of 1.99. It is the same in
+    every binade if the components have float32's exponents; with float16's, smaller weights need more
+    (`decay_floors`).
     """
     floors = decay_floors(format_name, arithmetic)
     return DecayFloor(float(floors.min()), float(floors.max()))
 
 
 @cache
-def decay_floors(format_name: str, arithmetic: str | None = None) -> Tensor:
-    """The decay floor of each weight 1 + k / 128, k < 128. [MANTISSAS] float64."""
+def decay_floors(format_name: str, arithmetic: str | None = None, exponent: int = 0) -> Tensor:
+    """The decay floor of each weight (1 + k / 128) * 2**exponent, k < 128. [MANTISSAS] float64.
+
+    1 is all of it: that weight is 0 in the format, or no decay reaches it.
+    """
     fmt, register = format_of(format_name), register_of(format_name, arithmetic)
 
     def measured(at: Tensor) -> Tensor:
@@ -93,17 +104,33 @@ def decay_floors(format_name: str, arithmetic: str | None = None) -> Tensor:
         theta = fmt.load(planes, register).value
         return _largest(lambda w: unchanged(fmt, register, planes, -(w * theta)), 1.0, register, theta.shape).amax(1)
 
-    weights = 1 + torch.arange(MANTISSAS, device=_CPU).float() / MANTISSAS
-    return torch.cat([measured(at) for at in torch.split(weights, 32)])  # tensors so small that torch starts no threads
+    weights = (1 + torch.arange(MANTISSAS, device=_CPU).float() / MANTISSAS) * 2.0**exponent
+    states = _ahead(fmt, weights[-1:], toward=-1)[0].shape[1]
+    return torch.cat([measured(at) for at in torch.split(weights, max(1, _PIECE // states))])
+
+
+def binades(format_name: str) -> tuple[int, int]:
+    """(lowest, highest) exponent of weights whose decay floors are their own; those beyond have the nearest one's."""
+    smallest = _smallest(format_of(format_name))
+    return (0, 0) if smallest < 2.0**-126 else (round(math.log2(smallest)) - 2, 0)
 
 
 def movable_below(format_name: str, step: float) -> float:
     """Magnitude below which a step moves every weight, whatever its last component holds: a quick first test.
 
-    A power of two, with a binade to spare. Relies on floors that scale with the binade: float32's exponent range.
+    A power of two, with a binade to spare; 0 where a step is not above the floor of the smallest weights, which does
+    not scale with them.
     """
     largest = floor(format_name).up
+    if step <= floor(format_name, 2 * _smallest(format_of(format_name))).up:
+        return 0.0
     return 2.0 ** (math.ceil(math.log2(step / largest)) - 1) if largest else math.inf
+
+
+def _smallest(fmt: Format) -> float:
+    """The smallest number above 0 that a weight's visible component holds."""
+    dtype = fmt.dtypes[0]
+    return 2.0**-149 if dtype == torch.float32 else 2.0 ** (mcf.FLOATS[dtype].emin - mcf.FLOATS[dtype].precision + 1)
 
 
 def unchanged(fmt: Format, register: torch.dtype, planes: Planes, delta: Tensor) -> Tensor:
@@ -143,20 +170,48 @@ def _floor(format_name: str, at: float, arithmetic: str | None) -> Floor:
 
 
 def _ahead(fmt: Format, at: Tensor, toward: int) -> Planes:
-    """The states that share their visible component with ``at`` [k] and lie at it or beyond. Planes of [k, n]."""
+    """The states that share their visible component with ``at`` [k] and lie at it or beyond. Planes of [k, n].
+
+    Of the last component all that matter, and of one between the first and the last the numbers at the top of a binade:
+    they leave it the most room. What is no state (the format would not store these components) is never unchanged.
+    """
     start = tuple(plane[:, None] for plane in split(fmt, at))
-    if len(fmt.components(start)) == 1:
+    first, *others = fmt.components(start)
+    states: tuple[Tensor, ...] = (first,)
+    for k, own in enumerate(others, 1):
+        tails = toward * _tails(states[-1], _TAIL_BINADES << (_precision(own) - 1) if k == len(others) else _AT_THE_TOP)
+        tails = torch.cat([own[..., None].expand(*states[-1].shape, 1), tails], 2)
+        states = (*(c.repeat_interleave(tails.shape[2], 1) for c in states), tails.flatten(1))
+    if not others:
         return start
-    hi, lo = start
-    precision = round(1 - math.log2(torch.finfo(hi.dtype).eps))
-    half_ulp = torch.ldexp(
-        torch.ones_like(hi, dtype=torch.float32), torch.frexp(hi.float()).exponent - 1 - precision
-    ).to(lo.dtype)
-    below = torch.arange(_TAIL_BINADES << (precision - 1), dtype=torch.int16, device=_CPU)
-    codes = half_ulp.view(torch.int16) - below
-    tails = toward * codes.clamp(min=0).view(lo.dtype)
-    tails = torch.cat([lo, torch.where((tails - lo) * toward > 0, tails, lo)], 1)
-    return hi.expand(tails.shape), tails
+    beyond = (_total(states) - _total(start)) * toward > 0
+    return tuple(torch.where(beyond, there, here) for there, here in zip(states, start, strict=True))
+
+
+def _tails(before: Tensor, many: int) -> Tensor:
+    """Positive numbers that a component may have beside the one before it, [k, n] -> [k, n, m].
+
+    From half an ulp down: so many in a row, or if that is less than a binade so many of each of _TAIL_BINADES.
+    """
+    precision = _precision(before)
+    exponent = torch.frexp(before.float()).exponent - 1 - precision
+    half_ulp = torch.ldexp(torch.ones_like(before, dtype=torch.float32), exponent).to(before.dtype)
+    codes = half_ulp.view(torch.int16)[..., None]
+    if many < 1 << (precision - 1):
+        binade = torch.arange(_TAIL_BINADES, dtype=torch.int16, device=_CPU) << (precision - 1)
+        below = (binade[:, None] + torch.arange(many, dtype=torch.int16, device=_CPU)).flatten()
+    else:
+        below = torch.arange(min(many, int(codes.max()) + 1), dtype=torch.int16, device=_CPU)
+    return (codes - below).clamp(min=0).view(before.dtype)
+
+
+def _precision(x: Tensor) -> int:
+    return mcf.FLOATS[x.dtype].precision
+
+
+def _total(components: Planes) -> Tensor:
+    """float64, exact or nearly: enough to tell which of two states lies beyond the other."""
+    return sum((c.double() for c in reversed(components)), torch.zeros((), dtype=torch.float64, device=_CPU))
 
 
 def _largest(dropped: Callable[[Tensor], Tensor], top: float, register: torch.dtype, shape: torch.Size) -> Tensor:

@@ -87,7 +87,7 @@ def sr(x: Tensor, random: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor
     Args:
         x: float32.
         random: int32, uniform in [0, 2**16), of x's shape. They are added to the dropped bits, cut or stretched to as
-            many: exactly unbiased for the 16 that bfloat16 drops, within 2**-17 of an ulp where more are dropped.
+            many: exactly unbiased where 16 or fewer are dropped, within 2**-17 of an ulp where more are.
         dtype: bfloat16 or float16.
 
     Finite x never pass the largest finite number, where rounding is biased; +-0, +-Inf and exact values stay.
@@ -102,7 +102,9 @@ def sr(x: Tensor, random: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor
     exponent = (magnitude >> 23).clamp(min=1)
     significand = torch.where(magnitude < 1 << 23, magnitude, (magnitude & 0x7FFFFF) | (1 << 23))
     least = 127 + f.emin - 1  # of the exponents that are this format's subnormals in float32
-    shift = ((24 - f.precision) + (least + 1 - exponent).clamp(min=0)).clamp(max=30)
+    dropped = (24 - f.precision) + (least + 1 - exponent).clamp(min=0)
+    shift = dropped.clamp(max=30)
+    significand = significand >> (dropped - shift).clamp(max=31)  # the random bits reach no further down
     wide = (shift - 16).clamp(min=0)
     stretched = (random << wide) + torch.where(wide > 0, (1 << wide) >> 1, 0)
     code = (significand + torch.where(wide > 0, stretched, random >> (16 - shift).clamp(min=0))) >> shift

@@ -141,8 +141,9 @@ def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
         return {**settings, **{key: value for key, value in theirs.items() if key not in _TORCH_ONLY}, **names}
     for key in ("decoupled_weight_decay", "amsgrad", "nesterov"):  # they make another rule of the same settings
         if theirs.get(key, ours.get(key)) != ours.get(key):
+            here = ours.get(key, "no such setting")
             raise ValueError(
-                f"param_groups[{index}]: the state was saved with {key}={theirs[key]}, this optimizer has {ours[key]}; "
+                f"param_groups[{index}]: the state was saved with {key}={theirs[key]}, this optimizer has {here}; "
                 "construct it as the one that was saved"
             )
     saved, current = Strategy.parse(theirs["strategy"]), Strategy.parse(ours["strategy"])

@@ -88,7 +88,9 @@ def fp16_stochastic_code(x, random):
     magnitude = bits & 0x7FFFFFFF
     exponent = tl.maximum(magnitude >> 23, 1)
     significand = tl.where(magnitude < 0x800000, magnitude, (magnitude & 0x7FFFFF) | 0x800000)
-    shift = tl.minimum(13 + tl.maximum(113 - exponent, 0), 30)
+    dropped = 13 + tl.maximum(113 - exponent, 0)
+    shift = tl.minimum(dropped, 30)
+    significand = significand >> tl.minimum(dropped - shift, 31)  # the random bits reach no further down
     stretched = (2 * random + 1) << tl.maximum(shift - 17, 0)
     added = tl.where(shift <= 16, random >> tl.maximum(16 - shift, 0), stretched)
     code = ((significand + added) >> shift) + (tl.maximum(exponent - 113, 0) << 10)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from collage import mcf
-from collage.floors import MANTISSAS, THETA_FORMATS, decay_floors, movable_below, register_of, unchanged
+from collage.floors import MANTISSAS, THETA_FORMATS, binades, decay_floors, movable_below, register_of, unchanged
 from collage.formats import format_of, split
 from collage.harness.tasks.weights import KINDS, kind_of, read
 from collage.rules.folding import rounded
@@ -152,8 +152,13 @@ def _stuck(name: str, x: Tensor, counts: Tensor | None, lr: float) -> int:
 def _count_undecayed(tally: Tally, x: Tensor, counts: Tensor | None, w: float) -> None:
     """Add the weights that a decay of w per step does not reach: those whose mantissa has a higher decay floor."""
     nonzero = x != 0
-    mantissas = mcf.rn(x[nonzero], torch.bfloat16).view(torch.int16).int() & (MANTISSAS - 1)
+    codes = mcf.rn(x[nonzero], torch.bfloat16).view(torch.int16).int()
+    mantissas, exponents = codes & (MANTISSAS - 1), ((codes >> 7) & 0xFF) - 127
     weights = None if counts is None else counts[nonzero].double()
-    histogram = torch.bincount(mantissas, weights, minlength=MANTISSAS)
     for name in THETA_FORMATS:
-        tally.undecayed[name] += int(histogram[decay_floors(name) >= rounded(w, register_of(name))].sum())
+        lowest, highest = binades(name)
+        cells = (exponents.clamp(lowest, highest) - lowest) * MANTISSAS + mantissas
+        histogram = torch.bincount(cells, weights, minlength=(highest - lowest + 1) * MANTISSAS).view(-1, MANTISSAS)
+        for k in histogram.sum(1).nonzero().flatten().tolist():
+            is_over = decay_floors(name, exponent=lowest + k) >= rounded(w, register_of(name))
+            tally.undecayed[name] += int(histogram[k][is_over].sum())
