@@ -72,7 +72,8 @@ def test_a_command_runs(command, capsys):
 
 
 def python_examples():
-    for page in PAGES:
+    """Of all pages but the recipes, which test_extending.py follows: they add rows to tables."""
+    for page in (page for page in PAGES if page.name != "extending.md"):
         for i, code in enumerate(blocks(page, "python")):
             whole = "import " in code and "import Trainer" not in code and "\n..." not in code
             if whole:

@@ -29,6 +29,7 @@ USE_WHEN = {
     "fp32": "full precision, no bf16 weights",
     "kahan": "comparing with Kahan summation",
     "stochastic": "comparing with stochastic rounding alone",
+    "collage-fp16": "float16 weights, with torch.amp.GradScaler",
 }
 
 
