@@ -182,7 +182,7 @@ def drop_group(w):
 
 def watch(w):
     if w.mon is None:
-        w.calls, w.every, w.sums = 0, w.rng.choice([1, 1, 2, 3]), {}
+        w.calls, w.stepped, w.every, w.sums = 0, set(), w.rng.choice([1, 1, 2, 3]), {}
         w.mon = collage.monitor(
             w.opt, every=w.every, shadow=w.rng.choice([None, 1, 4, 256]), strategies=w.rng.choice([(), "bf16"])
         )

@@ -42,7 +42,9 @@ def vector(w, _):
 
 
 EDITS = {
-    "fill": lambda w, p: p.fill_(w.rng.choice([5.0, 1.0, 0.0, -0.0, 1e-3, 1e30, float("inf")])),
+    "fill": lambda w, p: p.fill_(
+        w.rng.choice([5.0, 1.0, 0.0, -0.0, 1e-3, torch.finfo(p.dtype).max / 64, float("inf")])
+    ),
     "mul": lambda w, p: p.mul_(w.rng.choice([0.5, 0.999, 2.0, -1.0, 1.1])),
     "clamp": lambda w, p: p.clamp_(-0.5, 0.5),
     "copy": lambda w, p: p.copy_(w.normal(p.shape)),

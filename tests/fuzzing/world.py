@@ -31,7 +31,7 @@ class World:
         self.g = torch.Generator().manual_seed(rng.getrandbits(60))
         self.named, self.made = rng.random() < 0.8, 0
         self.model, self.books, self.saved, self.ema = nn.Module(), {}, None, None
-        self.mon = self.calls = self.every = self.sums = None
+        self.mon = self.calls = self.every = self.sums = self.stepped = None
         cast, backend = rng.random() < 0.15, rng.choice(["auto", "auto", "reference"])
         groups = [self.new_group(cast) for _ in range(rng.choice([1, 1, 2]))]
         with self.casting():
@@ -185,7 +185,8 @@ class World:
         for _, p in self.params():
             self.give(p, self.gradient(p))
         stepping = {key: p for key, p in self.params() if p.grad is not None}
-        due = self.mon is not None and self.calls % self.every == 0
+        new = self.mon is not None and not self.stepped.isdisjoint(stepping)  # a step of the optimizer may be several
+        due = self.mon is not None and (self.calls + new) % self.every == 0
         twin = self.twin() if self.rng.random() < 0.3 and not any(b.unseen for b in self.books.values()) else None
         self.trail(f"    gradients of {', '.join(stepping) or 'nobody'}{', measured' if due else ''}")
         closure = None
@@ -200,7 +201,8 @@ class World:
 
         address = {key: p.data_ptr() for key, p in stepping.items()}
         self.opt.step(closure)
-        self.calls = self.calls + 1 if self.mon else None
+        if self.mon is not None:
+            self.calls, self.stepped = self.calls + new, (set() if new else self.stepped) | set(stepping)
         self.steps += 1
         for key, p in stepping.items():
             book, h = self.books[key], hyper(self.group_of(p))

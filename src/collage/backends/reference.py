@@ -111,8 +111,9 @@ def measure(
     for k, terms in enumerate((intended * arrived, intended * visible, intended * intended)):
         _add_in_blocks(terms.reshape(*in_rows), sums, k)
     moved = torch.zeros_like(delta, dtype=torch.bool)
-    for before, after in zip(old, new, strict=True):
-        moved |= (before != after).expand_as(moved) if before.shape == moved.shape else False
+    for plane, before, after in zip(fmt.planes, old, new, strict=True):
+        if plane.per == 1:
+            moved |= before != after
     sums[3] += (delta != 0).sum().item()
     sums[4] += ((delta != 0) & ~moved).sum().item()
 

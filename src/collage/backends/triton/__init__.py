@@ -70,18 +70,19 @@ class Launch(NamedTuple):
 
 
 def _launch(
-    formats: tuple[str, ...], planes: Sequence[Tensor], fronts: Sequence[Tensor], regions: Sequence[Region] = ()
-) -> Launch:
+    formats: tuple[str, ...], planes: Sequence[Tensor], fronts: Sequence[Tensor], regions: Sequence[Region] = (),
+    kept: dict[str, Any] | None = None,
+) -> Launch:  # fmt: skip
     width = sum(len(FORMATS[name].words) for name in formats)
     by_rows = any(max(FORMATS[name].per) > 1 for name in formats)
-    return Launch(layout_of(planes, fronts, width, regions, by_rows), planes[0].device, width, by_rows)
+    return Launch(layout_of(planes, fronts, width, regions, by_rows, kept), planes[0].device, width, by_rows)
 
 
 def step(batch: Batch) -> None:
     """Carry out the batch in one launch. Does not wait for the device, unless it is measured."""
     if not batch.planes:
         return
-    launch = _launch(batch.formats, batch.planes, batch.grads, batch.regions)
+    launch = _launch(batch.formats, batch.planes, batch.grads, batch.regions, batch.kept)
     if launch.blocks == 0:
         return
     increment_version(written(batch))  # as any in-place operation would

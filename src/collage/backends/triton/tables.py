@@ -42,9 +42,23 @@ _layouts: OrderedDict[tuple[int, ...], Layout] = OrderedDict()
 
 
 def layout_of(
+    planes: Sequence[Tensor], fronts: Sequence[Tensor], width: int, regions: Sequence[Region], by_rows: bool,
+    kept: dict[str, Any] | None = None,
+) -> Layout:  # fmt: skip
+    """Of tensors with so many planes each. fronts: their gradients, say; or none. kept: of planes that are the same."""
+    fronts_in_order = all(map(Tensor.is_contiguous, fronts))
+    if kept and "layout" in kept and fronts_in_order:
+        known: Layout = kept["layout"]
+        return known
+    found = _found(planes, fronts, width, regions, by_rows)
+    if kept is not None and not found.facts[3]:
+        kept["layout"] = found
+    return found
+
+
+def _found(
     planes: Sequence[Tensor], fronts: Sequence[Tensor], width: int, regions: Sequence[Region], by_rows: bool
 ) -> Layout:
-    """Of tensors with so many planes each. fronts: their gradients, say; or none."""
     visible = planes[::width]
     in_order = all(map(Tensor.is_contiguous, planes)) and all(map(Tensor.is_contiguous, fronts))
     everything = [] if in_order else [*planes, *fronts]
