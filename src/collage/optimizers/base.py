@@ -157,8 +157,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def _is_skipped(self) -> bool:
         """Whether a GradScaler has found a gradient that is not finite. On a GPU the step itself looks."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type != "cpu":
+        found_inf: Tensor | int | None = getattr(self, "found_inf", None)  # 0 where it found no gradient at all
+        if isinstance(found_inf, Tensor) and found_inf.device.type != "cpu":
             for group in self.param_groups:
                 group["capturable"] = True  # a skipped step is not counted, so the counters must be where that is known
             for param, values in self.state.items():
@@ -173,6 +173,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         self._drop_the_gone()
         for group in self.param_groups:
             self._validate(group)
+        for group in self.param_groups:
             for in_float32 in (False, True):
                 strategy = strategy_for(group, in_float32)
                 params = chosen(group, in_float32) if strategy else []
@@ -297,6 +298,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
 
     def _traced(self, closure: Callable[[], Any] | None) -> Any:
         """The step as torch.compile traces it: two operators per group and strategy."""
+        scaled = hasattr(self, "grad_scale") or hasattr(self, "found_inf")  # looked at here, so it is at every call
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -312,7 +314,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
                 seen: list[Tensor] = []
                 names: list[str] = []
                 strategy, rule = self._init_group(
-                    group, first, in_float32, tensors, grads, steps, keys, regions, seen, names
+                    group, first, in_float32, tensors, grads, steps, keys, regions, seen, names, scaled
                 )
                 if len(grads) > 0:
                     torch.ops.collage.adopt_(tensors, seen[0], names, rule, strategy, self.backend)
@@ -339,6 +341,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         regions: list[int],
         seen: list[Tensor],
         names: list[str],
+        scaled: bool,
     ) -> tuple[str, str]:
         """Append what the operators need of a group's parameters. Raises before anything is changed.
 
@@ -351,7 +354,7 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         if strategy is None or not params:
             return "", ""
         columns, own = self._look(group, first, in_float32, strategy, params)
-        compiled.require_compilable(columns.held, len(self.monitors) > 0)
+        compiled.require_compilable(columns.held, len(self.monitors) > 0, scaled)
         edits.traced(columns.thetas, columns.seen)
         tensors += columns.planes
         grads += own

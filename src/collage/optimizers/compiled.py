@@ -22,8 +22,10 @@ def numbers(settings: Sequence[float | Tensor]) -> Tensor:
     return torch.tensor(list(map(float, settings)), dtype=torch.float64, device="cpu")
 
 
-def require_compilable(planes: Sequence[Tensor], monitored: bool) -> None:
+def require_compilable(planes: Sequence[Tensor], monitored: bool, scaled: bool) -> None:
     """Raise RuntimeError for a step that torch.compile would get wrong."""
+    if scaled:
+        raise RuntimeError("GradScaler: a compiled step takes no grad_scale; call scaler.step(opt) uncompiled")
     if monitored:
         raise RuntimeError("monitor: it measures in Python, outside a compiled step; call opt.step() uncompiled")
     if any_dtensor(planes):
