@@ -171,6 +171,8 @@ class PrecisionOptimizer(torch.optim.Optimizer):
         todo: list[tuple[Columns, Batch]] = []
         self._fresh, first = [], 0
         self._drop_the_gone()
+        if self.backend not in backends.BACKENDS:  # "auto", or another since it was made
+            backends.require(self.backend)
         for group in self.param_groups:
             self._validate(group)
         for group in self.param_groups:
