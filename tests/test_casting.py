@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import assert_same_bits
 from torch import nn
 
 import collage
@@ -49,7 +50,7 @@ def test_parameters_only_in_place(cast, dtype):
     assert model.two.weight is model.one.weight
     for name, b in model.named_buffers():
         assert b is buffers[name][0]
-        assert torch.equal(b, buffers[name][1])
+        assert_same_bits(name, b, buffers[name][1])
     assert model.one.weight.grad is None
     assert model.phase.grad is not None
 
@@ -73,7 +74,7 @@ def test_views_of_one_memory_stay_so():
     want = {name: p.detach().bfloat16() for name, p in model.items()}
     collage.to_bf16(model)
     for name, p in model.items():
-        assert torch.equal(p, want[name])
+        assert_same_bits(name, p, want[name])
     assert model["a"].stride() == (1, 4)
     with torch.no_grad():
         model["b"][0] = 9.0  # flat[6]
@@ -172,7 +173,7 @@ def test_sharded_parameters(mesh):
         assert p is before[name]
         assert isinstance(p, DTensor)
         assert p.dtype == p.to_local().dtype == torch.bfloat16
-        assert torch.equal(p.full_tensor(), values[name].bfloat16())
+        assert_same_bits(name, p.full_tensor(), values[name].bfloat16())
     opt = collage.AdamW(model.named_parameters(), lr=0.1)
     for _ in range(2):
         model(torch.ones(2, 4).bfloat16()).sum().backward()

@@ -208,7 +208,7 @@ def test_components_are_what_edq_differences(name):
     fmt = FORMATS[name]
     planes = split(fmt, torch.randn(1000, generator=torch.Generator().manual_seed(0)))
     total = sum(c.double() for c in fmt.components(planes))
-    assert torch.equal(total.float(), fmt.value(planes))
+    assert_same_bits("sum", total.float(), fmt.value(planes))
 
 
 # Growing, step by step in exact arithmetic
@@ -329,7 +329,7 @@ def test_bf16_kahan_grows_by_kahans_recurrence():
     assert number.value is theta
     assert_numbers(fmt.encode(number.grown(delta)), emulate(step, theta, c, delta))
     scaled = number.scaled((torch.tensor(0.5).bfloat16(),))
-    assert torch.equal(scaled.value, theta * 0.5)
+    assert_same_bits("scaled", scaled.value, theta * 0.5)
     assert scaled.compensation is c
 
 
@@ -353,7 +353,8 @@ def test_a_verb_changes_nothing_in_place():
         number = fmt.load(planes, arithmetic_of(name))
         number.scaled((torch.tensor(0.5, dtype=arithmetic_of(name)),)).grown(delta.to(arithmetic_of(name)))
         fmt.encode(number.grown(delta.to(arithmetic_of(name))))
-        assert all(torch.equal(a, b) for a, b in zip(planes, before, strict=True))
+        for a, b in zip(planes, before, strict=True):
+            assert_same_bits(name, a, b)
 
 
 def test_stochastic_formats_round_only_their_last_plane():
@@ -566,7 +567,7 @@ def test_a_tail_just_above_half_an_ulp_may_be_rounded_up(scale):
     delta = torch.tensor([scale * (2.0**-8 + 2.0**-26)])
     number = fmt.load((hi, torch.zeros_like(hi)), FP32).grown(delta)
     planes = fmt.encode(number, torch.tensor([0xFFFF], dtype=torch.int32))
-    assert torch.equal(planes[0], hi)
+    assert_same_bits("hi", planes[0], hi)
     assert planes[1].item() > scale * 2.0**-8
     assert not fmt.broken(planes).any()
 
@@ -577,9 +578,9 @@ def test_fitted_takes_what_does_not_fit_as_it_is_and_leaves_the_rest(name):
     hi, *others = split(fmt, torch.randn(1000, generator=g))
     edited = torch.where(torch.arange(1000) % 3 == 0, hi * 2.0**-20, hi)
     planes, broken = fitted(fmt, (edited, *others))
-    assert torch.equal(planes[0], edited)
+    assert_same_bits("hi", planes[0], edited)
     assert not fmt.broken(planes).any()
     assert bool(broken.any()) == (len(fmt.planes) > 1)
     assert not broken[edited == hi].any()
     for new, old, fresh in zip(planes[1:], others, split(fmt, edited.float())[1:], strict=True):
-        assert torch.equal(new, torch.where(broken, fresh, old))
+        assert_same_bits(name, new, torch.where(broken, fresh, old))

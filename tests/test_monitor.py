@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, refused
 from torch import nn
 
 import collage
@@ -203,6 +203,83 @@ def test_due_steps_windows_and_reset():
     assert mon.window().total.edq is None
     mon.reset()
     assert mon.report().total.steps == 0
+
+
+def step_in_parts(params, opt, parts):
+    """One step of the optimizer in several calls, as where each gradient is released once it is used."""
+    grads = {name: p.grad for name, p in params.items()}
+    for part in parts:
+        for name, p in params.items():
+            p.grad = grads[name] if name in part else None
+        opt.step()
+
+
+PARTS = {
+    "one by one": (["w"], ["norm"], ["late"]),
+    "backwards": (["late"], ["norm"], ["w"]),
+    "two": (["w", "late"], ["norm"]),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("strategy", ["bf16", "collage-plus-sr", "fp32"])
+def test_a_step_in_several_calls_is_one_step(strategy, every, parts):
+    """Steps, EDQ, what was lost, the shadow and strategies beside: as if all had stepped in one call."""
+    reports, windows = [], []
+    for whole in (True, False):
+        params, opt = setup(strategy)
+        params["late"] = nn.Parameter(torch.randn(40, generator=torch.Generator().manual_seed(1)).to(params["w"].dtype))
+        opt.add_param_group({"params": [("late", params["late"])], "lr": 1e-2})
+        mon = collage.monitor(opt, every=every, shadow=2, strategies=["bf16", "kahan"])
+        for step in range(7):
+            give(params, step)
+            step_in_parts(params, opt, [list(params)] if whole else parts)
+            if step == 3:
+                windows.append(mon.window())
+        reports.append(mon.report())
+    for one, other in (reports, windows):
+        assert one.total.steps == other.total.steps
+        assert one.by_parameter == other.by_parameter
+        assert one.frozen == other.frozen
+        for a, b in [(one.total, other.total), *zip(one.by_group, other.by_group, strict=True)]:
+            assert (a.steps, a.nonzero, a.lost, a.edited) == (b.steps, b.nonzero, b.lost, b.edited)
+            for field in ("edq", "edq_ratio", "edq_visible", "v_ratio", "m_error", "edq_shadow"):
+                assert getattr(a, field) == pytest.approx(getattr(b, field), rel=1e-12), field  # added in another order
+        for name, a in one.beside.items():
+            b = other.beside[name]
+            assert (a.steps, a.nonzero, a.lost) == (b.steps, b.nonzero, b.lost)
+            assert (a.edq, a.edq_ratio) == pytest.approx((b.edq, b.edq_ratio), rel=1e-12)
+    assert reports[0].total.steps == len(range(0, 7, every))
+
+
+def test_a_parameter_that_pauses_does_not_delay_the_count():
+    """A step is over when one comes again; who has no gradient is not waited for."""
+    params, opt = setup("bf16")
+    mon = collage.monitor(opt, every=2)
+    for step in range(6):  # measured: 0, 2, 4
+        give(params, step)
+        step_in_parts(params, opt, [["w"]] if step == 2 else [["w"], ["norm"]])
+    assert mon.report().total.steps == 3
+    assert mon.report().by_parameter["w"].steps == 3
+    assert mon.report().by_parameter["norm"].steps == 2
+
+
+def test_a_call_that_is_refused_is_not_counted():
+    params, opt = setup("bf16")
+    mon = collage.monitor(opt, every=2)
+    give(params, 0)
+    opt.step()
+    give(params, 1)
+    good = params["norm"].grad
+    params["norm"].grad = good.to_sparse()
+    with refused(opt, TypeError, "sparse"):
+        opt.step()
+    params["norm"].grad = good
+    opt.step()
+    give(params, 2)
+    opt.step()
+    assert mon.report().total.steps == 2  # 0 and 2
 
 
 def test_undefined_is_none_and_the_report_is_json():

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, assert_same_planes, refused
 from torch import nn
 
 import collage
@@ -47,12 +47,6 @@ def bits_of(model, opt):
     return planes
 
 
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert_same_bits(key, a[key], b[key])
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_names_groups_views_and_chunks_do_not_change_a_bit(strategy):
     """The same tensors, given by name or not, in one group or two: names matter to stochastic rounding alone."""
@@ -67,8 +61,8 @@ def test_names_groups_views_and_chunks_do_not_change_a_bit(strategy):
     ]
     for model, opt in zip(models, optimizers, strict=True):
         run(model, opt, 3)
-    assert_same(bits_of(models[0], optimizers[0]), bits_of(models[1], optimizers[1]))
-    assert_same(bits_of(models[0], optimizers[0]), bits_of(models[2], optimizers[2]))
+    assert_same_planes(bits_of(models[0], optimizers[0]), bits_of(models[1], optimizers[1]))
+    assert_same_planes(bits_of(models[0], optimizers[0]), bits_of(models[2], optimizers[2]))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -261,7 +255,7 @@ def test_a_wrong_dtype_is_named_with_the_fix(dtype, strategy, error, message):
 
 def test_a_refused_group_is_not_added():
     opt = collage.AdamW(model_of().parameters())
-    with pytest.raises(ValueError, match="eps"):
+    with refused(opt, ValueError, "eps"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(1).bfloat16())], "eps": -1})
     assert len(opt.param_groups) == 1
 
@@ -278,13 +272,12 @@ def test_a_wrong_gradient_is_refused_before_anything_changes(kind):
     else:
         bias.grad_dtype = None
         bias.grad = bias.grad.double()
-    before = copy.deepcopy(bits_of(model, opt))
-    with pytest.raises(
+    with refused(
+        opt,
         TypeError,
-        match=r"param '2\.bias': (its gradient is sparse|it is bfloat16 and its gradient float64; use bfloat16 or)",
+        r"param '2\.bias': (its gradient is sparse|it is bfloat16 and its gradient float64; use bfloat16 or)",
     ):
         opt.step()
-    assert_same(before, bits_of(model, opt))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -297,7 +290,7 @@ def test_a_copied_optimizer_goes_on_bit_for_bit(strategy, how):
     copied, opt2 = pickle.loads(pickle.dumps(pair)) if how == "pickle" else copy.deepcopy(pair)
     run(model, opt, 2, start=2)
     run(copied, opt2, 2, start=2)
-    assert_same(bits_of(model, opt), bits_of(copied, opt2))
+    assert_same_planes(bits_of(model, opt), bits_of(copied, opt2))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -321,10 +314,8 @@ def test_a_backend_set_later_is_checked_before_the_step():
     opt = collage.AdamW([w], lr=1e-3)
     w.grad = torch.ones_like(w)
     opt.backend = "cuda"
-    with pytest.raises(ValueError, match="backend: unknown 'cuda'; known: auto, cpu, triton, reference"):
+    with refused(opt, ValueError, "backend: unknown 'cuda'; known: auto, cpu, triton, reference"):
         opt.step()
-    assert int(opt.state[w]["step"]) == 0
-    assert (w == 1).all()
 
 
 def test_a_refused_parameter_gets_no_state():
@@ -353,7 +344,8 @@ def test_a_strategy_changed_between_steps_draws_its_bits():
         w.grad = torch.full_like(w, 1e-3)
         opt.step()
         results.append([w.detach(), opt.state[w]["param_lo"], opt.state[w]["exp_avg"]])
-    assert all(map(torch.equal, *results))
+    for k, (one, other) in enumerate(zip(*results, strict=True)):
+        assert_same_bits(f"{k}", one, other)
 
 
 @pytest.mark.parametrize("view", [lambda x: x[:, 3:29], lambda x: x[::2], lambda x: x.view(30, 8, 5)[:, :, 1:3]])
@@ -369,7 +361,8 @@ def test_parameters_that_are_views_with_gaps(strategy, view):
         opt.resync()
         opt.step()
         results.append([p.detach(), *opt.state[p].values()])
-    assert all(map(torch.equal, *results))
+    for k, (one, other) in enumerate(zip(*results, strict=True)):
+        assert_same_bits(f"{k}", one, other)
 
 
 def stepped(shape=(20, 30)):
@@ -420,7 +413,7 @@ def test_settings_changed_between_steps_are_checked_before_anything_is_counted()
     for key, value in {"betas": (1.0, 0.999), "lr": float("nan"), "seed": -1}.items():
         before = opt.param_groups[0][key]
         opt.param_groups[0][key] = value
-        with pytest.raises(ValueError, match=f"{key}: needs"):
+        with refused(opt, ValueError, f"{key}: needs"):
             opt.step()
         opt.param_groups[0][key] = before
     assert int(state["step"]) == 1
@@ -433,7 +426,7 @@ def test_names_are_unique_and_complete():
     opt = collage.AdamW([("x", x)])
     opt.param_groups[0]["params"].append(y)
     x.grad = torch.ones_like(x)
-    with pytest.raises(ValueError, match=r"param_groups\[0\]: 2 parameters and 1 names; add parameters with"):
+    with refused(opt, ValueError, r"param_groups\[0\]: 2 parameters and 1 names; add parameters with"):
         opt.step()
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import assert_same_bits
 from ranks import launch
 from torch import nn
 
@@ -52,7 +53,7 @@ def rank(strategy: str) -> None:
             param = nn.Parameter(distribute_tensor(start.clone(), mesh, [place]))
             got = trained(strategy, backend, param, [given(step, how, mesh) for step in range(3)])
             for k, (mine, theirs) in enumerate(zip(got, want, strict=True)):
-                assert torch.equal(mine, theirs), (backend, place, how, k)
+                assert_same_bits(f"{backend} {place} {how} {k}", mine, theirs)
     refused(mesh, start)
     dist.destroy_process_group()
 
@@ -71,9 +72,9 @@ def refused(mesh, start: torch.Tensor) -> None:
         opt.state[param]["exp_avg"] = wrong
         with pytest.raises(ValueError, match=r"param 'w': it and its optimizer state need memory .* placed alike"):
             opt.step()
-        assert torch.equal(param.full_tensor(), before)
+        assert_same_bits("w", param.full_tensor(), before)
         opt.load_state_dict(opt.state_dict())  # places it like its parameter, as the message says
-        assert torch.equal(opt.state[param]["exp_avg"].to_local(), good.to_local())
+        assert_same_bits("exp_avg", opt.state[param]["exp_avg"].to_local(), good.to_local())
     opt.step()
 
 

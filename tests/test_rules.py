@@ -241,6 +241,91 @@ def test_states_of_other_rules_are_refused(case):
     run(params, opt, 2, 3)
 
 
+# A constant that becomes 0 in its arithmetic is an error that names the setting
+
+ZEROS = {
+    "adamw": [{"lr": 1e-46}, {"eps": 1e-60}, {"weight_decay": 1e-44}, {"betas": (1e-60, 0.999)}],
+    "adamw-amsgrad": [{"eps": 1e-46}, {"betas": (0.9, 1e-50)}],
+    "adam": [{"weight_decay": 1e-46}, {"lr": 1e-300}, {"eps": 5e-324}],
+    "sgd": [{"lr": 1e-46}, {"weight_decay": 1e-46}],
+    "sgd-momentum": [{"lr": 1e-46}, {"momentum": 1e-46}, {"weight_decay": 1e-50}],
+    "sgd-nesterov": [{"momentum": 1e-60}],
+    "lion": [{"lr": 1e-46}, {"weight_decay": 1e-44}, {"betas": (1e-60, 0.9)}, {"betas": (0.9, 1e-60)}],
+}
+ZERO_CASES = [(kind, setting) for kind, settings in ZEROS.items() for setting in settings]
+
+
+@pytest.mark.parametrize(("kind", "setting"), ZERO_CASES, ids=str)
+@pytest.mark.parametrize("when", ["made", "first", "later"])
+def test_a_setting_that_becomes_0_is_named_before_anything_changes(kind, setting, when):
+    """By the constructor, or by the step if it is set later: in the second of two groups, and both stay as they are."""
+    (name, value) = next(iter(setting.items()))
+    said = rf"{name}: .* becomes 0 in float32, as if it were not there; use a larger one, or 0"
+    if when == "made":
+        with pytest.raises(ValueError, match=said):
+            make(kind, "collage-plus", **setting)
+        return
+    params, opt = make(kind)
+    collage.monitor(opt, every=1)
+    if when == "later":
+        run(params, opt, 0, 2)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.param_groups[1][name] = value
+    with refused(opt, ValueError, said):
+        opt.step()
+
+
+@pytest.mark.parametrize("lr", [1e-42, 1e-41])
+def test_what_is_0_in_bfloat16_is_named_there(lr):
+    """Whose smallest number is 9e-41; float32's is 1.4e-45."""
+    make("adamw", "fp32", lr=lr, weight_decay=0.0)
+    with pytest.raises(ValueError, match=r"lr: .* becomes 0 in bfloat16"):
+        make("adamw", "paper-plus", lr=lr, weight_decay=0.0)
+
+
+def test_zeros_that_were_asked_for_are_none():
+    for kind, settings in {
+        "adamw": {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "betas": (0.0, 0.0)},
+        "sgd-momentum": {"lr": 0.0, "dampening": 1.0, "weight_decay": 0.0},
+        "lion": {"lr": 0.0, "betas": (0.0, 0.0), "weight_decay": 0.0},
+    }.items():
+        params, opt = make(kind, "fp32", **settings)
+        run(params, opt, 0, 2)
+        assert int(opt.state[params[0]]["step"]) == 2
+
+
+@pytest.mark.parametrize("strategy", ["fp32", "paper-plus"])
+def test_no_later_step_meets_a_0_that_the_first_did_not(strategy):
+    """lr * sqrt(1 - beta2**t) / (1 - beta1**t) falls for some steps; it is judged by a bound of all."""
+    lr, steps = 1.0, 60
+    while True:
+        lr /= 1.07
+        try:
+            opt = make("adamw", strategy, lr=lr, weight_decay=0.0, eps=1.0)[1]
+        except ValueError:
+            break
+        if lr < {"fp32": 1e-42, "paper-plus": 1e-37}[strategy]:
+            rule, register = opt.rule_of(opt.param_groups[0]), STRATEGIES[strategy].register
+            for step in range(1, steps):
+                rule.fold(lr, rule.hyper(opt.param_groups[0]), step, register)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
+def test_a_compiled_step_names_it_too():
+    torch._dynamo.reset()
+    lr = torch.tensor(1e-2)
+    w = nn.Parameter(torch.ones(30).bfloat16())
+    opt = collage.AdamW([("w", w)], lr=lr, weight_decay=0.0)
+    step = torch.compile(opt.step, fullgraph=True)
+    w.grad = torch.ones_like(w)
+    for _ in range(2):
+        step()
+    lr.fill_(1e-45)
+    with refused(opt, ValueError, "lr: .* becomes 0 in float32"):
+        step()
+
+
 # Watched
 
 

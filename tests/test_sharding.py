@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import assert_same_bits
 from ranks import launch
 from torch import nn
 
@@ -67,7 +68,7 @@ def rank(strategy: str) -> None:
         assert got.keys() == want.keys()
         assert edq is not None
         for name, tensor in want.items():
-            assert torch.equal(got[name], tensor), f"{backend}: {name}"
+            assert_same_bits(f"{backend}: {name}", got[name], tensor)
     dist.destroy_process_group()
 
 

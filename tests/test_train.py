@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_bits
 from safetensors.torch import save_file
 from torch import nn
 
@@ -89,7 +90,7 @@ def test_every_strategy_starts_from_the_same_rounded_weights(text: str) -> None:
     pairs = zip(building.model_of(low, corpus).parameters(), building.model_of(full, corpus).parameters(), strict=True)
     for p, exact in pairs:
         assert (p.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
-        assert torch.equal(p.float(), exact)
+        assert_same_bits("weight", p.float(), exact)
 
 
 @pytest.mark.parametrize("model", TINY)
@@ -111,9 +112,9 @@ def test_compute_in_one_dtype_and_gradients_in_the_parameters(
         built.float().zero_grad()
         loss = built(**batch).loss
         loss.backward()
-        assert torch.equal(trainer.compute_loss(built, batch), loss)
+        assert_same_bits("loss", trainer.compute_loss(built, batch), loss)
         for name, p in built.named_parameters():
-            assert torch.equal(gradients[name], p.grad.bfloat16()), name
+            assert_same_bits(name, gradients[name], p.grad.bfloat16())
 
 
 def test_decay_spares_biases_and_norms_of_masked_models(text: str) -> None:
@@ -267,7 +268,7 @@ def test_weights_to_start_from(text: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "a" / "checkpoint-2")
     again = building.model_of(run, run.corpus(), building.read_weights(folder))
     for name, p in again.named_parameters():
-        assert torch.equal(p, result.weights[name].bfloat16()), name
+        assert_same_bits(name, p, result.weights[name].bfloat16())
     with pytest.raises(ValueError, match="init: has no weight"):
         building.model_of(config(text, "x", "tiny-bert"), run.corpus(), building.read_weights(folder))
     with pytest.raises(ValueError, match="init: weight 'w' has shape"):
@@ -294,7 +295,7 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
     model = nn.ParameterDict({"a": torch.zeros(2), "w": torch.zeros(2)})
     with pytest.raises(ValueError, match="init: weight 'w' has shape"):
         building._take(model, {"a": torch.ones(2), "w": torch.ones(3)})
-    assert torch.equal(model["a"], torch.zeros(2))
+    assert_same_bits("a", model["a"], torch.zeros(2))
 
 
 # Checkpoints and resume

@@ -27,8 +27,10 @@ def numbers(settings: Sequence[float | Tensor]) -> Tensor:
     return torch.tensor(list(map(float, settings)), dtype=torch.float64, device="cpu")
 
 
-def require_compilable(planes: Sequence[Tensor], monitored: bool) -> None:
+def require_compilable(planes: Sequence[Tensor], monitored: bool, scaled: bool) -> None:
     """Raise RuntimeError for a step that torch.compile would get wrong."""
+    if scaled:
+        raise RuntimeError("GradScaler: a compiled step takes no grad_scale; call scaler.step(opt) uncompiled")
     if monitored:
         raise RuntimeError("monitor: it measures in Python, outside a compiled step; call opt.step() uncompiled")
     if any_dtensor(planes):
@@ -66,6 +68,7 @@ class Traced(torch.optim.Optimizer):
 
     def _traced(self, closure: Callable[[], Any] | None) -> Any:
         """The step as torch.compile traces it: two operators per group and strategy."""
+        scaled = hasattr(self, "grad_scale") or hasattr(self, "found_inf")  # looked at here, so it is at every call
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -81,7 +84,7 @@ class Traced(torch.optim.Optimizer):
                 seen: list[Tensor] = []
                 names: list[str] = []
                 strategy, rule = self._init_group(
-                    group, first, in_float32, tensors, grads, steps, keys, regions, seen, names
+                    group, first, in_float32, tensors, grads, steps, keys, regions, seen, names, scaled
                 )
                 if len(grads) > 0:
                     torch.ops.collage.adopt_(tensors, seen[0], names, rule, strategy, self.backend)
@@ -108,6 +111,7 @@ class Traced(torch.optim.Optimizer):
         regions: list[int],
         seen: list[Tensor],
         names: list[str],
+        scaled: bool,
     ) -> tuple[str, str]:
         """Append what the operators need of a group's parameters. Raises before anything is changed.
 
@@ -119,7 +123,7 @@ class Traced(torch.optim.Optimizer):
         if not params:
             return "", ""
         columns, own = self._look(group, first, in_float32, params, given)
-        require_compilable([*columns.params, *columns.held], len(self.monitors) > 0)
+        require_compilable([*columns.params, *columns.held], len(self.monitors) > 0, scaled)
         edits.traced(columns.thetas, columns.seen)
         tensors += columns.planes
         grads += own

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from collage.backends import Batch, operator
+from collage.backends import BACKENDS, Batch, operator, require
 from collage.monitor import Monitor
 from collage.optimizers import admission, compiled, edits
 from collage.optimizers.memory import accept
@@ -92,8 +92,8 @@ class Stepping(compiled.Traced):
 
     def _is_skipped(self) -> bool:
         """Whether a GradScaler has found a gradient that is not finite. On a GPU the step itself looks."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type != "cpu":
+        found_inf: Tensor | int | None = getattr(self, "found_inf", None)  # 0 where it found no gradient at all
+        if isinstance(found_inf, Tensor) and found_inf.device.type != "cpu":
             for group in self.param_groups:
                 group["capturable"] = True  # a skipped step is not counted, so the counters must be where that is known
             for param, values in self.state.items():
@@ -106,8 +106,11 @@ class Stepping(compiled.Traced):
         todo: list[tuple[Columns, Batch]] = []
         self._fresh, first = [], 0
         self._drop_the_gone()
+        if self.backend not in BACKENDS:  # "auto", or another since it was made
+            require(self.backend)
         for group in self.param_groups:
             self._validate(group)
+        for group in self.param_groups:
             for in_float32, (params, grads) in enumerate(chosen(group)):
                 if params:
                     columns, own = self._look(group, first, bool(in_float32), params, grads)
@@ -134,12 +137,12 @@ class Stepping(compiled.Traced):
 
     def _batch(self, group: Group, columns: Columns, grads: Sequence[Tensor]) -> Batch:
         """The step of these parameters, but for its step numbers."""
-        scale = getattr(self, "grad_scale", None)
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return Batch(
             columns.rule, columns.formats, columns.strategy.register, group["lr"],
             list(map(float, columns.rule.hyper(group))), group["maximize"], group["seed"], columns.planes, grads, (),
             columns.keys, columns.places, (), columns.steps, 1.0 if scale is None else scale,
-            getattr(self, "found_inf", None), columns.kept,
+            found_inf if isinstance(found_inf, Tensor) else None, columns.kept,
         )  # fmt: skip
 
     def _adopt(self, columns: Columns, every: bool = False) -> dict[int, int]:

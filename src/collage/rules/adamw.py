@@ -50,10 +50,12 @@ def fold(lr: float, hyper: Sequence[float], step: int, dtype: torch.dtype) -> Co
     s = math.sqrt(1.0 - power(beta2, step))
     a = lr * s / (1.0 - power(beta1, step))
     to = Rounding(dtype)
+    to.number(lr * s, "lr", lr)  # s grows, and a is no less: where this is not 0 at the first step no later a is
     return Constants(
         to.expansion(beta1, "betas"), to.number(1.0 - beta1, "betas"),
         to.expansion(beta2, "betas"), to.number(1.0 - beta2, "betas"),
-        to.number(a, "lr"), to.number(eps * s, "eps"), to.number(lr * weight_decay, "weight_decay"),
+        to.number(a, "lr", lr), to.number(eps * s, "eps", eps),
+        to.number(lr * weight_decay, "weight_decay", lr and weight_decay),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def update(slots: tuple[Accumulator, ...], g: Tensor, c: Constants) -> Advance:
 
 def fold(lr: float, hyper: Sequence[float], step: int, dtype: torch.dtype) -> Constants:
     to = Rounding(dtype)
-    return Constants(to.number(lr, "lr"), to.number(lr * hyper[0], "weight_decay"))
+    return Constants(to.number(lr, "lr"), to.number(lr * hyper[0], "weight_decay", lr and hyper[0]))
 
 
 APPLY = Rule("apply", (Slot("param", "param"),), (Setting("weight_decay"),), update, fold, 2)

@@ -53,9 +53,10 @@ class Rounding(NamedTuple):
 
     dtype: torch.dtype
 
-    def number(self, x: float, of: str) -> float:
+    def number(self, x: float, of: str, asked: float | None = None) -> float:
+        """asked: what x is a multiple of and so may be 0 for, where x itself may be too small for float64."""
         y = rounded(x, self.dtype)
-        if y == 0 and x != 0:
+        if y == 0 and (x or asked):
             name = str(self.dtype).removeprefix("torch.")
             raise ValueError(f"{of}: {x:.3g} becomes 0 in {name}, as if it were not there; use a larger one, or 0")
         return y

@@ -37,7 +37,7 @@ def fold(lr: float, hyper: Sequence[float], step: int, dtype: torch.dtype) -> Co
     return Constants(
         to.expansion(beta1, "betas"), to.number(1.0 - beta1, "betas"),
         to.expansion(beta2, "betas"), to.number(1.0 - beta2, "betas"),
-        to.number(lr, "lr"), to.number(lr * weight_decay, "weight_decay"),
+        to.number(lr, "lr"), to.number(lr * weight_decay, "weight_decay", lr and weight_decay),
     )  # fmt: skip
 
 
