@@ -14,8 +14,9 @@ import torch
 from oracle import codes
 from torch import Tensor
 
-from collage.backends import Batch, Region, Row
-from collage.formats import format_of, split
+from collage.backends import Batch, Region, Row, reference
+from collage.formats import format_of
+from collage.layout import zeros
 from collage.rng import key_of
 from collage.rules import RULES, Rule
 from collage.strategies import STRATEGIES, Strategy
@@ -92,13 +93,21 @@ def cases() -> Iterator[Case]:
                 yield case._replace(gradient=torch.float32)
 
 
+def encoded(name: str, x: Tensor) -> tuple[Tensor, ...]:
+    """Planes that hold float32 numbers of any shape."""
+    planes = zeros(format_of(name), x)
+    reference.encode(name, [x], [planes])
+    return tuple(planes)
+
+
 def row_of(case: Case, regime: str, n: int, step: int = 3) -> Row:
     """A parameter in the middle of a run: planes that a format made of numbers of the regime."""
     slots = []
+    shape = (n,) if all(format_of(name).elementwise for name in case.formats) else (1, n)
     for k, (slot, name) in enumerate(zip(case.rule.slots, case.formats, strict=True)):
-        x = numbers(regime, n, k + 1)
-        slots.append(tuple(split(format_of(name), x.abs() if slot.role == "variance" else x)))
-    grad = numbers(regime, n, 4).to(case.gradient) if case.rule.gradient else None
+        x = numbers(regime, n, k + 1).view(shape)
+        slots.append(encoded(name, x.abs() if slot.role == "variance" else x))
+    grad = numbers(regime, n, 4).view(shape).to(case.gradient) if case.rule.gradient else None
     sums = torch.zeros(5, dtype=torch.float64) if case.rule.has_delta else None
     return Row(tuple(slots), grad, step, key_of("w"), sums=sums)
 

@@ -11,7 +11,7 @@ from helpers import assert_same_bits, assert_same_planes
 from torch import nn
 
 import collage
-from collage import formats
+from collage import layout
 from collage.optimizers import edits
 from collage.strategies import STRATEGIES
 
@@ -433,7 +433,7 @@ def test_walking_in_pieces_changes_no_bit(format, monkeypatch):
         return {f"{name} {k}": p for name, planes in ema.planes.items() for k, p in enumerate(planes)}
 
     want = run()
-    monkeypatch.setattr(formats, "PIECE", 2)
+    monkeypatch.setattr(layout, "PIECE", 2)
     assert_same_planes(run(), want)
     assert want["mixed 0"].stride() == (1, 3)
 

@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from collage import formats
 from collage.backends.triton import BLOCK, FORMATS, _plan, _plan_of_all, _plan_of_one, rules, sums, walk
 from collage.backends.triton import planes as of_planes
 from collage.backends.triton.fold import fold
@@ -158,7 +159,8 @@ def amd(code: str) -> dict:
 def main() -> None:
     targets, cases, *flags = sys.argv[1:]
     if "toy" in cases:
-        import_module("triton_toy")
+        toy = import_module("triton_toy")
+        formats.FORMATS["toy"], FORMATS["toy"] = toy.Toy(), toy.ROW
     result = {}
     for name in cases.split(","):
         case = Case.parse(name)

@@ -11,7 +11,7 @@ from collage.backends.triton import numbers
 from collage.backends.triton.arithmetic import Real
 from collage.backends.triton.formats import BF16, FP32, largest, spread
 from collage.backends.triton.language import static
-from collage.formats import FORMATS, Format
+from collage.formats import Format
 from collage.layout import Plane
 
 BLOCK = 32
@@ -82,7 +82,4 @@ def components(planes, F: tl.constexpr):
 
 
 INT8 = static(kernels.Word(tl.int8, number_of, integer_of))
-FORMATS["toy"] = Toy()
-kernels.FORMATS["toy"] = kernels.Format(
-    (INT8, BF16, FP32), number, encode, decode, components, None, shared=(1, 1, BLOCK)
-)
+ROW = kernels.Format((INT8, BF16, FP32), number, encode, decode, components, None, shared=(1, 1, BLOCK))

@@ -48,6 +48,8 @@ class Strategy:
             name = getattr(self, role)
             if name not in FORMATS:
                 raise ValueError(f"{role}: unknown format {name!r}; known formats: {', '.join(FORMATS)}")
+            if role == "param" and not FORMATS[name].dtypes[0].is_floating_point:
+                raise ValueError(f"param: {name!r} has no weight that a forward pass could read; it is one for moments")
             if role != "param" and name in _PARAM_ONLY:
                 raise ValueError(f"{role}: {name!r} is a format for param; use 'fp32', 'bf16' or 'bf16x2'")
             if self.arithmetic == "bfloat16" and name not in _PAPER:

@@ -114,7 +114,13 @@ def _compiled(
 ) -> Any:
     """The kernel of a rule, or of an operation beside it, for slots of these formats and a gradient dtype."""
     random = [tuple(draw_of(prefix)) for prefix in prefixes]
-    return native.Operation(instructions, name, formats, random, register == torch.bfloat16, gradient)
+    try:
+        return native.Operation(instructions, name, formats, random, register == torch.bfloat16, gradient)
+    except ValueError as error:
+        raise ValueError(
+            f"backend: {error}: '{name}' of {', '.join(formats)}, gradients {gradient or 'none'}. Is it in "
+            "csrc/rules.hpp and csrc/formats.hpp, and was the package built since? backend='reference' has them all"
+        ) from None
 
 
 @cache
