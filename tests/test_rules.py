@@ -499,3 +499,78 @@ def test_an_average_of_a_nan_or_infinite_weight_is_one_and_an_output_is_never_re
     choose("auto", DEVICE).step(batch_of(case, [row]))
     value = format_of("bf16x3").value(row.slots[0])
     assert (value[0].isnan(), value[1].item(), value[2].isfinite()) == (True, torch.inf, True)
+
+
+def a_weight(numbers=(1.0,) * 8):
+    return nn.Parameter(torch.tensor(numbers))
+
+
+def test_a_momentum_may_come_and_go_with_its_setting():
+    """OneCycleLR turns it on before the first step; what theta holds beside its visible component stays."""
+    w = a_weight([1.0 + 2**-12] * 8)
+    opt = collage.SGD([("w", w)], lr=1e-4, cast=True)
+    before = opt.state[w]["param_lo"].clone()
+    torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-4, total_steps=10)
+    assert opt.param_groups[0]["momentum"] == 0.95
+    assert_same_bits("lo", opt.state[w]["param_lo"], before)
+    for momentum, keys in ((0.95, {"step", "param_lo", "momentum_buffer"}), (0.0, {"step", "param_lo"})) * 2:
+        opt.param_groups[0]["momentum"] = momentum
+        w.grad = torch.ones_like(w)
+        opt.step()
+        assert set(opt.state[w]) == keys
+    assert int(opt.state[w]["step"]) == 4
+    collage.high_precision_state_dict(nn.ParameterDict({"w": w}), opt)
+
+
+def test_amsgrad_may_be_turned_on_in_a_group():
+    w = a_weight()
+    opt = collage.AdamW([("w", w)], cast=True)
+    opt.param_groups[0]["amsgrad"] = True
+    w.grad = torch.ones_like(w)
+    opt.step()
+    assert_same_bits("largest", opt.state[w]["max_exp_avg_sq"], opt.state[w]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda p: collage.Adam([{"params": [p], "decoupled_weight_decay": True}]), ValueError, "use collage.AdamW"),
+        (lambda p: collage.AdamW([{"params": [p], "decoupled_weight_decay": False}]), ValueError, "use collage.Adam"),
+        (lambda p: collage.Adam([p], amsgrad="False"), TypeError, "amsgrad: needs True or False, got 'False'"),
+        (lambda p: collage.Lion([p], betas=0.9), TypeError, "betas: needs 2 numbers, got 0.9"),
+        (lambda p: collage.SGD([p], momentum=None), TypeError, "momentum: needs a number, got None"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make(nn.Parameter(torch.ones(2).bfloat16()))
+
+
+def test_a_second_moment_in_float16_is_warned_of():
+    w = nn.Parameter(torch.ones(2).half())
+    with pytest.warns(RuntimeWarning, match="variance: in 'fp16x2' squares of gradients below some 5e-3 become 0"):
+        collage.AdamW([w], strategy=collage.Strategy("fp16x2", "fp16x2", "fp16x2"))
+    collage.SGD([w], momentum=0.9, strategy=collage.Strategy("fp16x2", "fp16x2", "fp16x2"))
+
+
+def test_weights_that_float16_cannot_hold_are_refused_before_anything_changes():
+    layer = collage.to_fp16(nn.Linear(1, 1))
+    opt = collage.AdamW(layer.named_parameters(), strategy="collage-fp16")
+    before = layer.weight.detach().clone()
+    full = {"weight": torch.full((1, 1), 1e6), "bias": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"param 'weight': 1e\+06 is beyond float16's largest number"):
+        collage.load_high_precision_state_dict(layer, opt, full)
+    assert_same_bits("weight", layer.weight, before)
+    wide = nn.Linear(1, 1)
+    nn.init.constant_(wide.weight, 1e5)
+    with pytest.raises(ValueError, match="param 'weight': 100000 is beyond float16's largest number"):
+        collage.EMA(wide, 0.9, format="fp16x2")
+
+
+def test_a_closure_is_refused_under_a_scaler():
+    w = nn.Parameter(torch.ones(2).bfloat16())
+    opt = collage.AdamW([w])
+    w.grad = torch.ones_like(w)
+    opt.found_inf = torch.zeros(())
+    with pytest.raises(RuntimeError, match=r"closure: .*call scaler.step\(opt\) alone"):
+        opt.step(lambda: 0.0)

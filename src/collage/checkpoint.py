@@ -15,6 +15,7 @@ from collage.formats import format_of
 from collage.layout import pieces
 from collage.optimizers import edits
 from collage.optimizers.parameters import dtype_of
+from collage.optimizers.planes import require_finite
 from collage.owners import Optimizers, Owner, number_of, owners
 from collage.saying import several
 from collage.sharding import any_dtensor, local, placed, reshard
@@ -155,6 +156,9 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
     _require_same(own, whole)
     values = OrderedDict((key, _at(tensor, whole[key])) for key, tensor in own.items())
     _require_lossless(own, values, owned)
+    for key, tensor in own.items():
+        if isinstance(tensor, Tensor) and tensor in owned:
+            require_finite(key, local(values[key]), tensor.dtype)
     _copy_versions(state_dict, values)
     model.load_state_dict(values, strict=True)
     for key, tensor in own.items():

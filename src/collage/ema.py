@@ -17,7 +17,7 @@ from collage.layout import Planes, pieces, zeros
 from collage.lending import lent
 from collage.optimizers import edits
 from collage.optimizers.parameters import dtype_of
-from collage.optimizers.planes import write
+from collage.optimizers.planes import require_finite, write
 from collage.owners import Optimizers, Owner, number_of, owners
 from collage.rng import key_of
 from collage.rules.average import AVERAGE
@@ -138,6 +138,7 @@ class EMA:
         edits.require_own([param], f"beginning an average of '{name}'")
         theta = torch.empty_like(local(param.detach()), dtype=torch.float32)
         edits.decode(*number_of(param, self._owners().get(param)), theta)
+        require_finite(name, theta, self.format.dtypes[0])
         planes = zeros(self.format, param.detach())
         choose("auto", theta.device).encode(self._name, [theta], [locals_of(planes)])
         self.planes[name] = planes

@@ -41,6 +41,14 @@ class Moments(PrecisionOptimizer):
         """The rule that a group's settings ask for."""
         return self.rules[bool(group.get("amsgrad"))]
 
+    def _validate(self, group: Group) -> None:
+        super()._validate(group)
+        if not isinstance(group.setdefault("amsgrad", False), bool):
+            raise TypeError(f"amsgrad: needs True or False, got {group['amsgrad']!r}")
+        if group.setdefault("decoupled_weight_decay", self.decoupled) != self.decoupled:
+            other = "Adam" if self.decoupled else "AdamW"
+            raise ValueError(f"decoupled_weight_decay: is {self.decoupled} in this optimizer; use collage.{other}")
+
 
 class Adam(Moments):
     """Adam (Kingma, Ba 2015) on low-precision weights without a float32 copy, as `AdamW` but for its weight decay.

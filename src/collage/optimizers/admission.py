@@ -154,6 +154,15 @@ def warn_of_fallback(devices: set[torch.device]) -> None:
             warn_once(f"no kernels for {device.type}, so steps take the slow reference backend: {reason}")
 
 
+def warn_of_underflow(rule: Rule, strategy: Strategy) -> None:
+    """A second moment is a square: float16 has none below 3e-8, of gradients below 5e-3."""
+    if "variance" in rule.roles and format_of(strategy.variance).dtypes[0] == torch.float16:
+        warn_once(
+            f"variance: in '{strategy.variance}' squares of gradients below some 5e-3 become 0, and updates several "
+            "times too large; use variance='bf16', 'bf16x2' or 'fp32'"
+        )
+
+
 def warn_of_shared_bits(optimizer: object, groups: Sequence[Group], first: bool) -> None:
     """Unnamed parameters draw random bits by position: optimizers that step in turns draw the same."""
     for group in groups:

@@ -70,6 +70,7 @@ class PrecisionOptimizer(Stepping):
         try:
             group["strategy"] = str(Strategy.parse(group["strategy"]))
             self._validate(group)
+            admission.warn_of_underflow(self.rule_of(group), Strategy.parse(group["strategy"]))
             for parameter in self._those_of(group, group["params"]):
                 if parameter.tensor.requires_grad:  # of a frozen one nothing is asked until it has a gradient
                     self.strategy_of(parameter)
@@ -98,6 +99,7 @@ class PrecisionOptimizer(Stepping):
         rule, tensor = self.rule_of(parameter.group), parameter.tensor
         if not self.state[tensor]:
             planes.initialise(rule, strategy, tensor, self.state[tensor], parameter.group["capturable"])
+        planes.complete(rule, strategy, tensor, self.state[tensor])
         own, values = planes.kept(rule, strategy), self.state[tensor]
         for key, plane in zip(own.keys, own.planes[1:], strict=True):
             planes.require_shape(key, values[key], tensor, parameter.name, plane)

@@ -184,6 +184,7 @@ def started(
     """Make a state for every parameter that has none yet, if it can be; returns which those are."""
     fresh: list[Tensor] = []
     for param in params:
+        planes.complete(rule, strategy, param, states[param])
         if not states[param] and param.dtype == strategy.dtype and has_memory(local(param)):
             planes.initialise(rule, strategy, param, states[param], capturable)
             fresh.append(param)

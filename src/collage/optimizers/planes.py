@@ -69,6 +69,23 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     state |= fresh
 
 
+OPTIONAL = ("momentum_buffer", "max_exp_avg_sq")  # slots that a setting of a group turns on and off
+
+
+def complete(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> None:
+    """Begin at 0 a slot that the rule has had no need of so far, and drop one that it has no need of any more."""
+    own = kept(rule, strategy)
+    if "step" not in state or own.keys == tuple(key for key in state if key != "step"):
+        return
+    for slot, name in zip(rule.slots, own.formats, strict=True):
+        fmt = format_of(name)
+        keys = [slot.prefix + plane.suffix for plane in fmt.planes]
+        if slot.prefix in OPTIONAL and not state.keys() & set(keys):
+            state.update(zip(keys, zeros(fmt, param.detach()), strict=True))
+    for key in [key for key in state if key.startswith(OPTIONAL) and not key.startswith(rule.prefixes)]:
+        del state[key]
+
+
 def require_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError, naming the parameter, for a finite number that would become infinite in dtype."""
     if values.is_meta or (dtype.itemsize >= values.dtype.itemsize and dtype != torch.float16):

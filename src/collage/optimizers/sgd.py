@@ -10,8 +10,8 @@ from torch import Tensor
 from collage.optimizers.base import PrecisionOptimizer
 from collage.optimizers.parameters import Group
 from collage.rules import Rule
+from collage.rules.sgd import SETTINGS, SGD_MOMENTUM, SGD_NESTEROV
 from collage.rules.sgd import SGD as PLAIN
-from collage.rules.sgd import SGD_MOMENTUM, SGD_NESTEROV
 from collage.strategies import Strategy
 
 
@@ -75,6 +75,7 @@ class SGD(PrecisionOptimizer):
         return SGD_NESTEROV if group["nesterov"] else SGD_MOMENTUM
 
     def _validate(self, group: Group) -> None:
+        group["momentum"] = SETTINGS[0].checked(group["momentum"])  # it says which rule is to be validated
         super()._validate(group)
         if group["nesterov"] and (self.rule_of(group) is PLAIN or float(group["dampening"])):
             raise ValueError("nesterov: needs a momentum > 0 and dampening=0")

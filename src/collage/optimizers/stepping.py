@@ -84,6 +84,10 @@ class Stepping(compiled.Traced):
         admission.warn_of_shared_bits(self, self.param_groups, first=not self._columns)
         loss = None
         if closure is not None:
+            if getattr(self, "found_inf", None) is not None:
+                raise RuntimeError(
+                    "closure: a GradScaler has looked at the gradients already; call scaler.step(opt) alone"
+                )
             with torch.enable_grad():
                 loss = closure()
         if not self._is_skipped():

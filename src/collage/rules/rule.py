@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +42,8 @@ class Setting(NamedTuple):
 
     def checked(self, value: Any) -> Any:
         """The value as Python's floats; a tensor stays. Raises TypeError or ValueError, naming the setting."""
+        if self.numbers > 1 and not isinstance(value, Iterable):
+            raise TypeError(f"{self.name}: needs {self.numbers} numbers, got {value!r}")
         values = tuple(map(self._number, value)) if self.numbers > 1 else (self._number(value),)
         if len(values) != self.numbers or not all(map(self._is_inside, values)):
             some = "a finite number" if self.numbers == 1 else f"{'two' if self.numbers == 2 else self.numbers} numbers"
