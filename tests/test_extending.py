@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REGIMES, Case, assert_same_rows, batch_of, copy_of, row_of
+from helpers import REGIMES, Case, assert_same_bits, assert_same_rows, batch_of, copy_of, row_of
 from torch import nn
 
 import collage
@@ -137,7 +137,7 @@ def test_the_backend_is_a_row(monkeypatch):
     for w, backend in zip(weights, ("toy", "reference"), strict=True):
         w.grad = torch.ones_like(w)
         collage.AdamW([w], backend=backend).step()
-    assert torch.equal(*weights)
+    assert_same_bits("weights", *weights)
     with pytest.raises(ValueError, match="unknown 'toys'; known: auto, cpu, triton, reference, toy"):
         collage.AdamW(weights, backend="toys")
     monkeypatch.setitem(BACKENDS, "toy", Known("toy_backend", (), lambda: "it is only a toy"))

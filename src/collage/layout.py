@@ -73,6 +73,7 @@ def aligned(formats: Sequence[Layout], planes: Sequence[Planes], others: Planes,
 
     A piece is ``size`` elements or less of contiguous tensors, and all of strided ones, whose operations are
     elementwise. Where a format has blocks it is some whole rows, as [rows, columns]; their planes are cut with them.
+    Raises RuntimeError there for tensors that cannot be seen so, for what is written to a copy would be lost.
     """
     layouts = [plane for fmt in formats for plane in fmt.planes] + [Plane("", torch.float32)] * len(others)
     tensors = [plane for own in planes for plane in own] + list(others)
@@ -86,7 +87,7 @@ def aligned(formats: Sequence[Layout], planes: Sequence[Planes], others: Planes,
         return
     rows, columns = as_rows(first.shape)
     some = max(1, size // max(columns, 1))
-    in_rows = [t.reshape(rows, columns) if plane.per == 1 else t for t, plane in zip(tensors, layouts, strict=True)]
+    in_rows = [t.view(rows, columns) if plane.per == 1 else t for t, plane in zip(tensors, layouts, strict=True)]
     yield from map(list, zip(*(torch.split(t, some) for t in in_rows), strict=True))
 
 

@@ -56,13 +56,7 @@ class Known(NamedTuple):
     module: str
     devices: tuple[str, ...]
     missing: Callable[[], str]
-    other: str = ""
-
-    def refusal(self, name: str, device: torch.device) -> str:
-        """Why it cannot update parameters there; "" if it can."""
-        if device.type in self.devices or not self.other or (name == "triton" and interpreted()):
-            return ""
-        return f"'{name}' cannot update parameters on {device}; {self.other}"
+    other: Callable[[], str] = lambda: ""
 
 
 def interpreted() -> bool:
@@ -88,9 +82,13 @@ def _triton_missing() -> str:
     return ""
 
 
+def _triton_elsewhere() -> str:
+    return "" if interpreted() else "move them to a GPU or use 'auto'"
+
+
 BACKENDS: dict[str, Known] = {  # "auto" takes the first that has kernels for a device
-    "cpu": Known("collage.backends.cpu", ("cpu",), _cpu_missing, "use 'auto' or 'reference'"),
-    "triton": Known("collage.backends.triton", ("cuda",), _triton_missing, "move them to a GPU or use 'auto'"),
+    "cpu": Known("collage.backends.cpu", ("cpu",), _cpu_missing, lambda: "use 'auto' or 'reference'"),
+    "triton": Known("collage.backends.triton", ("cuda",), _triton_missing, _triton_elsewhere),
     "reference": Known("collage.backends.reference", (), lambda: ""),
 }
 
@@ -119,10 +117,10 @@ def choose(name: str, device: torch.device) -> Backend:
     wanted = fastest(device) if name == "auto" else name
     if name == "auto" and missing(wanted):
         wanted = "reference"
-    if wanted not in BACKENDS or (wanted != "triton" and missing(wanted)):
-        require(wanted)  # raises; here only if it was set after the optimizer was made
-    refusal = BACKENDS[wanted].refusal(wanted, device)
-    if refusal:
-        raise ValueError(f"backend: {refusal}")
+    known = BACKENDS.get(wanted)
+    instead = known.other() if known and device.type not in known.devices else ""
+    if instead:
+        raise ValueError(f"backend: '{wanted}' cannot update parameters on {device}; {instead}")
+    require(wanted)  # raises only if it was set after the optimizer was made
     backend: Backend = import_module(BACKENDS[wanted].module)
     return backend

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from collage.formats import Format, format_of
 from collage.layout import Planes
-from collage.rng import Stream, draw_of
+from collage.rng import Stream
 from collage.rules import Rule
 
 
@@ -87,7 +87,7 @@ class Batch:
 
     def constants(self, step: int) -> Any:
         """The folded constants of a step, as floats."""
-        return _folded(self.rule, float(self.lr), tuple(self.hyper), step, self.register)
+        return folded(self.rule, float(self.lr), tuple(self.hyper), step, self.register)
 
     def own(self, k: int) -> Sequence[Tensor]:
         """The planes of one parameter."""
@@ -131,7 +131,8 @@ class Batch:
 
 
 @lru_cache(maxsize=256)  # parameters that step one by one share them
-def _folded(rule: Rule, lr: float, hyper: tuple[float, ...], step: int, register: torch.dtype) -> Any:
+def folded(rule: Rule, lr: float, hyper: tuple[float, ...], step: int, register: torch.dtype) -> Any:
+    """The constants of a rule's step. Raises ValueError, naming the setting, where one would become 0 in a register."""
     return rule.fold(lr, hyper, step, register)
 
 
@@ -166,10 +167,6 @@ class Noise(NamedTuple):
         return Stream(self.seed, self.steps[k], self.keys[k]).bits(
             indices(self.regions[k] if self.regions else None, shape, device), self.prefix
         )
-
-    @property
-    def salt(self) -> int:
-        return draw_of(self.prefix).salt
 
 
 def indices(region: Region | None, shape: torch.Size, device: torch.device) -> Tensor:

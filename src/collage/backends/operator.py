@@ -46,12 +46,12 @@ def step_(
 ) -> None:
     """One step of all parameters of one group and strategy."""
     known = Strategy.parse(strategy)
-    if lr.is_cpu:  # reading it elsewhere would wait
-        RULES[rule].fold(float(lr), hyper.tolist(), 1, known.register)  # raises before anything is counted
     batch = Batch(
         RULES[rule], known.formats(RULES[rule].roles), known.register, lr, hyper.tolist(), maximize, seed % 2**64,
         planes, grads, (), [key % 2**64 for key in keys], regions_of(regions), list(sums), steps,
     )  # fmt: skip
+    if lr.is_cpu:  # reading it elsewhere would wait
+        batch.constants(1)  # raises before anything is counted
     carry_out(batch, backend, capturable)
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from collage import backends
-from collage.backends.batch import cut
+from collage.backends.batch import cut, folded
 from collage.layout import Planes
 from collage.optimizers import admission, edits, loading, planes
 from collage.optimizers.parameters import Group, Parameter, named, require_unique
-from collage.optimizers.settings import checked_seed, require_constants, without_foreign
+from collage.optimizers.settings import checked_seed, without_foreign
 from collage.optimizers.stepping import Stepping
 from collage.rules import Setting
 from collage.sharding import placed
@@ -91,7 +91,8 @@ class PrecisionOptimizer(Stepping):
         group["seed"] = checked_seed(group["seed"])
         settings = [group["lr"], *rule.hyper(group)]
         if not any(isinstance(x, Tensor) and x.device.type != "cpu" for x in settings):  # reading it would wait
-            require_constants(rule, *map(float, settings), register=Strategy.parse(group["strategy"]).register)
+            lr, *hyper = map(float, settings)
+            folded(rule, lr, tuple(hyper), 1, Strategy.parse(group["strategy"]).register)  # raises where one becomes 0
 
     def planes(self, parameter: Parameter, strategy: Strategy | None = None) -> tuple[Planes, ...]:
         """The local planes of every slot of one parameter, theta first; created at first use."""

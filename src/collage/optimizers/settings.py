@@ -3,18 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
-
-import torch
-
-from collage.rules import Rule
-
-
-@lru_cache(maxsize=64)
-def require_constants(rule: Rule, lr: float, *hyper: float, register: torch.dtype) -> None:
-    """Raise ValueError, naming the setting, where a folded constant would become 0 in a register."""
-    rule.fold(lr, hyper, 1, register)
 
 
 def checked_seed(seed: Any) -> int:

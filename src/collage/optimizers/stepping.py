@@ -101,7 +101,7 @@ class Stepping(compiled.Traced):
             for group in self.param_groups:
                 group["capturable"] = True  # a skipped step is not counted, so the counters must be where that is known
             for param, values in self.state.items():
-                values["step"] = values["step"].to(param.device)
+                values.update((key, x.to(param.device)) for key, x in values.items() if key == "step")
             return False
         return found_inf is not None and bool(found_inf)
 
