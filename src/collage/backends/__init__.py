@@ -25,6 +25,7 @@ class Backend(Protocol):
 
     FOLDS_ON_DEVICE: whether it can take t, lr, scale and skip as tensors, and so be captured in a graph.
     step: one step of a batch.
+    count_up: every 0-d int64 counter plus one, and the counts, if they are to be read.
     decode: out[k] <- the float32 number that planes[k] stand for.
     encode: planes[k] <- values[k], float32, rounded to nearest, or stochastically with noise.
     broken: how many elements have planes that no step could have left.
@@ -35,6 +36,10 @@ class Backend(Protocol):
     FOLDS_ON_DEVICE: bool
 
     def step(self, batch: Batch) -> None: ...
+
+    def count_up(
+        self, steps: Sequence[Tensor], addresses: Sequence[int] | None = None, read: bool = True
+    ) -> list[int]: ...
 
     def decode(self, format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None: ...
 

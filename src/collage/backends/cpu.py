@@ -54,6 +54,13 @@ def step(batch: Batch) -> None:
     )
 
 
+def count_up(steps: Sequence[Tensor], addresses: Sequence[int] | None = None, read: bool = True) -> list[int]:
+    """Every counter plus one; the counts, if they are to be read. addresses: where they lie, if that is known."""
+    increment_version(list(steps))
+    numbers: list[int] = native.count_up(addresses or _each(Tensor.data_ptr, steps))
+    return numbers if read else []
+
+
 def decode(format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None:
     """out[k] <- the float32 number that planes[k] stand for."""
     increment_version(list(out))

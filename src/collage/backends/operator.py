@@ -12,14 +12,12 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from collage.backends import Batch, Region, choose
-from collage.backends.cpu import native
 from collage.rules import RULES
 from collage.strategies import Strategy
 
-_device, _dtype, _is_cpu = map(attrgetter, ("device", "dtype", "is_cpu"))
+_device, _dtype = map(attrgetter, ("device", "dtype"))
 
 NAME = "collage::step_"
 SCHEMA = (
@@ -93,15 +91,12 @@ def _count_up(batch: Batch, on_device: bool) -> list[int]:
     steps, addresses = list(batch.counters), (batch.kept or {}).get("counters")
     if addresses is None and (set(map(_dtype, steps)) - {torch.int64} or any(map(Tensor.dim, steps))):
         raise ValueError("step: needs a 0-d int64 tensor in each parameter's state; it was replaced by hand")
-    if native is not None and (addresses or all(map(_is_cpu, steps))):
-        increment_version(steps)
-        numbers: list[int] = native.count_up(addresses or list(map(Tensor.data_ptr, steps)))
-        return [] if on_device else numbers
-    if batch.skip is None:
-        torch._foreach_add_(steps, 1)
-    else:
+    if batch.skip is not None and on_device:
         torch._foreach_add_(steps, [1 - batch.skip.to(step.device, torch.int64).reshape(()) for step in steps])
-    return [] if on_device else [int(step) for step in steps]
+        return []
+    places = set(map(_device, steps))
+    counting = choose("auto", places.pop()) if len(places) == 1 else choose("reference", places.pop())
+    return counting.count_up(steps, addresses, read=not on_device)
 
 
 def regions_of(numbers: Sequence[int]) -> list[Region]:

@@ -48,6 +48,12 @@ def written(batch: Batch) -> list[Tensor]:
     return list(batch.visible())
 
 
+def count_up(steps: Sequence[Tensor], addresses: Sequence[int] | None = None, read: bool = True) -> list[int]:
+    """Every counter plus one; the counts, if they are to be read."""
+    torch._foreach_add_(list(steps), 1)
+    return [int(step) for step in steps] if read else []
+
+
 def decode(format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None:
     """out[k] <- the float32 number that planes[k] stand for."""
     fmt = format_of(format)

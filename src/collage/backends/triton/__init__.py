@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from collage.backends import reference
 from collage.backends.batch import Batch, Noise, Region
 from collage.backends.reference import written
 from collage.backends.triton import planes as of_planes
@@ -32,6 +33,7 @@ from collage.rules import Rule
 from collage.rules.folding import row
 
 FOLDS_ON_DEVICE = True
+count_up = reference.count_up
 WORDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 WARP = 64 if torch.version.hip else 32
 OPTIONS = {"num_warps": BLOCK // WARP // 8, "enable_fp_fusion": False}  # 8 elements a thread: 16 bytes of bfloat16
