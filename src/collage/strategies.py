@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
 
 import torch
 
 from collage.formats import FORMATS, format_of
-from collage.layout import bytes_per_value
+from collage.layout import as_rows, bytes_per_value
 
 ARITHMETICS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROLES = ("param", "momentum", "variance")
-_PARAM_ONLY = ("bf16+fp32", "fp16+fp32", "bf16+kahan")  # a visible plane that only a forward pass reads
 _PAPER = ("bf16", "bf16x2", "bf16+kahan")  # what bfloat16 arithmetic is written for
+_OTHER = {"momentum": "uint8", "variance": "int8"}  # codes of 8 bits are made for one role each
+SMALL = 4096  # elements: a parameter of fewer, of rows shorter than SHORT, or without rows takes formats' twins
+SHORT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,14 @@ class Strategy:
                 raise ValueError(f"{role}: unknown format {name!r}; known formats: {', '.join(FORMATS)}")
             if role == "param" and not FORMATS[name].dtypes[0].is_floating_point:
                 raise ValueError(f"param: {name!r} has no weight that a forward pass could read; it is one for moments")
-            if role != "param" and name in _PARAM_ONLY:
+            if role == "param" and any(plane.per is None for plane in FORMATS[name].planes):
+                raise ValueError(f"param: {name!r} can be encoded and decoded, but no step trains weights in it yet")
+            if role != "param" and "+" in name:  # a visible plane that only a forward pass reads
                 raise ValueError(f"{role}: {name!r} is a format for param; use 'fp32', 'bf16' or 'bf16x2'")
+            if role != "param" and name.startswith(_OTHER[role]):
+                right = {"momentum": "int8/128:sr", "variance": "uint8/128:sr"}[role]
+                why = {"momentum": "has no sign", "variance": "lets a second moment become 0, and updates explode"}[role]
+                raise ValueError(f"{role}: {name!r} {why}; use '{right}'")
             if self.arithmetic == "bfloat16" and name not in _PAPER:
                 known = "', '".join(_PAPER)
                 raise ValueError(f"{role}: bfloat16 arithmetic takes '{known}', got {name!r}; use arithmetic='float32'")
@@ -61,6 +69,22 @@ class Strategy:
     def formats(self, roles: Iterable[str] = ROLES) -> tuple[str, ...]:
         """The names of these roles' formats."""
         return tuple(getattr(self, role) for role in roles)
+
+    def of(self, shape: Sequence[int]) -> Strategy:
+        """The strategy of a parameter of that unsharded shape: small ones take the 16-bit twins of formats with blocks.
+
+        Small are those of one dimension, of fewer than 4,096 elements, or with rows of fewer than 32.
+
+        >>> str(STRATEGIES["collage-8bit"].of((768,)))
+        'param=bf16+int8:sr,momentum=bf16:sr,variance=bf16x2:sr,arithmetic=float32'
+        """
+        rows, columns = as_rows(shape)
+        return self.small if len(shape) < 2 or rows * columns < SMALL or columns < SHORT else self
+
+    @property
+    def small(self) -> Strategy:
+        """That of small parameters; itself, if no format has a twin."""
+        return _twin(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,9 +142,18 @@ STRATEGIES: dict[str, Strategy] = {
     "kahan": Strategy("bf16+kahan", "bf16", "bf16", "bfloat16"),
     "stochastic": Strategy("bf16:sr", "bf16:sr", "bf16:sr"),
     "collage-fp16": Strategy("fp16x2", "bf16", "bf16"),
+    "collage-exact": Strategy("bf16+int16", "bf16", "bf16x2"),
+    "collage-exact-lean": Strategy("bf16+int16", "bf16:sr", "bf16:sr"),
+    "collage-8bit-plus": Strategy("bf16x2:sr", "int8/128:sr", "uint8/128:sr"),
+    "collage-8bit": Strategy("bf16+int8:sr", "int8/128:sr", "uint8/128:sr"),
 }
 
 ALIASES = {"A": "paper-bf16", "B": "paper-light", "C": "paper-plus", "D": "fp32-master", "D-MW": "fp32-states"}
+
+
+@cache
+def _twin(strategy: Strategy) -> Strategy:
+    return replace(strategy, **{role: format_of(name).twin or name for role, name in zip(ROLES, strategy.formats(), strict=True)})
 
 
 @cache

@@ -1,10 +1,4 @@
-"""Planes in memory <-> numbers in registers, and the table of formats.
-
-A format holds one number per element in one or more *planes*. Plane 0 is the visible one; for theta it is the parameter
-itself. Most planes have a word per element, in the parameter's shape and strides; a plane may have one per block of
-elements (a scale), and then its format is given whole blocks. A format is pure: it decodes planes into an accumulator
-and encodes an accumulator into new planes; only a backend writes.
-"""
+"""Formats made of floats: one, an expansion of several, a float32 master weight, Kahan's compensation."""
 
 from __future__ import annotations
 
@@ -15,54 +9,10 @@ from torch import Tensor
 
 from collage import mcf
 from collage.accumulators import Accumulator, Expanded, Kahan, PaperExpanded, Register, total
+from collage.formats.format import Format
 from collage.layout import Plane, Planes
 
-F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-class Format:
-    """How one number per element lies in memory. A format says what its planes are, and has these verbs.
-
-    stochastic: whether `encode` takes random bits.
-    """
-
-    planes: tuple[Plane, ...]
-    stochastic: bool
-
-    def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
-        """The number, in registers of the arithmetic's dtype."""
-        raise NotImplementedError
-
-    def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
-        """New planes. random: 16-bit integers for a stochastic format; without them it rounds to nearest."""
-        raise NotImplementedError
-
-    def value(self, planes: Planes) -> Tensor:
-        """The number the planes stand for, float32. What checkpoints hold."""
-        raise NotImplementedError
-
-    def components(self, planes: Planes) -> Planes:
-        """What EDQ differences: numbers whose sum is the number, largest first."""
-        raise NotImplementedError
-
-    def broken(self, planes: Planes) -> Tensor:
-        """bool per element: planes that no `encode` could have left, because plane 0 was changed alone."""
-        raise NotImplementedError
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """dtype of each plane."""
-        return tuple(plane.dtype for plane in self.planes)
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """What follows the slot's prefix in the state key of each plane."""
-        return tuple(plane.suffix for plane in self.planes)
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether every plane has a word per element."""
-        return all(plane.per == 1 for plane in self.planes)
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 def _register(plane: Tensor, arithmetic: torch.dtype) -> Tensor:
@@ -207,45 +157,3 @@ class Compensated(Format):
 
     def broken(self, planes: Planes) -> Tensor:
         return _apart(planes[0], planes[1], BF16, 1.0, stochastic=False)  # where |delta| > |theta| it reaches an ulp
-
-
-FORMATS: dict[str, Format] = {
-    "fp32": Single(F32),
-    "bf16": Single(BF16),
-    "fp16": Single(FP16),
-    "bf16x2": Expansion(BF16),
-    "bf16x3": Expansion(BF16, 3),
-    "fp16x2": Expansion(FP16),
-    "bf16+fp32": Master(BF16),
-    "fp16+fp32": Master(FP16),
-    "bf16+kahan": Compensated(),
-    "bf16:sr": Single(BF16, stochastic=True),
-    "fp16:sr": Single(FP16, stochastic=True),
-    "bf16x2:sr": Expansion(BF16, stochastic=True),
-    "bf16x3:sr": Expansion(BF16, 3, stochastic=True),
-    "fp16x2:sr": Expansion(FP16, stochastic=True),
-}
-
-
-def format_of(name: str) -> Format:
-    """The format of that name. Raises ValueError listing the known ones."""
-    if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}; known formats: {', '.join(FORMATS)}")
-    return FORMATS[name]
-
-
-def split(fmt: Format, x: Tensor, random: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Planes that hold float32 ``x`` as well as the format can. With blocks: x is [rows, columns] of whole ones."""
-    return fmt.encode(Register(x), random)
-
-
-def fitted(fmt: Format, planes: Planes) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(planes that fit plane 0, bool per element: which did not). Pure.
-
-    Others write to plane 0 alone: clamping, pruning, a loaded model. Where that shows (`broken`), the other planes are
-    derived from it as it is now; everywhere else they stay.
-    """
-    broken = fmt.broken(planes)
-    fresh = split(fmt, planes[0].float()) if planes[1:] else ()
-    others = (torch.where(broken, new, old) for new, old in zip(fresh[1:], planes[1:], strict=True))
-    return (planes[0], *others), broken

@@ -1,0 +1,56 @@
+"""What a format is: planes in memory <-> numbers in registers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from collage.accumulators import Accumulator
+from collage.layout import Plane, Planes
+
+
+class Format:
+    """How one number per element lies in memory. A format says what its planes are, and has these verbs.
+
+    stochastic: whether `encode` takes random bits.
+    twin: name of the format that small parameters take instead, of which this one would save little; "": none.
+    """
+
+    planes: tuple[Plane, ...]
+    stochastic: bool
+    twin: str = ""
+
+    def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
+        """The number, in registers of the arithmetic's dtype."""
+        raise NotImplementedError
+
+    def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
+        """New planes. random: 16-bit integers for a stochastic format; without them it rounds to nearest."""
+        raise NotImplementedError
+
+    def value(self, planes: Planes) -> Tensor:
+        """The number the planes stand for, float32. What checkpoints hold."""
+        raise NotImplementedError
+
+    def components(self, planes: Planes) -> Planes:
+        """What EDQ differences: numbers whose sum is the number, largest first."""
+        raise NotImplementedError
+
+    def broken(self, planes: Planes) -> Tensor:
+        """bool per element: planes that no `encode` could have left, because plane 0 was changed alone."""
+        raise NotImplementedError
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """dtype of each plane."""
+        return tuple(plane.dtype for plane in self.planes)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What follows the slot's prefix in the state key of each plane."""
+        return tuple(plane.suffix for plane in self.planes)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether every plane has a word per element."""
+        return all(plane.per == 1 for plane in self.planes)

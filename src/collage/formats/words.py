@@ -1,0 +1,148 @@
+"""A weight and an integer remainder: the number is one word, and the visible plane is how it shows.
+
+The word is that of a float with more significand bits than the visible one; splitting and joining it is integer
+arithmetic on the magnitude, which carries into the next binade by itself. hi is the word rounded half up in magnitude,
+which differs from rounding to nearest even only at exact ties (to even, 65,537 words would round to each even hi of
+``bf16+int16``). Nearly every pair (hi, lo) is a valid word, so that a changed hi can rarely be seen; with an old lo it is
+off by at most half an ulp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from collage.accumulators import Accumulator, Register
+from collage.formats.format import Format
+from collage.layout import Plane, Planes
+from collage.rounding import FLOATS
+
+F32 = torch.float32
+INTEGERS = {8: torch.int8, 16: torch.int16}
+MAGNITUDE, HIDDEN, INF = 0x7FFFFFFF, 0x800000, 0x7F800000
+
+
+class Remainder(Format):
+    """The verbs of a number that is one word."""
+
+    bits: int  # of the remainder
+
+    def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
+        return Register(self.value(planes))
+
+    def components(self, planes: Planes) -> Planes:
+        return (self.value(planes),)
+
+
+@dataclass(frozen=True)
+class Cut(Remainder):
+    """bf16 and the next 16 or 8 bits of a float32: all of it, or cut to 24 bits, to nearest or stochastically."""
+
+    bits: int
+    stochastic: bool = False
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:  # type: ignore[override]
+        return Plane("", torch.bfloat16), Plane("_lo", INTEGERS[self.bits])
+
+    def value(self, planes: Planes) -> Tensor:
+        hi, lo = planes[0].view(torch.int16).int(), planes[1].int()
+        return ((hi << 16) + (lo << (16 - self.bits))).view(F32)
+
+    def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
+        x, b = number.value, self.bits
+        u = torch.where(x.isnan(), 0x7FC00000, x.view(torch.int32))
+        w = u if b == 16 else (u + (0x7F + ((u >> 8) & 1) if random is None else random >> 8)) >> 8
+        if random is not None:
+            w = w - (((w & 0x7FFFFF) == 0x7F8000) & x.isfinite()).int()  # back from Inf
+        hi, lo = (w >> b) + ((w >> (b - 1)) & 1), w & ((1 << b) - 1)
+        return hi.to(torch.int16).view(torch.bfloat16), lo.to(INTEGERS[b])
+
+    def broken(self, planes: Planes) -> Tensor:
+        hi, lo = planes
+        return ((hi == 0) & (lo < 0)) | (hi.isinf() & (lo > 0)) | (hi.isnan() & (lo != 0))
+
+
+@dataclass(frozen=True)
+class Word(Remainder):
+    """fp16 or e4m3 followed by 8 or 16 more significand bits; scaled: times one power of two per row.
+
+    The scale is the smallest with which the row's largest finite number is within the format's largest, so it is a pure
+    function of the row. (E8M0: a byte E stands for 2**(E - 127).)
+    """
+
+    dtype: torch.dtype
+    bits: int
+    stochastic: bool = False
+    scaled: bool = False
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:  # type: ignore[override]
+        words = Plane("", self.dtype), Plane("_lo", INTEGERS[self.bits])
+        return (*words, Plane("_scale", torch.uint8, per=None)) if self.scaled else words
+
+    @property
+    def _first(self) -> int:
+        """Exponent field, in float32, of the smallest normal number."""
+        return 127 + FLOATS[self.dtype].emin
+
+    @property
+    def _wide(self) -> int:
+        """Significand bits of the word, without the hidden one."""
+        return FLOATS[self.dtype].precision - 1 + self.bits
+
+    def value(self, planes: Planes) -> Tensor:
+        f = FLOATS[self.dtype]
+        code = planes[0].view(f.storage).int()
+        magnitude = code & torch.iinfo(f.storage).max
+        w = (magnitude << self.bits) + planes[1]
+        normal = ((w + ((self._first - 1) << self._wide)) << (23 - self._wide)).view(F32)
+        x = torch.where(w >> self._wide > 0, normal, w.float() * 2.0 ** (f.emin - self._wide))
+        if self.scaled:
+            x = x * (planes[2].int() << 23).view(F32)[:, None]
+        elif f.inf_code != f.nan_code:
+            x = torch.where(magnitude == f.inf_code, torch.inf, x)
+        x = torch.where(magnitude > f.max_code + (f.inf_code != f.nan_code), torch.nan, x)
+        return torch.where(code < 0, -x, x)
+
+    def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
+        x, f, b = number.value, FLOATS[self.dtype], self.bits
+        scale = self._scales(x) if self.scaled else None
+        a = (x.abs() if scale is None else x.abs() * ((254 - scale.int()) << 23).view(F32)[:, None]).view(torch.int32)
+        exponent = (a >> 23).clamp(min=1)
+        significand = torch.where(a < HIDDEN, a, (a & (HIDDEN - 1)) | HIDDEN)
+        dropped = 23 - self._wide + (self._first - exponent).clamp(min=0)
+        shift = dropped.clamp(max=30)
+        significand = significand >> (dropped - shift).clamp(max=31)  # rounding reaches no further down
+        if random is None:
+            add = (1 << (shift - 1)) - 1 + ((significand >> shift) & 1)
+        else:
+            wide = (shift - 16).clamp(min=0)
+            add = torch.where(wide > 0, (random << wide) + ((1 << wide) >> 1), random >> (16 - shift).clamp(min=0))
+        w = ((significand + add) >> shift) + ((exponent - self._first).clamp(min=0) << self._wide)
+        w = w.clamp(max=(f.max_code << b) + (1 << (b - 1)) - 1)
+        hi = (w + (1 << (b - 1))) >> b
+        lo = w - (hi << b)
+        inf = x.isinf() if scale is not None else x.abs() >= _OVERFLOW[self.dtype]
+        hi = torch.where(x.isnan(), f.nan_code, torch.where(inf, f.inf_code, hi))
+        sign = ((x.view(torch.int32) >> 31) & ~torch.iinfo(f.storage).max).masked_fill(x.isnan(), 0)
+        lo = torch.where(inf | x.isnan(), 0, lo)
+        planes = (hi | sign).to(f.storage).view(self.dtype), lo.to(INTEGERS[b])
+        return planes if scale is None else (*planes, scale)
+
+    def broken(self, planes: Planes) -> Tensor:
+        f = FLOATS[self.dtype]
+        magnitude = planes[0].view(f.storage).int() & torch.iinfo(f.storage).max
+        lo = planes[1]
+        return ((magnitude == 0) & (lo < 0)) | ((magnitude > f.max_code) & (lo != 0))
+
+    def _scales(self, x: Tensor) -> Tensor:
+        """uint8 per row."""
+        a = x.view(torch.int32) & MAGNITUDE
+        largest = torch.where(a < INF, a, 0).amax(1) if x.shape[1] else a.new_zeros(len(a))
+        return ((largest >> 23) - 8 + ((largest & (HIDDEN - 1)) > 0x600000).int()).clamp(26, 246).to(torch.uint8)
+
+
+_OVERFLOW = {torch.float16: 65520.0}  # what rounding to nearest sends to Inf
