@@ -72,8 +72,8 @@ def aligned(formats: Sequence[Layout], planes: Sequence[Planes], others: Planes,
     """Views, piece by piece in row-major order, of every plane of every format, then of other tensors of one word each.
 
     A piece is ``size`` elements or less of contiguous tensors, and all of strided ones, whose operations are
-    elementwise. Where a format has blocks it is some whole rows, as [rows, columns]; their planes are cut with them.
-    Raises RuntimeError there for tensors that cannot be seen so, for what is written to a copy would be lost.
+    elementwise. Where a format has blocks it is some whole rows, as [rows, columns]; their planes are cut with them. Of
+    planes that cannot be seen so it is a copy, which is written back at the end.
     """
     layouts = [plane for fmt in formats for plane in fmt.planes] + [Plane("", torch.float32)] * len(others)
     tensors = [plane for own in planes for plane in own] + list(others)
@@ -87,8 +87,11 @@ def aligned(formats: Sequence[Layout], planes: Sequence[Planes], others: Planes,
         return
     rows, columns = as_rows(first.shape)
     some = max(1, size // max(columns, 1))
-    in_rows = [t.view(rows, columns) if plane.per == 1 else t for t, plane in zip(tensors, layouts, strict=True)]
+    in_rows = [t.reshape(rows, columns) if plane.per == 1 else t for t, plane in zip(tensors, layouts, strict=True)]
     yield from map(list, zip(*(torch.split(t, some) for t in in_rows), strict=True))
+    for tensor, seen in list(zip(tensors, in_rows, strict=True))[: len(tensors) - len(others)]:
+        if seen.numel() and seen.data_ptr() != tensor.data_ptr():
+            tensor.data.copy_(seen.view(tensor.shape))
 
 
 def pieces(planes: Planes) -> Iterator[Planes]:

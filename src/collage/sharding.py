@@ -51,8 +51,9 @@ def placed(tensor: Any, param: Any) -> Any:
     if not isinstance(param, DTensor):
         return tensor.full_tensor()
     mesh = param.device_mesh
+    placements = _placements_of(tensor, param)
     if not isinstance(tensor, DTensor):
-        if tensor.shape != param.shape:
+        if not placements:
             return tensor  # whoever reads it compares shapes
         tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if tensor.device_mesh != mesh:
@@ -60,7 +61,52 @@ def placed(tensor: Any, param: Any) -> Any:
             f"params: a gradient or state of shape {tuple(tensor.shape)} lies on {tensor.device_mesh}, its parameter "
             f"on {mesh}; redistribute it to its parameter's mesh"
         )
-    return tensor if tensor.placements == param.placements else tensor.redistribute(mesh, param.placements)
+    return tensor if tensor.placements == placements or not placements else tensor.redistribute(mesh, placements)
+
+
+def _placements_of(tensor: Any, param: Any) -> tuple[Any, ...]:
+    """Where the parts of a parameter's gradient or state lie; of a plane with words for blocks of its rows, likewise.
+
+    () for what is neither, by its shape.
+    """
+    from torch.distributed.tensor import Shard
+
+    if tensor.shape == param.shape:
+        return tuple(param.placements)
+    if not 1 <= tensor.dim() <= 2 or tensor.shape[0] != param.shape[0]:
+        return ()
+    return tuple(Shard(1) if p.is_shard() and p.dim > 0 else p for p in param.placements)
+
+
+def in_rows(plane: Tensor, shape: Sequence[int], param: Any) -> Any:
+    """This rank's part of a plane with words for blocks of rows, placed as its parameter is. shape: of the whole."""
+    if not any_dtensor([param]):
+        return plane
+    from torch.distributed.tensor import DTensor
+
+    whole = plane.new_empty(shape, device="meta")
+    placements = _placements_of(whole, param)
+    return DTensor.from_local(
+        plane, param.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def cut_rows(param: Any, block: int | None) -> int | None:
+    """The dimension along which a parameter is sharded so that blocks of its rows are cut; None: along none.
+
+    block: elements, of a row flattened; None: the whole row. The same on every rank.
+    """
+    if not any_dtensor([param]):
+        return None
+    parts = dict.fromkeys(range(param.dim()), 1)
+    for placement, ranks in zip(param.placements, param.device_mesh.shape, strict=True):
+        if placement.is_shard():
+            parts[placement.dim] *= ranks
+    for dim in range(1, param.dim()):
+        run = -(-param.shape[dim] // parts[dim]) * param.shape[dim + 1 :].numel()
+        if parts[dim] > 1 and (dim > 1 or block is None or run % block):
+            return dim
+    return None
 
 
 def reshard(model: nn.Module) -> None:

@@ -58,8 +58,11 @@ def decode(format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None
     """out[k] <- the float32 number that planes[k] stand for."""
     fmt = format_of(format)
     for own, result in zip(planes, out, strict=True):
-        for *piece, part in aligned([fmt], [own], [result], PIECE):
+        numbers = result if fmt.elementwise else torch.empty(result.shape, dtype=torch.float32, device=result.device)
+        for *piece, part in aligned([fmt], [own], [numbers], PIECE):
             part.copy_(fmt.value(piece))
+        if numbers is not result:
+            result.copy_(numbers)
 
 
 def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], noise: Noise | None = None) -> None:

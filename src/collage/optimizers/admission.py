@@ -24,10 +24,10 @@ _stepped_last: dict[int, Callable[[], object]] = {}  # by seed: the optimizer wi
 
 
 def strategy_of(parameter: Parameter) -> Strategy:
-    """The group's strategy; float32 parameters are updated in float32. Raises TypeError for any other dtype."""
+    """The group's strategy, as its shape has it; float32 ones are updated in float32. TypeError for other dtypes."""
     strategy = Strategy.parse(parameter.group["strategy"])
     if parameter.tensor.dtype == strategy.dtype:
-        return strategy
+        return strategy.of(parameter.tensor.shape)
     if parameter.tensor.dtype == torch.float32:
         return STRATEGIES["fp32"]
     raise _wrong_dtype(parameter, strategy)
@@ -136,7 +136,7 @@ def to_be_cast(parameters: Sequence[Parameter]) -> list[Parameter]:
 def cast(rule_of: Callable[[Group], Rule], wide: Sequence[Parameter], states: MutableMapping[Tensor, State]) -> None:
     """Cast these parameters, one at a time."""
     for parameter in wide:
-        strategy = Strategy.parse(parameter.group["strategy"])
+        strategy = Strategy.parse(parameter.group["strategy"]).of(parameter.tensor.shape)
         planes.cast(
             rule_of(parameter.group),
             strategy,

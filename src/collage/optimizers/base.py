@@ -13,6 +13,7 @@ from collage.backends.batch import cut, folded
 from collage.layout import Planes
 from collage.optimizers import admission, edits, loading, planes
 from collage.optimizers.parameters import Group, Parameter, named, require_unique
+from collage.optimizers.plan import require_whole_blocks
 from collage.optimizers.settings import checked_seed, without_foreign
 from collage.optimizers.stepping import Stepping
 from collage.rules import Setting
@@ -58,7 +59,7 @@ class PrecisionOptimizer(Stepping):
             first += len(group["params"])
 
     def strategy_of(self, parameter: Parameter) -> Strategy:
-        """The group's strategy; float32 parameters are updated in float32. Raises TypeError for any other dtype."""
+        """The group's strategy, as its shape has it; float32 ones are updated in float32. TypeError for other dtypes."""
         return admission.strategy_of(parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ class PrecisionOptimizer(Stepping):
             admission.warn_of_underflow(self.rule_of(group), Strategy.parse(group["strategy"]))
             for parameter in self._those_of(group, group["params"]):
                 if parameter.tensor.requires_grad:  # of a frozen one nothing is asked until it has a gradient
-                    self.strategy_of(parameter)
+                    require_whole_blocks(self.rule_of(group), self.strategy_of(parameter), parameter)
             require_unique(parameter.name for parameter in self.parameters())
             wide = admission.to_be_cast(list(self.parameters())) if self._cast else []
             wide = [parameter for parameter in wide if parameter.group is group]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collage.optimizers import edits
 from collage.optimizers.parameters import Group
-from collage.optimizers.plan import Columns, chosen
+from collage.optimizers.plan import OWN, WIDE, Columns, chosen
 from collage.rng import signed
 from collage.rules import Rule
 from collage.sharding import any_dtensor
@@ -62,12 +62,12 @@ class Traced(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _look(
-        self, group: Group, first: int, in_float32: bool, params: list[Tensor], grads: list[Any]
+        self, group: Group, first: int, kind: int, params: list[Tensor], grads: list[Any]
     ) -> tuple[Columns, list[Tensor]]:
         raise NotImplementedError
 
     def _traced(self, closure: Callable[[], Any] | None) -> Any:
-        """The step as torch.compile traces it: two operators per group and strategy."""
+        """The step as torch.compile traces it: two operators per group and kind of parameters."""
         scaled = hasattr(self, "grad_scale") or hasattr(self, "found_inf")  # looked at here, so it is at every call
         loss = None
         if closure is not None:
@@ -75,7 +75,7 @@ class Traced(torch.optim.Optimizer):
                 loss = closure()
         first = 0
         for group in self.param_groups:
-            for in_float32 in (False, True):
+            for kind in range(WIDE + 1):
                 tensors: list[Tensor] = []
                 grads: list[Tensor] = []
                 steps: list[Tensor] = []
@@ -84,7 +84,7 @@ class Traced(torch.optim.Optimizer):
                 seen: list[Tensor] = []
                 names: list[str] = []
                 strategy, rule = self._init_group(
-                    group, first, in_float32, tensors, grads, steps, keys, regions, seen, names, scaled
+                    group, first, kind, tensors, grads, steps, keys, regions, seen, names, scaled
                 )
                 if len(grads) > 0:
                     torch.ops.collage.adopt_(tensors, seen[0], names, rule, strategy, self.backend)
@@ -103,7 +103,7 @@ class Traced(torch.optim.Optimizer):
         self,
         group: Group,
         first: int,
-        in_float32: bool,
+        kind: int,
         tensors: list[Tensor],
         grads: list[Tensor],
         steps: list[Tensor],
@@ -117,12 +117,12 @@ class Traced(torch.optim.Optimizer):
 
         torch.compile knows this method's name: it runs it where it would trace another, and guards what it returned.
         """
-        if not first and not in_float32:  # the first call of a step
+        if not first and kind == OWN:  # the first call of a step
             self._fresh = []
-        params, given = chosen(group)[in_float32]
+        params, given = chosen(group)[kind]
         if not params:
             return "", ""
-        columns, own = self._look(group, first, in_float32, params, given)
+        columns, own = self._look(group, first, kind, params, given)
         require_compilable([*columns.params, *columns.held], len(self.monitors) > 0, scaled)
         edits.traced(columns.thetas, columns.seen)
         tensors += columns.planes

@@ -25,26 +25,34 @@ _expired: Any = torch.UntypedStorage._expired  # torch has not typed them
 _free: Any = torch.UntypedStorage._free_weak_ref
 
 
-def strategy_for(group: Group, in_float32: bool) -> Strategy:
-    """The group's own strategy, or that of the float32 parameters among its narrower ones."""
-    return STRATEGIES["fp32"] if in_float32 else Strategy.parse(group["strategy"])
+OWN, SMALL, WIDE = range(3)  # kinds of a group's parameters: those of its strategy, small ones, and float32 ones among
+# its narrower ones. Each kind has a strategy, and steps by itself.
+
+
+def strategies_for(group: Group) -> tuple[Strategy, Strategy, Strategy]:
+    """The strategy of each kind of a group's parameters."""
+    own = Strategy.parse(group["strategy"])
+    return own, own.small, STRATEGIES["fp32"]
 
 
 Chosen = tuple[list[Tensor], list[Tensor]]  # parameters, and their gradients
 
 
-def chosen(group: Group) -> tuple[Chosen, Chosen]:
-    """The group's parameters that have a gradient: of its own strategy, and float32 ones among its narrower ones."""
+def chosen(group: Group) -> tuple[Chosen, Chosen, Chosen]:
+    """The group's parameters of each kind that have a gradient."""
     params = [param for param in group["params"] if param.grad is not None]
     grads = [param.grad for param in params]
-    dtypes = list(map(_dtype, params))
-    if torch.float32 not in set(dtypes) or Strategy.parse(group["strategy"]).dtype == torch.float32:
-        return (params, grads), ([], [])
-    low, full = ([k for k, x in enumerate(dtypes) if (x == torch.float32) == wide] for wide in (False, True))
-    return (
-        ([params[k] for k in low], [grads[k] for k in low]),
-        ([params[k] for k in full], [grads[k] for k in full]),
-    )
+    own, small, _ = strategies_for(group)
+    mixed = own.dtype != torch.float32 and torch.float32 in set(map(_dtype, params))
+    if not mixed and own is small:
+        return (params, grads), ([], []), ([], [])
+    found: tuple[Chosen, Chosen, Chosen] = ([], []), ([], []), ([], [])
+    for param, grad in zip(params, grads, strict=True):
+        wide = mixed and param.dtype == torch.float32
+        some, theirs = found[WIDE if wide else OWN if own.of(param.shape) is own else SMALL]
+        some.append(param)
+        theirs.append(grad)
+    return found
 
 
 class Facts:
@@ -185,7 +193,9 @@ def started(
     fresh: list[Tensor] = []
     for param in params:
         planes.complete(rule, strategy, param, states[param])
-        if not states[param] and param.dtype == strategy.dtype and has_memory(local(param)):
+        if states[param] or param.dtype != strategy.dtype or planes.cut(rule, strategy, param):
+            continue
+        if has_memory(local(param)):
             planes.initialise(rule, strategy, param, states[param], capturable)
             fresh.append(param)
     return fresh
@@ -194,6 +204,7 @@ def started(
 def check(rule: Rule, strategy: Strategy, parameter: Parameter, grad: Tensor, values: State) -> None:
     """Raise, naming the parameter, what is wrong with its gradient (this rank's part) or its state."""
     check_gradient(parameter, grad)
+    require_whole_blocks(rule, strategy, parameter)
     if not suits(rule, strategy, parameter.tensor, values):
         changed = (
             "; was its dtype or its strategy changed since it last stepped? Change it back, or make a new optimizer"
@@ -206,6 +217,13 @@ def check(rule: Rule, strategy: Strategy, parameter: Parameter, grad: Tensor, va
             "expanded. opt.load_state_dict(opt.state_dict()) moves a state to its parameter"
         )
     planes.check_counter(values["step"], parameter.name)
+
+
+def require_whole_blocks(rule: Rule, strategy: Strategy, parameter: Parameter) -> None:
+    """Raise ValueError, naming the parameter, where its shards cut blocks that share a scale."""
+    reason = planes.cut(rule, strategy, parameter.tensor)
+    if reason:
+        raise ValueError(f"param '{parameter.name}': {reason}")
 
 
 def suits(rule: Rule, strategy: Strategy, param: Tensor, values: State) -> bool:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from collage.backends import Backend, choose
-from collage.formats import format_of
+from collage.formats import Format, format_of
 from collage.layout import Plane, Planes, pieces, zeros
 from collage.optimizers.memory import in_memory
 from collage.optimizers.parameters import State, dtype_of, name_of
 from collage.rules import Rule
-from collage.sharding import local
+from collage.sharding import cut_rows, in_rows, local
 from collage.strategies import Strategy
 
 
@@ -63,10 +63,34 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     """Fill an empty state: step 0 (on the parameter's device, if capturable), theta as it is, every other number 0."""
     fresh: State = {"step": torch.zeros((), dtype=torch.int64, device=param.device if capturable else "cpu")}
     own = kept(rule, strategy)
-    every = [plane for name in own.formats for plane in zeros(format_of(name), param.detach())]
+    every = [plane for name in own.formats for plane in _zeros(format_of(name), param.detach())]
     fresh |= dict(zip(own.keys, every[1:], strict=True))
     resync(rule, strategy, param, fresh)
     state |= fresh
+
+
+def _zeros(fmt: Format, param: Tensor) -> list[Any]:
+    """Planes that hold 0 for every element of a parameter, placed as it is."""
+    planes = zip(fmt.planes, zeros(fmt, local(param)), strict=True)
+    return [
+        torch.zeros_like(param, dtype=plane.dtype, requires_grad=False)
+        if plane.per == 1
+        else in_rows(own, plane.shape(param.shape), param)
+        for plane, own in planes
+    ]
+
+
+def cut(rule: Rule, strategy: Strategy, param: Tensor) -> str:
+    """Why a parameter's shards cannot be stepped: they cut blocks that share a word; "": they cut none."""
+    for plane in kept(rule, strategy).planes:
+        dim = None if plane.per == 1 else cut_rows(param, plane.per)
+        if dim is not None:
+            blocks = f"{plane.per} neighbours of a row, so shards need multiples of these" if plane.per else "a row"
+            return (
+                f"it is sharded along dimension {dim}, and strategy '{strategy}' has a scale for every {blocks}; shard "
+                "it along dimension 0, as fully_shard does, or use a strategy whose moments have 16 bits"
+            )
+    return ""
 
 
 OPTIONAL = ("momentum_buffer", "max_exp_avg_sq")  # slots that a setting of a group turns on and off
@@ -81,7 +105,7 @@ def complete(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> Non
         fmt = format_of(name)
         keys = [slot.prefix + plane.suffix for plane in fmt.planes]
         if slot.prefix in OPTIONAL and not state.keys() & set(keys):
-            state.update(zip(keys, zeros(fmt, param.detach()), strict=True))
+            state.update(zip(keys, _zeros(fmt, param.detach()), strict=True))
     for key in [key for key in state if key.startswith(OPTIONAL) and not key.startswith(rule.prefixes)]:
         del state[key]
 

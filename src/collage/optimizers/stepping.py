@@ -14,7 +14,7 @@ from collage.monitor import Monitor
 from collage.optimizers import admission, compiled, edits
 from collage.optimizers.memory import accept
 from collage.optimizers.parameters import Group, Named, Parameter
-from collage.optimizers.plan import Columns, Plan, check, chosen, renewed, started, strategy_for
+from collage.optimizers.plan import WIDE, Columns, Plan, check, chosen, renewed, started, strategies_for
 from collage.rules import Rule
 from collage.saying import warn_once
 from collage.sharding import local_gradients
@@ -44,7 +44,7 @@ class Stepping(compiled.Traced):
     def _forget(self) -> None:
         """Check every tensor anew at the next step."""
         self._fresh: list[Tensor] = []  # whose states the step under way has made
-        self._columns: dict[tuple[int, bool], Columns] = {}
+        self._columns: dict[tuple[int, int], Columns] = {}  # by group and kind
         self._plans: dict[int, Plan] = {}
         self._named: dict[int, Named] = {}
         self._told: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # of which an edit was, but for those planned
@@ -115,9 +115,9 @@ class Stepping(compiled.Traced):
         for group in self.param_groups:
             self._validate(group)
         for group in self.param_groups:
-            for in_float32, (params, grads) in enumerate(chosen(group)):
+            for kind, (params, grads) in enumerate(chosen(group)):
                 if params:
-                    columns, own = self._look(group, first, bool(in_float32), params, grads)
+                    columns, own = self._look(group, first, kind, params, grads)
                     todo.append((columns, self._batch(group, columns, own)))
             first += len(group["params"])
         if not todo:
@@ -175,37 +175,37 @@ class Stepping(compiled.Traced):
             monitor.after(watched)
 
     def _look(
-        self, group: Group, first: int, in_float32: bool, params: list[Tensor], grads: list[Any]
+        self, group: Group, first: int, kind: int, params: list[Tensor], grads: list[Any]
     ) -> tuple[Columns, list[Tensor]]:
         """(parameters that step together as columns, their gradients). Raises before anything is changed."""
-        rule, strategy = self.rule_of(group), strategy_for(group, in_float32)
+        rule, strategy = self.rule_of(group), strategies_for(group)[kind]
         grads = local_gradients(params, grads)
-        columns = self._columns.get((id(group), in_float32))
+        columns = self._columns.get((id(group), kind))
         if not (
             columns
             and columns.holds(rule, strategy, first, params, self.state)
             and accept(columns.thetas, grads, strategy.dtype)
         ):
-            columns = self._renew(group, first, in_float32, (rule, strategy), params, grads)
+            columns = self._renew(group, first, kind, (rule, strategy), params, grads)
         return columns, grads
 
     def _renew(
         self,
         group: Group,
         first: int,
-        in_float32: bool,
+        kind: int,
         under: tuple[Rule, Strategy],
         params: list[Tensor],
         grads: list[Tensor],
     ) -> Columns:
         """Look at a group's parameters anew. Raises what is wrong with them, and then leaves no state behind."""
-        before = self._columns.pop((id(group), in_float32), None)
+        before = self._columns.pop((id(group), kind), None)
         if before:
             before.settle()
         wide: list[int] = []
 
         def look(parameter: Parameter, grad: Tensor) -> None:
-            if in_float32 and not wide:
+            if kind == WIDE and not wide:
                 wide.append(admission.require_low_precision(list(self.parameters()), self._in_float32))
             self.strategy_of(parameter)
             check(*under, parameter, grad, self.state[parameter.tensor])
@@ -218,7 +218,7 @@ class Stepping(compiled.Traced):
                 self.state.pop(param, None)
             raise
         self._keep(plans)
-        columns = self._columns[id(group), in_float32] = Columns(first, plans)
+        columns = self._columns[id(group), kind] = Columns(first, plans)
         if wide:
             self._count_float32(wide[0])
         fresh = set(map(id, self._fresh))
