@@ -12,6 +12,7 @@ from helpers import assert_same_bits, refused
 from torch import nn
 
 import collage
+from collage.monitor.sampling import Sampling
 from collage.strategies import STRATEGIES
 
 
@@ -179,11 +180,11 @@ def test_the_shadow_follows_changing_batches_and_strides_of_any_kind(strategy):
         assert {(v, m) for v, m, _ in seen[0].values()} == {(1.0, 0.0)}
 
 
-def test_the_shadow_reads_no_plane_at_steps_that_are_not_due():
+def test_the_shadow_reads_no_plane_at_steps_that_are_not_due(monkeypatch):
     params, opt = setup("collage-plus")
-    mon = collage.monitor(opt, every=10)
-    sampled, sample = [], mon._shadow._sample
-    mon._shadow._sample = lambda plane: sampled.append(plane) or sample(plane)
+    collage.monitor(opt, every=10)
+    sampled, take = [], Sampling.take
+    monkeypatch.setattr(Sampling, "take", lambda *own: sampled.append(own) or take(*own))
     for step in range(2):
         sampled.clear()
         give(params, step)

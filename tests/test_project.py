@@ -21,7 +21,7 @@ ALLOWED = {
     "rng": set(),
     "accumulators": {"mcf", "rng"},
     "layout": set(),
-    "formats": {"mcf", "rng", "accumulators", "layout"},
+    "formats": {"rounding", "mcf", "rng", "accumulators", "layout"},
     "strategies": {"formats", "layout"},
     "floors": {"mcf", "formats", "layout", "strategies"},
     "rules": {"mcf", "accumulators"},

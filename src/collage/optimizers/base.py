@@ -59,7 +59,7 @@ class PrecisionOptimizer(Stepping):
             first += len(group["params"])
 
     def strategy_of(self, parameter: Parameter) -> Strategy:
-        """The group's strategy, as its shape has it; float32 ones are updated in float32. TypeError for other dtypes."""
+        """The group's strategy, as its shape has it; float32 ones step in float32. TypeError for any other dtype."""
         return admission.strategy_of(parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
