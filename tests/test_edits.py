@@ -71,7 +71,8 @@ def test_a_step_after_an_edit_is_the_step_from_the_weights_that_fit(strategy, ba
     want, broken = fitted(format_of(STRATEGIES[strategy].param), theta(theirs[0]["w"], theirs[1]))
     for plane, value in zip(theta(theirs[0]["w"], theirs[1])[1:], want[1:], strict=True):
         plane.copy_(value)
-    assert bool(broken.any()) == (edit != "nothing")
+    if format_of(STRATEGIES[strategy].param).shows_edits:
+        assert bool(broken.any()) == (edit != "nothing")
     for params, opt in (mine, theirs):
         give(params, 7)
         opt.step()

@@ -28,6 +28,7 @@ class Remainder(Format):
     """The verbs of a number that is one word."""
 
     bits: int  # of the remainder
+    shows_edits = False
 
     def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
         return Register(self.value(planes))

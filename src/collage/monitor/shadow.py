@@ -137,7 +137,7 @@ class Shadow:
         self._exact = _Run(STRATEGIES["fp32"])
         self._beside = [_Run(strategy) for strategy in strategies]
         self._met: dict[str, tuple[Sampling, Rule]] = {}
-        self._before: list[list[Tensor]] = []  # theta's components in each batch of a measured step
+        self._before: list[Planes] = []  # theta's components in each batch of a measured step
 
     def before(self, stepping: Sequence[Stepping], due: bool, changed: Container[str] = ()) -> None:
         """Meet new parameters, follow those that others changed, remember theta if the step is to be measured."""
