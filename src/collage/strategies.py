@@ -88,6 +88,17 @@ class Strategy:
         return _twin(self)
 
     @property
+    def exception(self) -> str:
+        """What small parameters take instead, in words; "" where it is the same.
+
+        >>> STRATEGIES["collage-8bit"].exception
+        'parameters of one dimension, of fewer than 4,096 elements or with rows below 32 keep bf16:sr, bf16x2:sr'
+        """
+        twins = [format_of(name).twin for name in self.formats() if format_of(name).twin]
+        small = f"of one dimension, of fewer than {SMALL:,} elements or with rows below {SHORT}"
+        return f"parameters {small} keep {', '.join(twins)}" if twins else ""
+
+    @property
     def dtype(self) -> torch.dtype:
         """dtype of the parameter: plane 0 of ``param``."""
         return format_of(self.param).dtypes[0]

@@ -18,7 +18,7 @@ from collage.optimizers.settings import checked_seed, without_foreign
 from collage.optimizers.stepping import Stepping
 from collage.rules import Setting
 from collage.sharding import placed
-from collage.strategies import Strategy
+from collage.strategies import Strategy, is_small
 
 ROUNDED = 1e-12  # what a schedule may end below 0 (LinearLR to end_factor=0, by its recursion): it moves nothing
 LR = Setting("lr", least=-ROUNDED)
@@ -57,6 +57,16 @@ class PrecisionOptimizer(Stepping):
         for index, group in enumerate(self.param_groups):
             yield from named(index, first, group)
             first += len(group["params"])
+
+    def __repr__(self) -> str:
+        """torch's, and how many parameters are small where that makes a difference."""
+        lines = [super().__repr__()]
+        for index, group in enumerate(self.param_groups):
+            strategy = Strategy.parse(group["strategy"])
+            small = sum(1 for param in group["params"] if param.dtype == strategy.dtype and is_small(param.shape))
+            if strategy.exception and small:
+                lines.append(f"group {index}: {small} of {len(group['params'])} are small: {strategy.exception}")
+        return "\n".join(lines)
 
     def strategy_of(self, parameter: Parameter) -> Strategy:
         """The group's strategy, as its shape has it; float32 ones step in float32. TypeError for any other dtype."""
