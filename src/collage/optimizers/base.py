@@ -17,7 +17,7 @@ from collage.optimizers.plan import require_whole_blocks
 from collage.optimizers.settings import checked_seed, without_foreign
 from collage.optimizers.stepping import Stepping
 from collage.rules import Setting
-from collage.sharding import placed
+from collage.sharding import as_bytes, placed
 from collage.strategies import Strategy, is_small
 
 ROUNDED = 1e-12  # what a schedule may end below 0 (LinearLR to end_factor=0, by its recursion): it moves nothing
@@ -181,17 +181,25 @@ class PrecisionOptimizer(Stepping):
         for parameter, saved_id, _ in loading.paired(self.parameters(), adopted):
             if saved_id in adopted["state"]:  # torch has cast the planes to the parameter's dtype: take the originals
                 device, own = parameter.tensor.device, parameter.group["capturable"]
-                self.state[parameter.tensor] = {
+                state = {
                     key: placed(
                         value.detach().to(device if own or key != "step" else "cpu", copy=True), parameter.tensor
                     )
                     for key, value in adopted["state"][saved_id].items()
                 }
+                kinds = planes.dtypes(self.rule_of(parameter.group), self.strategy_of(parameter))
+                self.state[parameter.tensor] = loading.in_words(state, kinds)
             elif parameter.tensor in unused:
                 self.state[parameter.tensor] = unused[parameter.tensor]
         self._forget()
         for monitor in self.monitors:
             monitor.meet_anew()
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's; of sharded parameters 16-bit remainders are bytes [..., 2] in it, which collectives can gather."""
+        saved = super().state_dict()
+        states = {k: {key: as_bytes(x) for key, x in own.items()} for k, own in saved["state"].items()}
+        return {**saved, "state": states}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend, "_cast": self._cast}
