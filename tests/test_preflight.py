@@ -91,7 +91,8 @@ def moves_24_bits_sr(w, d):
 
 MOVES = {
     "bf16": moves_bf16, "bf16x2": moves_two, "bf16+kahan": moves_kahan, "fp32": moves_fp32, "bf16+fp32": moves_fp32,
-    "bf16:sr": moves_bf16_sr, "bf16x2:sr": moves_bf16x2_sr, "fp16x2": moves_fp16x2, "bf16+int16": moves_fp32, "bf16+int8:sr": moves_24_bits_sr,
+    "bf16:sr": moves_bf16_sr, "bf16x2:sr": moves_bf16x2_sr, "fp16x2": moves_fp16x2,
+    "bf16+int16": moves_fp32, "bf16+int8:sr": moves_24_bits_sr,
 }  # fmt: skip
 
 
