@@ -21,9 +21,9 @@ struct Name {
   char text[16]{};
 
   constexpr Name(const char* from) { append(from); }
-  constexpr Name operator+(const char* from) const {
+  constexpr Name operator+(const Name& other) const {
     Name both = *this;
-    both.append(from);
+    both.append(other.text);
     return both;
   }
 
@@ -108,7 +108,7 @@ struct BF16 {
 
 struct FP16 {
   static constexpr Name name{"fp16"};
-  static constexpr int BYTES = 2;
+  static constexpr int BYTES = 2, SIGNIFICAND = 10, EMIN = -14, MAX_CODE = 0x7BFF, INF_CODE = 0x7C00, NAN_CODE = 0x7E00;
   static constexpr float ULP = 0x1p-10f, LEAST_NORMAL = 0x1p-14f, LEAST = 0x1p-24f;
 
 #ifdef COLLAGE_HALVES
@@ -183,6 +183,28 @@ struct FP16 {
 };
 
 #undef COLLAGE_SHUFFLE
+
+// Integers, in the bits of a lane.
+template <class T>
+struct Integer {
+  static constexpr bool SIGNED = T(-1) < T(0);
+  static constexpr Name name{sizeof(T) == 2 ? "int16" : SIGNED ? "int8" : "uint8"};
+  static constexpr int BYTES = sizeof(T);
+
+  template <int half>
+  static F32 read(const char* plane, int64_t i) {
+    const U32 words = BYTES == 2 ? load<U32>(plane + 2 * i) : wide_words(plane + i);
+    const U32 top = half ? words << (32 - 16 * BYTES) : words << (32 - 8 * BYTES);  // what is above goes
+    return SIGNED ? (F32)((Mask)top >> (32 - 8 * BYTES)) : (F32)(top >> (32 - 8 * BYTES));
+  }
+
+  static void write(char* plane, int64_t i, F32 even, F32 odd) {
+    if constexpr (BYTES == 2)
+      save(plane + 2 * i, blend_high((U32)even, (U32)odd << 16));
+    else
+      save_words(plane + i, ((U32)even & 0xFF) | ((U32)odd << 8));
+  }
+};
 
 }  // namespace
 }  // namespace collage
