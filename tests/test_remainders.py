@@ -36,7 +36,7 @@ def borders() -> Tensor:
 
 
 def numbers(name: str) -> Tensor:
-    """More than 2**16: patterns, exact halves, ordinary weights, borders; in rows of 300 where they share a scale."""
+    """More than 2**16: patterns, exact halves, weights, borders; in rows of 300 if those have a scale."""
     g = torch.Generator().manual_seed(0)
     patterns, weights = random_patterns(FP32, 1 << 14, 0), torch.randn(1 << 14, generator=g)
     x = torch.cat([patterns, ended(random_patterns(FP32, 1 << 14, 1), 2), weights, ended(weights, 3), borders()])
