@@ -36,7 +36,7 @@ def borders() -> Tensor:
 
 
 def numbers(name: str) -> Tensor:
-    """More than 2**16: patterns, exact halves, weights, borders; in rows of 300 if those have a scale."""
+    """More than 2**16: patterns, exact halves, weights, borders. Where rows have scales, in rows of 300."""
     g = torch.Generator().manual_seed(0)
     patterns, weights = random_patterns(FP32, 1 << 14, 0), torch.randn(1 << 14, generator=g)
     x = torch.cat([patterns, ended(random_patterns(FP32, 1 << 14, 1), 2), weights, ended(weights, 3), borders()])
@@ -47,7 +47,7 @@ def numbers(name: str) -> Tensor:
 
 
 def at_a_scale() -> Tensor:
-    """Rows whose maximum is where the scale changes, a float32 above and below; of zeros, NaN, and both with numbers."""
+    """Rows whose maximum is at, above and below a change of scale; of zeros and NaN, alone and beside numbers."""
     g = torch.Generator().manual_seed(1)
     top = from_codes([0x7F600000 - 0x00800000 * k + j for k in (0, 1, 119, 246) for j in (-1, 0, 1)], FP32)
     rows = torch.rand(7, 20, generator=g)
