@@ -224,7 +224,7 @@ def _largest(dropped: Callable[[Tensor], Tensor], top: float, register: torch.dt
     above = torch.tensor(top, dtype=register, device=_CPU).view(codes).int() + 1
     high = above.expand(shape)
     while bool((high - low > 1).any()):
-        middle = (low + high) // 2  # low itself once they are neighbours, so nothing moves any more
+        middle = low + (high - low) // 2  # low itself once they are neighbours, so nothing moves any more
         is_dropped = dropped(middle.to(codes).view(register))
         low, high = torch.where(is_dropped, middle, low), torch.where(is_dropped, high, middle.clamp(min=low + 1))
     return low.to(codes).view(register).double()
