@@ -107,7 +107,8 @@ def encoded(name: str, x: Tensor) -> tuple[Tensor, ...]:
 def row_of(case: Case, regime: str, n: int, step: int = 3, shape: tuple[int, ...] | None = None) -> Row:
     """A parameter in the middle of a run: planes that a format made of numbers of the regime. By default one row."""
     slots = []
-    shape = shape or ((n,) if all(format_of(name).elementwise for name in case.formats) else (1, n))
+    if shape is None:
+        shape = (n,) if all(format_of(name).elementwise for name in case.formats) else (1, n)
     for k, (slot, name) in enumerate(zip(case.rule.slots, case.formats, strict=True)):
         x = numbers(regime, n, k + 1).view(shape)
         slots.append(encoded(name, x.abs() if slot.role == "variance" else x))
