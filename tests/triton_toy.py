@@ -6,10 +6,10 @@ import triton.language as tl
 
 from collage import mcf
 from collage.accumulators import Register
-from collage.backends.triton import formats as kernels
+from collage.backends.triton import format as kernels
 from collage.backends.triton import numbers
 from collage.backends.triton.arithmetic import Real
-from collage.backends.triton.formats import BF16, FP32, largest, spread
+from collage.backends.triton.format import BF16, FP32, largest, spread
 from collage.backends.triton.language import static
 from collage.formats import Format
 from collage.layout import Plane

@@ -21,7 +21,8 @@ from collage.backends.triton import planes as of_planes
 from collage.backends.triton import walk
 from collage.backends.triton.arithmetic import bf16, same
 from collage.backends.triton.fold import fold
-from collage.backends.triton.formats import BF16, FORMATS, FP16, FP32
+from collage.backends.triton.format import BF16, FP16, FP32
+from collage.backends.triton.formats import FORMATS
 from collage.backends.triton.language import static
 from collage.backends.triton.rules import RULES
 from collage.backends.triton.sums import add_up

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from collage.backends.triton.arithmetic import Real, same
-from collage.backends.triton.formats import FP32
+from collage.backends.triton.format import FP32
 from collage.backends.triton.numbers import Register
 from collage.backends.triton.walk import BLOCK, WHOLE, fetch, load, random_bits, random_words, read, span, store, write
 
