@@ -11,6 +11,8 @@ from collage.backends.triton.arithmetic import (
     bf16_code,
     bf16_stochastic_code,
     bf16_value,
+    bits_of,
+    float_of,
     fp16_code,
     fp16_stochastic_code,
     fp16_value,
@@ -50,13 +52,38 @@ def int16_value(code):
     return (code << 16) >> 16
 
 
+@triton.jit
+def e4m3_value(code):
+    """Its bits are a float32's, but for the bias of exponents."""
+    x = float_of(((code << 24) >> 4) & -0x78100000) * 2.0**120  # sign, and seven bits from 20 on
+    return tl.where(code & 0x7F == 0x7F, float("nan"), x)
+
+
+@triton.jit
+def uint8_value(code):
+    return code & 0xFF
+
+
+@triton.jit
+def scale_value(code):
+    """2**(code - 127); 0 of the code 0."""
+    return float_of(code << 23)
+
+
 FP32 = static(Word(tl.float32, same, same))
 BF16 = static(Word(tl.int16, bf16_value, bf16_code, bf16_stochastic_code, 8))
 FP16 = static(
     Word(tl.int16, fp16_value, fp16_code, fp16_stochastic_code, 11, -14, 0x7BFF, 0x7C00, 0x7E00, overflow=0x477FF000)
 )
+E4M3 = static(Word(tl.int8, e4m3_value, None, None, 4, -6, 0x7E, 0x7F, 0x7F))
 INT8 = static(Word(tl.int8, int8_value, precision=8))
 INT16 = static(Word(tl.int16, int16_value, precision=16))
+UINT8 = static(Word(tl.uint8, uint8_value, precision=8))
+E8M0 = static(Word(tl.uint8, scale_value))
+
+
+PER_ROW = tl.constexpr(0)  # of `shared`: a word for all elements of a row
+WHOLE_ROW = 1 << 62  # more elements than any row has
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,7 +91,7 @@ class Format(Row):
     """How one number per element lies in memory. Every function is given the format's row, last.
 
     number: (planes, rounding of the arithmetic) -> number
-    encode: (number, random bits, mask) -> codes of the new planes
+    encode: (number, random bits, `largest`) -> codes of the new planes
     decode: planes -> float32
     components: planes -> those whose sum is the number, largest first
     broken: planes -> which no `encode` can have left, because plane 0 was changed alone; planes of zeros are whole.
@@ -78,11 +105,21 @@ class Format(Row):
     components: Any
     broken: Any
     stochastic: bool = False
-    shared: tuple[int, ...] = ()  # elements that share a word, plane by plane; none: a word for every element
+    shared: tuple[int, ...] = ()  # elements that share a word, or PER_ROW, plane by plane; none: each has its own
 
     @property
     def per(self) -> tuple[int, ...]:
         return self.shared or (1,) * len(self.words)
+
+    @property
+    def unit(self) -> int:
+        """How many elements of a row share words at most."""
+        return WHOLE_ROW if self.whole_rows else max(self.per)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row's words take all of it: then a launch of its own finds the largest of each."""
+        return PER_ROW.value in self.per
 
     @property
     def nearest(self) -> "Format":
@@ -102,14 +139,38 @@ def decoded_components(planes, F: tl.constexpr):
 
 
 @triton.jit
-def largest(x, mask, PER: tl.constexpr):
-    """The largest magnitude of every PER elements of a block; what is not of the tensor does not count."""
-    size = tl.where(mask, tl.abs(x), 0.0)
-    return tl.max(tl.reshape(size, [size.shape[0] // PER, PER]), axis=1)
+def largest(number, mask, F: tl.constexpr):
+    """For every plane with a word for some elements of a block: the largest of their `sizes`."""
+    found = ()
+    for p in tl.static_range(len(F.words)):
+        if F.per[p] > 1:
+            size = sizes(number.value().x, mask)
+            found = found + (tl.max(tl.reshape(size, [size.shape[0] // F.per[p], F.per[p]]), axis=1),)
+    return found
 
 
 @triton.jit
-def spread(words, PER: tl.constexpr):
-    """Words for every PER elements -> one for each."""
+def sizes(x, mask):
+    """Magnitudes as bits; 0 of what is not finite, or not of the tensor."""
+    size = bits_of(x) & 0x7FFFFFFF
+    return tl.where(mask & (size < 0x7F800000), size, 0)
+
+
+@triton.jit
+def spread(words, x):
+    """Words that elements of x share -> one for each."""
     n: tl.constexpr = words.shape[0]
-    return tl.reshape(tl.broadcast_to(tl.expand_dims(words, 1), [n, PER]), [n * PER])
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(words, 1), [n, x.shape[0] // n]), [x.shape[0]])
+
+
+@triton.jit
+def scale_code(largest, EXPONENT: tl.constexpr, LIMIT: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """The least power of two (a code of E8M0) that scales a magnitude, in bits, to at most that exponent and LIMIT."""
+    code = (largest >> 23) - EXPONENT + ((largest & 0x7FFFFF) > LIMIT).to(tl.int32)
+    return tl.minimum(tl.maximum(code, LEAST), MOST)
+
+
+@triton.jit
+def inverse(scale):
+    """2**(127 - code), which is subnormal for 254."""
+    return float_of(tl.where(scale == 254, 0x00400000, (254 - scale) << 23))

@@ -9,8 +9,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from collage.backends.triton import blocks
 from collage.backends.triton.arithmetic import Real, bits_of, float_of, is_finite, same
-from collage.backends.triton.format import BF16, FP16, FP32, INT8, INT16, Format
+from collage.backends.triton.format import BF16, E4M3, FP16, FP32, INT8, INT16, Format
 from collage.backends.triton.numbers import Expanded, Kahan, Paper, Register, total
 from collage.backends.triton.words import cut, extended
 
@@ -40,7 +41,7 @@ def single_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def single_encode(number, random, mask, F: tl.constexpr):
+def single_encode(number, random, largest, F: tl.constexpr):
     return (rounded(number.value().x, random, F),)
 
 
@@ -57,7 +58,7 @@ def expansion_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def expansion_encode(number, random, mask, F: tl.constexpr):
+def expansion_encode(number, random, largest, F: tl.constexpr):
     """c0, then the others peeled off the rest in turn."""
     h, rest = number.parts(F.words[0])
     rest = tl.where(is_finite(h + rest), rest, 0.0)
@@ -111,7 +112,7 @@ def master_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def master_encode(number, random, mask, F: tl.constexpr):
+def master_encode(number, random, largest, F: tl.constexpr):
     x = number.value().x
     return F.words[0].encode(x), x
 
@@ -160,6 +161,10 @@ FORMATS = {
     "bf16+int16": cut(INT16),
     "bf16+int8": cut(INT8),
     "fp16+int8": extended(FP16, INT8),
+    "e4m3+int16": extended(E4M3, INT16, scaled=True),
+    "e4m3+int8": extended(E4M3, INT8, scaled=True),
+    "int8/128": blocks.signed(),
+    "uint8/128": blocks.unsigned(),
     "bf16+fp32": master(BF16),
     "fp16+fp32": master(FP16),
     "bf16+kahan": Format((BF16, BF16), kahan_number, expansion_encode, expansion_decode, every, kahan_broken),
@@ -170,4 +175,8 @@ FORMATS = {
     "fp16x2:sr": expansion(FP16, 2, stochastic=True),
     "bf16+int8:sr": cut(INT8, stochastic=True),
     "fp16+int8:sr": extended(FP16, INT8, stochastic=True),
+    "e4m3+int16:sr": extended(E4M3, INT16, stochastic=True, scaled=True),
+    "e4m3+int8:sr": extended(E4M3, INT8, stochastic=True, scaled=True),
+    "int8/128:sr": blocks.signed(stochastic=True),
+    "uint8/128:sr": blocks.unsigned(stochastic=True),
 }
