@@ -6,10 +6,9 @@ import triton.language as tl
 
 from collage import mcf
 from collage.accumulators import Register
-from collage.backends.triton import formats as kernels
-from collage.backends.triton import numbers
-from collage.backends.triton.arithmetic import Real
-from collage.backends.triton.formats import BF16, FP32, largest, spread
+from collage.backends.triton import format as kernels
+from collage.backends.triton.arithmetic import float_of
+from collage.backends.triton.format import BF16, FP32, decoded_components, decoded_number, spread
 from collage.backends.triton.language import static
 from collage.formats import Format
 from collage.layout import Plane
@@ -57,29 +56,19 @@ def integer_of(x):
 
 
 @triton.jit
-def number(planes, ROUND: tl.constexpr, F: tl.constexpr):
-    return numbers.Register(Real(decode(planes, F), ROUND))
-
-
-@triton.jit
 def decode(planes, F: tl.constexpr):
     return planes[0] * spread(planes[2], F.per[2]) + planes[1]
 
 
 @triton.jit
-def encode(number, random, mask, F: tl.constexpr):
+def encode(number, random, largest, F: tl.constexpr):
     x = number.value().x
-    scale = tl.div_rn(largest(x, mask, F.per[2]), 127.0)
+    scale = tl.div_rn(float_of(largest[0]), 127.0)
     scale = tl.where(scale == 0.0, 1.0, scale)
     each = spread(scale, F.per[2])
     q = (tl.div_rn(x, each) + 12582912.0) - 12582912.0  # to an integer
     return F.words[0].encode(q), F.words[1].encode(x - q * each), scale
 
 
-@triton.jit
-def components(planes, F: tl.constexpr):
-    return (decode(planes, F),)
-
-
 INT8 = static(kernels.Word(tl.int8, number_of, integer_of))
-ROW = kernels.Format((INT8, BF16, FP32), number, encode, decode, components, None, shared=(1, 1, BLOCK))
+ROW = kernels.Format((INT8, BF16, FP32), decoded_number, encode, decode, decoded_components, None, shared=(1, 1, BLOCK))

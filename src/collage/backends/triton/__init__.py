@@ -21,7 +21,8 @@ from collage.backends.triton import planes as of_planes
 from collage.backends.triton import walk
 from collage.backends.triton.arithmetic import bf16, same
 from collage.backends.triton.fold import fold
-from collage.backends.triton.formats import BF16, FORMATS, FP16, FP32
+from collage.backends.triton.format import BF16, FP16, FP32
+from collage.backends.triton.formats import FORMATS
 from collage.backends.triton.language import static
 from collage.backends.triton.rules import RULES
 from collage.backends.triton.sums import add_up
@@ -45,7 +46,7 @@ class Launch(NamedTuple):
     layout: Layout
     device: torch.device
     width: int  # planes of a tensor
-    by_rows: bool
+    unit: int  # elements of a row that are not parted
 
     @property
     def blocks(self) -> int:
@@ -55,7 +56,7 @@ class Launch(NamedTuple):
     def shape(self) -> dict[str, Any]:
         """What a kernel's plan has to know of them."""
         rest = STRIDED if len(self.layout.shapes) > 1 else MASKED
-        return {"columns": self.layout.rows.shape[1], "rest": rest.value, "by_rows": self.by_rows}
+        return {"columns": self.layout.rows.shape[1], "rest": rest.value, "by_rows": self.unit > 1}
 
     def tables(self, fronts: Sequence[Tensor], which: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """(table, owners, shapes)"""
@@ -73,22 +74,32 @@ class Launch(NamedTuple):
 
 def _launch(
     formats: tuple[str, ...], planes: Sequence[Tensor], fronts: Sequence[Tensor], regions: Sequence[Region] = (),
-    kept: dict[str, Any] | None = None,
+    kept: dict[str, Any] | None = None, unit: int | None = None,
 ) -> Launch:  # fmt: skip
     width = sum(len(FORMATS[name].words) for name in formats)
-    by_rows = any(max(FORMATS[name].per) > 1 for name in formats)
-    return Launch(layout_of(planes, fronts, width, regions, by_rows, kept), planes[0].device, width, by_rows)
+    unit = unit or _unit(formats)
+    return Launch(layout_of(planes, fronts, width, regions, unit, kept), planes[0].device, width, unit)
+
+
+@cache
+def _unit(formats: tuple[str, ...], summed: bool = False) -> int:
+    """How many elements of a row go together: those that share a word and, where some do, those that are summed."""
+    unit = max(FORMATS[name].unit for name in formats)
+    return max(unit, BLOCK) if summed and unit > 1 else unit
 
 
 def step(batch: Batch) -> None:
     """Carry out the batch in one launch. Does not wait for the device, unless it is measured."""
+    _require_blocks(batch.rule, batch.formats)
     if not batch.planes:
         return
-    launch = _launch(batch.formats, batch.planes, batch.grads, batch.regions, batch.kept)
+    measured = bool(batch.sums) and batch.rule.has_delta
+    unit = _unit(batch.formats, measured)
+    launch = _launch(batch.formats, batch.planes, batch.grads, batch.regions, batch.kept, unit)
     if launch.blocks == 0:
         return
     increment_version(written(batch))  # as any in-place operation would
-    device, measured = launch.device, bool(batch.sums) and batch.rule.has_delta
+    device = launch.device
     sums = torch.empty(launch.blocks if measured else 0, 5, dtype=torch.float64, device=device)
     constants, streams, which = _fold(batch, device) if batch.counters else _folded(batch, device)
     tables = launch.tables(batch.grads, which)
@@ -102,6 +113,17 @@ def step(batch: Batch) -> None:
         walk.step[(launch.blocks,)](*tables, constants, streams, scale, skip, sums, PLAN=plan, **OPTIONS)
     if measured:
         _add_up(sums, launch, batch.sums)
+
+
+@cache
+def _require_blocks(rule: Rule, formats: tuple[str, ...]) -> None:
+    """Raise ValueError for numbers that a program could only encode if it saw a whole row of them."""
+    for slot, name in zip(rule.slots, formats, strict=True):
+        if slot.written and FORMATS[name].whole_rows:
+            raise ValueError(
+                f"backend: 'triton' has no step that writes {name!r}, whose scale is of a whole row; "
+                "use backend='reference'"
+            )
 
 
 def _scaled(batch: Batch) -> bool:
@@ -175,8 +197,12 @@ def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], nois
     streams = bases_of(noise.seed, noise.steps, noise.keys) if noise and random else table_of([0])
     salt, part = draw_of(noise.prefix) if noise and random else (0, 0)
     plan = _plan_of_one(format, random, salt, part, **launch.shape)
+    tables, streams = launch.tables(values), _to(launch.device, streams)
+    tops = torch.zeros(launch.blocks if FORMATS[format].whole_rows else 0, dtype=torch.int32, device=launch.device)
     with _current(launch.device):
-        of_planes.encode[(launch.blocks,)](*launch.tables(values), _to(launch.device, streams), PLAN=plan, **OPTIONS)
+        if FORMATS[format].whole_rows:
+            of_planes.maxima[(launch.blocks,)](*tables, tops, PLAN=plan, **OPTIONS)
+        of_planes.encode[(launch.blocks,)](*tables, streams, tops, PLAN=plan, **OPTIONS)
 
 
 def broken(format: str, thetas: Sequence[Planes]) -> int:
@@ -196,7 +222,7 @@ def broken(format: str, thetas: Sequence[Planes]) -> int:
 
 def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Read and write all planes without arithmetic."""
-    launch = _launch(formats, planes, grads)
+    launch = _launch(formats, planes, grads, unit=1)
     plan = _plan_of_all(formats, grads[0].dtype, **launch.shape)
     table, owners, _ = launch.tables(grads)
     zero = torch.zeros(1, dtype=torch.int32, device=launch.device)

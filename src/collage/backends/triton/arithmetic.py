@@ -79,21 +79,32 @@ def fp16_code(x):
 
 
 @triton.jit
-def fp16_stochastic_code(x, random):
-    """Up in magnitude with the probability of the part dropped, never past the largest (mcf.sr).
+def word_code(magnitude, random, WIDE: tl.constexpr, EMIN: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """A float32's magnitude, as bits, rounded to a word: an exponent, from EMIN on, and WIDE bits of a significand.
 
-    Of a subnormal more than 16 bits are dropped: the random ones are stretched to as many.
+    To nearest even, or up with the probability of the part dropped: where that is more than 16 bits, the random ones
+    are stretched to as many.
     """
-    bits = bits_of(x)
-    magnitude = bits & 0x7FFFFFFF
+    first: tl.constexpr = 127 + EMIN
     exponent = tl.maximum(magnitude >> 23, 1)
     significand = tl.where(magnitude < 0x800000, magnitude, (magnitude & 0x7FFFFF) | 0x800000)
-    dropped = 13 + tl.maximum(113 - exponent, 0)
+    dropped = 23 - WIDE + tl.maximum(first - exponent, 0)
     shift = tl.minimum(dropped, 30)
-    significand = significand >> tl.minimum(dropped - shift, 31)  # the random bits reach no further down
-    stretched = (2 * random + 1) << tl.maximum(shift - 17, 0)
-    added = tl.where(shift <= 16, random >> tl.maximum(16 - shift, 0), stretched)
-    code = ((significand + added) >> shift) + (tl.maximum(exponent - 113, 0) << 10)
+    significand = significand >> tl.minimum(dropped - shift, 31)  # rounding reaches no further down
+    if STOCHASTIC:
+        stretched = (2 * random + 1) << tl.maximum(shift - 17, 0)
+        added = tl.where(shift <= 16, random >> tl.maximum(16 - shift, 0), stretched)
+    else:
+        added = (1 << (shift - 1)) - 1 + ((significand >> shift) & 1)
+    return ((significand + added) >> shift) + (tl.maximum(exponent - first, 0) << WIDE)
+
+
+@triton.jit
+def fp16_stochastic_code(x, random):
+    """Up in magnitude with the probability of the part dropped, never past the largest (mcf.sr)."""
+    bits = bits_of(x)
+    magnitude = bits & 0x7FFFFFFF
+    code = word_code(magnitude, random, 10, -14, True)
     code = tl.where(magnitude == 0x7F800000, 0x7C00, tl.minimum(code, 0x7BFF)) | ((bits >> 16) & 0x8000)
     return tl.where(magnitude > 0x7F800000, 0x7E00, code)
 

@@ -1,95 +1,19 @@
-"""Planes in memory <-> numbers in registers. One for one what formats.py says. FORMATS is the table.
+"""Planes in memory <-> numbers in registers. One for one what formats/ says. FORMATS is the table.
 
 A format is given its planes as their words decode them: the elements of a block, which lies in one row; of a plane with
 a word for several elements, the words of that block.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from collage.backends.triton.arithmetic import (
-    Real,
-    bf16_code,
-    bf16_stochastic_code,
-    bf16_value,
-    bits_of,
-    float_of,
-    fp16_code,
-    fp16_stochastic_code,
-    fp16_value,
-    is_finite,
-    same,
-)
-from collage.backends.triton.language import Row, static
+from collage.backends.triton import blocks
+from collage.backends.triton.arithmetic import Real, bits_of, float_of, is_finite, same
+from collage.backends.triton.format import BF16, E4M3, FP16, FP32, INT8, INT16, Format
 from collage.backends.triton.numbers import Expanded, Kahan, Paper, Register, total
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Word(Row):
-    """An element of a plane.
-
-    decode: what memory holds, as int32 or float32 -> what formats read. encode, stochastic: back.
-    """
-
-    memory: tl.dtype
-    decode: Any
-    encode: Any
-    stochastic: Any = None
-    precision: int = 24
-    emin: int = -126
-
-
-FP32 = static(Word(tl.float32, same, same))
-BF16 = static(Word(tl.int16, bf16_value, bf16_code, bf16_stochastic_code, 8))
-FP16 = static(Word(tl.int16, fp16_value, fp16_code, fp16_stochastic_code, 11, -14))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Format(Row):
-    """How one number per element lies in memory. Every function is given the format's row, last.
-
-    number: (planes, rounding of the arithmetic) -> number
-    encode: (number, random bits, mask) -> codes of the new planes
-    decode: planes -> float32
-    components: planes -> those whose sum is the number, largest first
-    broken: planes -> which no `encode` can have left, because plane 0 was changed alone; planes of zeros are whole.
-        None: a single plane cannot disagree
-    """
-
-    words: tuple[Any, ...]
-    number: Any
-    encode: Any
-    decode: Any
-    components: Any
-    broken: Any
-    stochastic: bool = False
-    shared: tuple[int, ...] = ()  # elements that share a word, plane by plane; none: a word for every element
-
-    @property
-    def per(self) -> tuple[int, ...]:
-        return self.shared or (1,) * len(self.words)
-
-    @property
-    def nearest(self) -> "Format":
-        """The same, rounding to nearest."""
-        return replace(self, stochastic=False)
-
-
-@triton.jit
-def largest(x, mask, PER: tl.constexpr):
-    """The largest magnitude of every PER elements of a block; what is not of the tensor does not count."""
-    size = tl.where(mask, tl.abs(x), 0.0)
-    return tl.max(tl.reshape(size, [size.shape[0] // PER, PER]), axis=1)
-
-
-@triton.jit
-def spread(words, PER: tl.constexpr):
-    """Words for every PER elements -> one for each."""
-    n: tl.constexpr = words.shape[0]
-    return tl.reshape(tl.broadcast_to(tl.expand_dims(words, 1), [n, PER]), [n * PER])
+from collage.backends.triton.words import cut, extended
 
 
 @triton.jit
@@ -117,7 +41,7 @@ def single_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def single_encode(number, random, mask, F: tl.constexpr):
+def single_encode(number, random, largest, F: tl.constexpr):
     return (rounded(number.value().x, random, F),)
 
 
@@ -134,7 +58,7 @@ def expansion_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def expansion_encode(number, random, mask, F: tl.constexpr):
+def expansion_encode(number, random, largest, F: tl.constexpr):
     """c0, then the others peeled off the rest in turn."""
     h, rest = number.parts(F.words[0])
     rest = tl.where(is_finite(h + rest), rest, 0.0)
@@ -188,7 +112,7 @@ def master_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def master_encode(number, random, mask, F: tl.constexpr):
+def master_encode(number, random, largest, F: tl.constexpr):
     x = number.value().x
     return F.words[0].encode(x), x
 
@@ -234,6 +158,13 @@ FORMATS = {
     "bf16x2": expansion(BF16, 2),
     "bf16x3": expansion(BF16, 3),
     "fp16x2": expansion(FP16, 2),
+    "bf16+int16": cut(INT16),
+    "bf16+int8": cut(INT8),
+    "fp16+int8": extended(FP16, INT8),
+    "e4m3+int16": extended(E4M3, INT16, scaled=True),
+    "e4m3+int8": extended(E4M3, INT8, scaled=True),
+    "int8/128": blocks.signed(),
+    "uint8/128": blocks.unsigned(),
     "bf16+fp32": master(BF16),
     "fp16+fp32": master(FP16),
     "bf16+kahan": Format((BF16, BF16), kahan_number, expansion_encode, expansion_decode, every, kahan_broken),
@@ -242,4 +173,10 @@ FORMATS = {
     "bf16x2:sr": expansion(BF16, 2, stochastic=True),
     "bf16x3:sr": expansion(BF16, 3, stochastic=True),
     "fp16x2:sr": expansion(FP16, 2, stochastic=True),
+    "bf16+int8:sr": cut(INT8, stochastic=True),
+    "fp16+int8:sr": extended(FP16, INT8, stochastic=True),
+    "e4m3+int16:sr": extended(E4M3, INT16, stochastic=True, scaled=True),
+    "e4m3+int8:sr": extended(E4M3, INT8, stochastic=True, scaled=True),
+    "int8/128:sr": blocks.signed(stochastic=True),
+    "uint8/128:sr": blocks.unsigned(stochastic=True),
 }

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from collage.backends.triton.arithmetic import Real, same
-from collage.backends.triton.formats import FP32
+from collage.backends.triton.format import FP32, largest, sizes
 from collage.backends.triton.numbers import Register
 from collage.backends.triton.walk import BLOCK, WHOLE, fetch, load, random_bits, random_words, read, span, store, write
 
@@ -14,29 +14,49 @@ def decode(table, owners, shapes, PLAN: tl.constexpr):
     """The float32 numbers that planes stand for, written where a step would read gradients."""
     program = tl.program_id(0)
     row = table + tl.load(owners + program).to(tl.int64) * PLAN.columns
-    begin, end = span(row, program, PLAN)
-    at = begin + tl.arange(0, BLOCK)
-    planes = load(row, at, begin, end, shapes, PLAN.slots[0], PLAN.rest)
+    run = span(row, program, PLAN)
+    at = run.begin + tl.arange(0, BLOCK)
+    planes = load(row, at, run, shapes, PLAN.slots[0], PLAN.rest)
     x = PLAN.slots[0].format.decode(planes, PLAN.slots[0].format)
-    write(row, 0, at, at < end, shapes, x, FP32, PLAN.rest)
+    write(row, 0, at, at < run.end, shapes, x, FP32, PLAN.rest)
 
 
 @triton.jit
-def encode(table, owners, shapes, streams, PLAN: tl.constexpr):
-    """Planes that hold float32 numbers, read where a step would read gradients."""
+def maxima(table, owners, shapes, tops, PLAN: tl.constexpr):
+    """Of each row the largest of its float32 numbers' `sizes`, where the program with its first block counts."""
+    program = tl.program_id(0)
+    row = table + tl.load(owners + program).to(tl.int64) * PLAN.columns
+    run = span(row, program, PLAN)
+    at = run.begin + tl.arange(0, BLOCK)
+    x = read(row, 0, at, at < run.end, shapes, FP32, PLAN.rest)
+    tl.atomic_max(tops + head(program, run), tl.max(sizes(x, at < run.end)), sem="relaxed")
+
+
+@triton.jit
+def head(program, run):
+    """The program that has the first block of a program's row."""
+    return program - (run.begin - run.start) // BLOCK
+
+
+@triton.jit
+def encode(table, owners, shapes, streams, tops, PLAN: tl.constexpr):
+    """Planes that hold float32 numbers, read where a step would read gradients. tops: of `maxima`, where rows have."""
     program = tl.program_id(0)
     owner = tl.load(owners + program).to(tl.int64)
     row = table + owner * PLAN.columns
-    begin, end = span(row, program, PLAN)
-    at = begin + tl.arange(0, BLOCK)
-    x = read(row, 0, at, at < end, shapes, FP32, PLAN.rest)
+    run = span(row, program, PLAN)
+    at = run.begin + tl.arange(0, BLOCK)
+    x = read(row, 0, at, at < run.end, shapes, FP32, PLAN.rest)
     word = at
     if PLAN.shared:
-        word = random_words(row, tl.load(streams + owner), begin, at, shapes, PLAN.rest)
-    random = random_bits(word, row, streams + owner, begin, at, shapes, PLAN.slots[0], PLAN.rest)
+        word = random_words(row, tl.load(streams + owner), run.begin, at, shapes, PLAN.rest)
+    random = random_bits(word, row, streams + owner, run.begin, at, shapes, PLAN.slots[0], PLAN.rest)
     number = Register(Real(x, same))
-    codes = PLAN.slots[0].format.encode(number, random, at < end, PLAN.slots[0].format)
-    store(row, at, begin, end, shapes, codes, PLAN.slots[0], PLAN.rest)
+    most = largest(number, at < run.end, PLAN.slots[0].format)
+    if PLAN.slots[0].format.whole_rows:
+        most = (tl.load(tops + head(program, run) + tl.arange(0, 1)),)
+    codes = PLAN.slots[0].format.encode(number, random, most, PLAN.slots[0].format)
+    store(row, at, run, shapes, codes, PLAN.slots[0], PLAN.rest)
 
 
 @triton.jit
@@ -44,10 +64,10 @@ def broken(table, owners, shapes, counts, PLAN: tl.constexpr):
     """How many elements, in each block, have planes that no step could have left."""
     program = tl.program_id(0)
     row = table + tl.load(owners + program).to(tl.int64) * PLAN.columns
-    begin, end = span(row, program, PLAN)
-    at = begin + tl.arange(0, BLOCK)
-    planes = load(row, at, begin, end, shapes, PLAN.slots[0], PLAN.rest)
-    apart = PLAN.slots[0].format.broken(planes, PLAN.slots[0].format) & (at < end)
+    run = span(row, program, PLAN)
+    at = run.begin + tl.arange(0, BLOCK)
+    planes = load(row, at, run, shapes, PLAN.slots[0], PLAN.rest)
+    apart = PLAN.slots[0].format.broken(planes, PLAN.slots[0].format) & (at < run.end)
     tl.store(counts + program, tl.sum(apart.to(tl.int32)))
 
 
@@ -59,9 +79,9 @@ def stream(table, owners, zero, PLAN: tl.constexpr):
     """
     program = tl.program_id(0)
     row = table + tl.load(owners + program).to(tl.int64) * PLAN.columns
-    begin, end = span(row, program, PLAN)
-    at = tl.multiple_of(begin, BLOCK) + tl.arange(0, BLOCK)
-    if begin + BLOCK <= end:
+    run = span(row, program, PLAN)
+    at = run.begin + tl.arange(0, BLOCK)
+    if run.begin + BLOCK <= run.end:
         g = read(row, 0, at, at, zero, PLAN.gradient, WHOLE).to(tl.int32, bitcast=True) & tl.load(zero)
         for k in tl.static_range(len(PLAN.slots)):
             for p in tl.static_range(len(PLAN.slots[k].format.words)):

@@ -21,6 +21,7 @@ from collage.layout import as_rows
 from collage.rng import mix64, signed
 
 BLOCK: int = walk.BLOCK.value
+VECTOR: int = walk.VECTOR.value
 NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS, WIDTH, ADDRESSES = range(
     walk.ADDRESSES.value + 1
 )
@@ -42,35 +43,38 @@ _layouts: OrderedDict[tuple[int, ...], Layout] = OrderedDict()
 
 
 def layout_of(
-    planes: Sequence[Tensor], fronts: Sequence[Tensor], width: int, regions: Sequence[Region], by_rows: bool,
+    planes: Sequence[Tensor], fronts: Sequence[Tensor], width: int, regions: Sequence[Region], unit: int,
     kept: dict[str, Any] | None = None,
 ) -> Layout:  # fmt: skip
-    """Of tensors with so many planes each. fronts: their gradients, say; or none. kept: of planes that are the same."""
-    fronts_in_order = all(map(Tensor.is_contiguous, fronts))
-    if kept and "layout" in kept and fronts_in_order:
-        known: Layout = kept["layout"]
+    """Of tensors with so many planes each. fronts: their gradients, say; or none. kept: of planes that are the same.
+
+    unit: how many elements of a row must not be parted; 1: rows do not matter.
+    """
+    fronts_in_order, name = all(map(Tensor.is_contiguous, fronts)), f"layout by {unit}"
+    if kept and name in kept and fronts_in_order:
+        known: Layout = kept[name]
         return known
-    found = _found(planes, fronts, width, regions, by_rows)
+    found = _found(planes, fronts, width, regions, unit)
     if kept is not None and not found.facts[3]:
-        kept["layout"] = found
+        kept[name] = found
     return found
 
 
 def _found(
-    planes: Sequence[Tensor], fronts: Sequence[Tensor], width: int, regions: Sequence[Region], by_rows: bool
+    planes: Sequence[Tensor], fronts: Sequence[Tensor], width: int, regions: Sequence[Region], unit: int
 ) -> Layout:
     visible = planes[::width]
     in_order = all(map(Tensor.is_contiguous, planes)) and all(map(Tensor.is_contiguous, fronts))
     everything = [] if in_order else [*planes, *fronts]
-    shaped = visible if by_rows else everything
+    shaped = visible if unit > 1 else everything
     facts = (
         list(map(Tensor.data_ptr, planes)), list(map(Tensor.numel, visible)), list(regions),
         [tensor.stride() for tensor in everything], [tensor.shape for tensor in shaped],
     )  # fmt: skip
-    key = (facts[0][0], len(planes), width, by_rows)
+    key = (facts[0][0], len(planes), width, unit)
     known = _layouts.pop(key, None)
     if known is None or known.facts != facts:
-        known = _lay_out(facts, planes, [] if in_order else fronts, width, by_rows)
+        known = _lay_out(facts, planes, [] if in_order else fronts, width, unit)
     _layouts[key] = known
     if len(_layouts) > KEPT:
         _layouts.popitem(last=False)
@@ -78,18 +82,18 @@ def _found(
 
 
 def _lay_out(
-    facts: tuple[Any, ...], planes: Sequence[Tensor], strided: Sequence[Tensor], width: int, by_rows: bool
+    facts: tuple[Any, ...], planes: Sequence[Tensor], strided: Sequence[Tensor], width: int, unit: int
 ) -> Layout:
     addresses, numels, regions, strides, _ = facts
     n = len(numels)
-    widths = [as_rows(plane.shape)[1] for plane in planes[::width]] if by_rows else numels
+    widths = [_run(plane, unit) for plane in planes[::width]]
     blocks = [numel // max(1, columns) * -(-columns // BLOCK) for numel, columns in zip(numels, widths, strict=True)]
     first = list(accumulate(blocks, initial=0))
     rows = torch.zeros(n, ADDRESSES + 1 + width, dtype=torch.int64, device="cpu")
     rows[:, ADDRESSES + 1 :] = table_of(addresses).view(n, width)
     rows[:, NUMEL], rows[:, FIRST], rows[:, WIDTH] = table_of(numels), table_of(first[:-1]), table_of(widths)
-    fit = rows[:, WIDTH] % BLOCK == 0 if by_rows else torch.ones(n, dtype=torch.bool, device="cpu")
-    rows[:, ALIGNED] = ((rows[:, ADDRESSES + 1 :] % 16 == 0).all(1) & fit).long()
+    in_order = (rows[:, WIDTH] == rows[:, NUMEL]) | (rows[:, WIDTH] % VECTOR == 0)
+    rows[:, ALIGNED] = ((rows[:, ADDRESSES + 1 :] % 16 == 0).all(1) & in_order).long()
     shapes = [0]
     if regions or strides:
         for k, row in enumerate(rows):
@@ -97,6 +101,12 @@ def _lay_out(
             in_memory = _in_memory([*own, *planes[k * width : (k + 1) * width]]) if strides else []
             _describe(row, in_memory, *(_place(regions[k]) if regions else (0, [])), shapes)
     return Layout(facts, rows, table_of(shapes), first)
+
+
+def _run(plane: Tensor, unit: int) -> int:
+    """How many elements blocks of the walk are cut out of: a row's, if it is no multiple of the unit; or all."""
+    columns = as_rows(plane.shape)[1] if unit > 1 else 1
+    return columns if columns % unit else plane.numel()
 
 
 def _in_memory(tensors: Sequence[Tensor]) -> list[int]:

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 
 from collage.backends.triton.arithmetic import Real, negative, same
-from collage.backends.triton.language import Row
+from collage.backends.triton.format import PER_ROW, largest
+from collage.backends.triton.language import Row, aggregate
 from collage.backends.triton.random import bits, salted, words, words_of_run
 from collage.backends.triton.sums import measure
 
 BLOCK = tl.constexpr(1024)
+VECTOR = tl.constexpr(16)  # elements: of planes of any word, as many lie at multiples of 16 bytes
 
 # Ways to the elements of a block: all there, in order, aligned to 16 bytes (so a thread moves 16 bytes at once); in
 # order under a mask; by sizes and strides.
@@ -23,8 +25,8 @@ WHOLE, MASKED, STRIDED = (tl.constexpr(way) for way in range(3))
 # A row of the table, all int64: elements; number of the first block; which row of constants; index of the first element
 # in the unsharded tensor; whether the tensors are contiguous and begin at multiples of 16 bytes; where in `shapes`
 # sizes and strides stand, and how many dimensions (none: contiguous); the same of the place in the unsharded tensor
-# (none: one run of it); elements in a row. Then addresses: of the gradient (or what is decoded or encoded), and of all
-# planes.
+# (none: one run of it); elements of a row, or of all rows together where those that share a word lie so too. Then
+# addresses: of the gradient (or what is decoded or encoded), and of all planes.
 NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS, WIDTH, ADDRESSES = (
     tl.constexpr(k) for k in range(11)
 )
@@ -50,7 +52,7 @@ class Plan(Row):
     """What makes one kernel differ from another.
 
     gradient: its word, or None. ROUND: to the arithmetic. shared: a stochastic slot draws from the stream itself.
-    by_rows: blocks do not cross the rows of a tensor, because a plane has words for several elements of one.
+    by_rows: blocks do not cross runs of WIDTH elements, because a plane has words for several elements of a row.
     rest: the way to what is not a whole block, MASKED or STRIDED.
     """
 
@@ -68,6 +70,17 @@ class Plan(Row):
     measured: bool = False
 
 
+@aggregate
+class Span:
+    """A program's block: its first element, and the end of those it may take. The number of its row, and where that
+    begins."""
+
+    begin: tl.tensor
+    end: tl.tensor
+    line: tl.tensor
+    start: tl.tensor
+
+
 @triton.jit
 def step(table, owners, shapes, constants, streams, scale, skip, sums, PLAN: tl.constexpr):
     """One step of all elements of all tensors.
@@ -78,40 +91,41 @@ def step(table, owners, shapes, constants, streams, scale, skip, sums, PLAN: tl.
     program = tl.program_id(0)
     owner = tl.load(owners + program).to(tl.int64)
     row = table + owner * PLAN.columns
-    begin, end = span(row, program, PLAN)
+    run = span(row, program, PLAN)
     if PLAN.skips:
-        end = tl.where(tl.load(skip) != 0, 0, end)
+        run = Span(run.begin, tl.where(tl.load(skip) != 0, 0, run.end), run.line, run.start)
     c = constants + tl.load(row + ROW) * PLAN.rule.columns
     out = sums + program.to(tl.int64) * 5
-    if (tl.load(row + ALIGNED) != 0) & (begin + BLOCK <= end):
-        block(row, begin, end, shapes, c, streams + owner, scale, out, PLAN, WHOLE)
+    if (tl.load(row + ALIGNED) != 0) & (run.begin + BLOCK <= run.end):
+        block(row, run, shapes, c, streams + owner, scale, out, PLAN, WHOLE)
     else:
-        block(row, begin, end, shapes, c, streams + owner, scale, out, PLAN, PLAN.rest)
+        block(row, run, shapes, c, streams + owner, scale, out, PLAN, PLAN.rest)
 
 
 @triton.jit
 def span(row, program, PLAN: tl.constexpr):
-    """(first element of a program's block, end of those it may take): of the tensor, or of one row of it."""
     index = program - tl.load(row + FIRST)
     if PLAN.by_rows:
         width = tl.load(row + WIDTH)
-        blocks = tl.cdiv(width, BLOCK)
-        start = index // blocks * width
-        return start + index % blocks * BLOCK, start + width
+        blocks = tl.cdiv(width, BLOCK).to(tl.uint32)
+        line = index.to(tl.uint32) // blocks  # a 64-bit division would be a call
+        start = line.to(tl.int64) * width
+        return Span(start + (index - line.to(tl.int64) * blocks) * BLOCK, start + width, line.to(tl.int64), start)
     else:
-        return index * BLOCK, tl.load(row + NUMEL)
+        return Span(index * BLOCK, tl.load(row + NUMEL), index, index)
 
 
 @triton.jit
-def block(row, begin, end, shapes, c, stream, scale, out, PLAN: tl.constexpr, WAY: tl.constexpr):
+def block(row, run, shapes, c, stream, scale, out, PLAN: tl.constexpr, WAY: tl.constexpr):
     """One block."""
+    begin = run.begin
     if PLAN.by_rows and WAY == WHOLE:
-        begin = begin // BLOCK * BLOCK  # it is: this says so
+        begin = begin // VECTOR * VECTOR  # it is: this says so
     at = begin + tl.arange(0, BLOCK)
-    mask = at < end
+    mask = at < run.end
     planes = ()
     for k in tl.static_range(len(PLAN.slots)):
-        planes = planes + (load(row, at, begin, end, shapes, PLAN.slots[k], WAY),)
+        planes = planes + (load(row, at, run, shapes, PLAN.slots[k], WAY),)
     g = ()
     if PLAN.gradient is not None:
         g = gradient(row, at, mask, shapes, scale, PLAN, WAY)
@@ -125,8 +139,9 @@ def block(row, begin, end, shapes, c, stream, scale, out, PLAN: tl.constexpr, WA
     for k in tl.static_range(len(PLAN.slots)):
         if PLAN.slots[k].written:
             random = random_bits(word, row, stream, begin, at, shapes, PLAN.slots[k], WAY)
-            codes = PLAN.slots[k].format.encode(numbers[k], random, mask, PLAN.slots[k].format)
-            store(row, at, begin, end, shapes, codes, PLAN.slots[k], WAY)
+            most = largest(numbers[k], mask, PLAN.slots[k].format)
+            codes = PLAN.slots[k].format.encode(numbers[k], random, most, PLAN.slots[k].format)
+            store(row, at, run, shapes, codes, PLAN.slots[k], WAY)
             if PLAN.measured and k == 0:
                 measure(out, mask, delta.x, planes[0], codes, PLAN.slots[0].format)
 
@@ -178,36 +193,39 @@ def random_words(row, base, begin, at, shapes, WAY: tl.constexpr):
 
 
 @triton.jit
-def load(row, at, begin, end, shapes, SLOT: tl.constexpr, WAY: tl.constexpr):
+def load(row, at, run, shapes, SLOT: tl.constexpr, WAY: tl.constexpr):
     """What a slot's planes hold, as its format reads it."""
     planes = ()
     for p in tl.static_range(len(SLOT.format.words)):
         if SLOT.format.per[p] == 1:
-            x = read(row, SLOT.first + p, at, at < end, shapes, SLOT.format.words[p], WAY)
+            x = read(row, SLOT.first + p, at, at < run.end, shapes, SLOT.format.words[p], WAY)
         else:
-            where, mask = shared(row, begin, end, SLOT.format.per[p])
+            where, mask = shared(row, run, SLOT.format.per[p])
             x = read(row, SLOT.first + p, where, mask, shapes, SLOT.format.words[p], MASKED)
         planes = planes + (x,)
     return planes
 
 
 @triton.jit
-def store(row, at, begin, end, shapes, codes, SLOT: tl.constexpr, WAY: tl.constexpr):
+def store(row, at, run, shapes, codes, SLOT: tl.constexpr, WAY: tl.constexpr):
     for p in tl.static_range(len(SLOT.format.words)):
         if SLOT.format.per[p] == 1:
-            write(row, SLOT.first + p, at, at < end, shapes, codes[p], SLOT.format.words[p], WAY)
+            write(row, SLOT.first + p, at, at < run.end, shapes, codes[p], SLOT.format.words[p], WAY)
         else:
-            where, mask = shared(row, begin, end, SLOT.format.per[p])
+            where, mask = shared(row, run, SLOT.format.per[p])
             write(row, SLOT.first + p, where, mask, shapes, codes[p], SLOT.format.words[p], MASKED)
 
 
 @triton.jit
-def shared(row, begin, end, PER: tl.constexpr):
+def shared(row, run, PER: tl.constexpr):
     """(offsets of a block's words in a plane with one for PER elements of a row, which of them there are)."""
-    width = tl.load(row + WIDTH)
-    lane = tl.arange(0, BLOCK // PER)
-    first = begin // width * tl.cdiv(width, PER) + begin % width // PER
-    return first + lane, begin + lane * PER < end
+    if PER == PER_ROW:
+        lane = tl.arange(0, 1)
+        return run.line + lane, lane == 0
+    else:
+        lane = tl.arange(0, BLOCK // PER)
+        first = run.line * tl.cdiv(tl.load(row + WIDTH), PER) + (run.begin - run.start) // PER
+        return first + lane, run.begin + lane * PER < run.end
 
 
 @triton.jit
