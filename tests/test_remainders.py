@@ -11,6 +11,7 @@ from oracle import SPECS, codes, ended, every, fractions, from_codes, half_ulp, 
 from torch import Tensor
 from words import FP32, TWO, form_of
 
+import collage
 from collage.accumulators import Register
 from collage.formats import FORMATS, Cut, Word, fitted, split
 
@@ -371,3 +372,23 @@ def test_new_planes_are_zero(name):
     """A scale of 0 is that of planes that nothing has been encoded in."""
     planes = [torch.zeros((2, 3), dtype=dtype) for dtype in FORMATS[name].dtypes[:2]]
     assert_same_bits("", FORMATS[name].value([*planes, torch.zeros(2, dtype=torch.uint8)]), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("backend", "steps"), [("cpu", 1000), ("reference", 20)])
+def test_collage_exact_is_a_float32_master_bit_for_bit(backend, steps):
+    """Many steps with given gradients: the same number as under bf16+fp32 with the same moments, hi its cast."""
+    master = collage.Strategy("bf16+fp32", "bf16", "bf16x2")
+    runs = []
+    for strategy in (collage.STRATEGIES["collage-exact"], master):
+        g = torch.Generator().manual_seed(0)
+        w = torch.nn.Parameter(torch.randn(40, 130, generator=g).bfloat16())
+        opt = collage.AdamW([("w", w)], lr=1e-3, weight_decay=0.1, strategy=strategy, backend=backend)
+        for _ in range(steps):
+            w.grad = (torch.randn(w.shape, generator=g) * torch.rand((), generator=g)).bfloat16()
+            opt.step()
+        runs.append((w, opt.theta(next(opt.parameters()))))
+    (w, exact), (other, masters) = runs
+    value = FORMATS["bf16+int16"].value(exact)
+    assert_same_bits("value", value, masters[1])
+    tie = (codes(value) & 0xFFFF) == 0x8000  # where hi is rounded up in magnitude, and a cast to even
+    assert_same_bits("hi", w.detach()[~tie], other.detach()[~tie])
