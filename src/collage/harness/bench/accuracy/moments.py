@@ -60,6 +60,7 @@ class Gradients:
         size[:, ::EVERY] *= outlier
         self.noise = noise * size
         self.fixed = fixed * size * normal.sign() * 10.0 ** -torch.rand(SHAPE, generator=self.rng)
+        self.fixed[1::2] = -self.fixed[::2]  # torchao's codes are not symmetric
 
     def draw(self, scale: float) -> Tensor:
         """[rows, columns] float32, numbers that bfloat16 has."""
