@@ -20,7 +20,7 @@ from collage.strategies import ALIASES, STRATEGIES
 USE_WHEN = {
     "bf16": "a baseline: it loses updates below half an ulp",
     "collage-light": "beta2 is 0.95 or less; the smallest that keeps theta whole",
-    "collage-plus": "default: fp32 quality; can lose increments below 2**-17 theta",
+    "collage-plus": "default: fp32 quality; loses increments below 2**-17 theta",
     "collage-plus-sr": "tiny learning rates, weight decay or long averages: no floor",
     "paper-bf16": "reproducing the paper's option A",
     "paper-light": "reproducing the paper's option B",
