@@ -75,7 +75,7 @@ struct Encode final : Operation {
     each_stage(*this, t, first_block, end_block, [&](const Piece& piece) {
       Buffer x;
       read(piece, x);
-      most = std::max(most, largest_of(x, 0, padded(piece.count)));
+      most = std::max(most, largest_of(x, padded(piece.count)));
     });
     return most;
   }

@@ -33,6 +33,9 @@ typedef int32_t Mask __attribute__((vector_size(4 * W)));  // 0 or -1
 typedef double F64 __attribute__((vector_size(4 * W)));   // of half as many numbers
 
 typedef uint16_t U16 __attribute__((vector_size(2 * W)));
+typedef int16_t I16 __attribute__((vector_size(2 * W)));
+typedef uint8_t Bytes __attribute__((vector_size(2 * W)));
+typedef int16_t Words __attribute__((vector_size(4 * W)));  // of 2 W consecutive elements
 
 template <class V>
 inline V load(const void* p) {
@@ -106,6 +109,52 @@ inline U32 min_unsigned(U32 a, U32 b) {
 #endif
 }
 
+// Of numbers. Where one is NaN, b.
+inline F32 larger(F32 a, F32 b) {
+#if defined(__AVX512BW__)
+  return (F32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline F32 smaller(F32 a, F32 b) {
+#if defined(__AVX512BW__)
+  return (F32)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F32)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// W words of 16 bits in memory, as lanes: with and without a sign, and back.
+inline Mask wide_words(const void* p) {
+#if defined(__AVX512BW__)
+  return (Mask)_mm512_cvtepu16_epi32(load<__m256i>(p));
+#else
+  return (Mask)__builtin_convertvector(load<U16>(p), U32);
+#endif
+}
+
+inline Mask signed_words(const void* p) {
+#if defined(__AVX512BW__)
+  return (Mask)_mm512_cvtepi16_epi32(load<__m256i>(p));
+#else
+  return __builtin_convertvector(load<I16>(p), Mask);
+#endif
+}
+
+inline void save_words(void* p, U32 x) {
+#if defined(__AVX512BW__)
+  save(p, _mm512_cvtepi32_epi16((__m512i)x));
+#else
+  save(p, __builtin_convertvector(x, U16));
+#endif
+}
+
 // To nearest even, of 0 <= x <= 2^24.
 inline Mask nearest(F32 x) {
 #if defined(__AVX512BW__)
@@ -159,20 +208,12 @@ inline F32 keep(Mask m, F32 x) { return (F32)((Mask)x & m); }  // +0 elsewhere
 inline F32 magnitude(F32 x) { return (F32)((U32)x & 0x7FFFFFFF); }
 inline F32 converted(Mask x) { return __builtin_convertvector(x, F32); }
 inline Mask larger(Mask a, Mask b) { return a > b ? a : b; }
+inline U32 larger(U32 a, U32 b) { return a > b ? a : b; }
 inline Mask larger(Mask a, int b) { return larger(a, Mask{} + b); }
 inline Mask smaller(Mask a, int b) { return a < b ? a : Mask{} + b; }
 
-// W words of 16 bits in memory, as the low halves of lanes.
-inline U32 wide_words(const void* p) { return __builtin_convertvector(load<U16>(p), U32); }
-inline void save_words(void* p, U32 x) { save(p, __builtin_convertvector(x, U16)); }
 
 constexpr float power(int exponent) { return exponent < 0 ? power(exponent + 1) / 2 : exponent ? power(exponent - 1) * 2 : 1; }
-
-inline uint32_t largest_of(Mask x) {
-  int32_t most = x[0];
-  for (int k = 1; k < W; ++k) most = std::max(most, x[k]);
-  return most;
-}
 
 }  // namespace
 }  // namespace collage
