@@ -173,9 +173,11 @@ def test_bf16_is_torchs_fused_adamw_up_to_ulps(record_property):
 
 
 def test_every_format_of_every_slot_is_tested():
-    """The strategies above use each format of the table but those of float16, and three components: test_formats."""
+    """The strategies above use each format of the table but these: test_formats, test_remainders, test_blocks."""
     used = {f for s in STRATEGIES.values() for f in s.formats()}
-    assert FORMATS.keys() - used == {"fp16", "fp16:sr", "fp16x2:sr", "fp16+fp32", "bf16x3", "bf16x3:sr"}
+    floats = {"fp16", "fp16:sr", "fp16x2:sr", "fp16+fp32", "bf16x3", "bf16x3:sr"}
+    words = {"bf16+int8", "fp16+int8", "fp16+int8:sr", "e4m3+int8", "e4m3+int8:sr", "e4m3+int16", "e4m3+int16:sr"}
+    assert FORMATS.keys() - used == floats | words | {"int8/128", "uint8/128"}
 
 
 def test_fp16_weights():

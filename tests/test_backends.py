@@ -70,11 +70,17 @@ def device_of(backend: Any) -> str:
 
 
 def assert_same(backend: Any, case: Case, rows: Sequence[Row], **settings: Any) -> None:
-    """One step of the reference and of the kernels under test leave the same planes and sums."""
-    ours, theirs = [copy_of(row, device_of(backend)) for row in rows], [copy_of(row) for row in rows]
+    """One step of the reference and of the kernels under test leave the same planes and sums.
+
+    Steps that are not measured may have loops of their own; in Triton's interpreter, which is slow, they have not.
+    """
+    theirs = [copy_of(row) for row in rows]
     reference.step(batch_of(case, theirs, **settings))
-    backend.step(batch_of(case, ours, **settings))
-    assert_same_rows(ours, theirs)
+    for measured in (True, False) if backend is cpu or not backends.interpreted() else (True,):
+        ours = [copy_of(row, device_of(backend)) for row in rows]
+        ours = ours if measured else [row._replace(sums=None) for row in ours]
+        backend.step(batch_of(case, ours, **settings))
+        assert_same_rows(ours, theirs)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -214,11 +220,9 @@ def test_decoding_and_encoding(name, kernels):
 
 
 def test_encoding_in_the_reference_is_what_a_format_does():
-    x = numbers("normal", 3000, 0)
+    x = numbers("normal", 3000, 0).view(3, 1000)
     for name, fmt in FORMATS.items():
-        planes = [torch.empty(3000, dtype=dtype) for dtype in fmt.dtypes]
-        reference.encode(name, [x], [planes])
-        for plane, wanted in zip(planes, split(fmt, x), strict=True):
+        for plane, wanted in zip(encoded(name, x), split(fmt, x), strict=True):
             assert_same_bits(name, plane, wanted)
 
 
