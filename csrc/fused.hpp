@@ -34,7 +34,7 @@ struct InLoop<F, std::void_t<typename F::OfBlock>> : F::OfBlock {};
 // One half of a chunk once it is computed.
 template <class... F>
 struct Half {
-  F32 whole{};
+  F32 whole = -F32{};  // what adds nothing
   std::tuple<Lanes<F::words>...> fresh;
 };
 
@@ -62,7 +62,7 @@ struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
         float* const at[] = {held[K] + i - first...};
         Half<F...> even = compute<0, true>(piece, i, constants, words, slots, at);
         Half<F...> odd = compute<1, true>(piece, i, constants, words, slots, at);
-        if (__builtin_expect(!all(finite(even.whole + odd.whole)), false)) {
+        if (__builtin_expect(!all_finite(even.whole + odd.whole), false)) {
           if (!blocked) return i;
           even = compute<0, false>(piece, i, constants, words, slots, at);
           odd = compute<1, false>(piece, i, constants, words, slots, at);
