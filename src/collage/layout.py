@@ -94,9 +94,9 @@ def aligned(formats: Sequence[Layout], planes: Sequence[Planes], others: Planes,
             tensor.data.copy_(seen.view(tensor.shape))
 
 
-def pieces(planes: Planes) -> Iterator[Planes]:
-    """Views of some million elements each, so that no temporary is as large as a parameter."""
+def pieces(planes: Planes, size: int = PIECE) -> Iterator[Planes]:
+    """Views of so many elements each, so that no temporary is as large as a parameter."""
     if all(plane.is_contiguous() for plane in planes):
         planes = [plane.view(-1) for plane in planes]
-    rows = max(1, PIECE * len(planes[0]) // max(1, planes[0].numel()))
+    rows = max(1, size * len(planes[0]) // max(1, planes[0].numel()))
     return zip(*(torch.split(plane, rows) for plane in planes), strict=True)

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from collage.backends import Backend, choose
-from collage.formats import Format, format_of
-from collage.layout import Plane, Planes, pieces, zeros
+from collage.formats import format_of
+from collage.layout import Plane, Planes, pieces
 from collage.optimizers.memory import in_memory
 from collage.optimizers.parameters import State, dtype_of, name_of
 from collage.rules import Rule
 from collage.sharding import cut_rows, in_rows, local
 from collage.strategies import Strategy
+
+SMALL = 1 << 16  # elements: temporaries of some megabytes, between states that stay, would leave holes in memory
 
 
 class Kept(NamedTuple):
@@ -63,21 +65,17 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     """Fill an empty state: step 0 (on the parameter's device, if capturable), theta as it is, every other number 0."""
     fresh: State = {"step": torch.zeros((), dtype=torch.int64, device=param.device if capturable else "cpu")}
     own = kept(rule, strategy)
-    every = [plane for name in own.formats for plane in _zeros(format_of(name), param.detach())]
-    fresh |= dict(zip(own.keys, every[1:], strict=True))
+    fresh |= {key: _zeros(plane, param.detach()) for key, plane in zip(own.keys, own.planes[1:], strict=True)}
     resync(rule, strategy, param, fresh)
     state |= fresh
 
 
-def _zeros(fmt: Format, param: Tensor) -> list[Any]:
-    """Planes that hold 0 for every element of a parameter, placed as it is."""
-    planes = zip(fmt.planes, zeros(fmt, local(param)), strict=True)
-    return [
-        torch.zeros_like(param, dtype=plane.dtype, requires_grad=False)
-        if plane.per == 1
-        else in_rows(own, plane.shape(param.shape), param)
-        for plane, own in planes
-    ]
+def _zeros(plane: Plane, param: Tensor) -> Any:
+    """A plane of zeros for a parameter, placed as it is."""
+    if plane.per == 1:
+        return torch.zeros_like(param, dtype=plane.dtype, requires_grad=False)
+    part = local(param)
+    return in_rows(part.new_zeros(plane.shape(part.shape), dtype=plane.dtype), plane.shape(param.shape), param)
 
 
 def cut(rule: Rule, strategy: Strategy, param: Tensor) -> str:
@@ -105,7 +103,7 @@ def complete(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> Non
         fmt = format_of(name)
         keys = [slot.prefix + plane.suffix for plane in fmt.planes]
         if slot.prefix in OPTIONAL and not state.keys() & set(keys):
-            state.update(zip(keys, _zeros(fmt, param.detach()), strict=True))
+            state.update((key, _zeros(plane, param.detach())) for key, plane in zip(keys, fmt.planes, strict=True))
     for key in [key for key in state if key.startswith(OPTIONAL) and not key.startswith(rule.prefixes)]:
         del state[key]
 
@@ -142,7 +140,7 @@ def cast(rule: Rule, strategy: Strategy, param: Tensor, state: State, capturable
 def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> int:
     """Derive theta's other planes from the parameter as it is now. Returns how many elements that changed."""
     theta, changed = theta_of(rule, strategy, param, state), 0
-    for planes in pieces(theta) if len(theta) > 1 else ():
+    for planes in pieces(theta, SMALL) if len(theta) > 1 else ():
         before = [plane.clone() for plane in planes[1:]]
         visible = torch.empty_like(planes[0])  # written to instead of the parameter, which has it already
         backend_of(planes).encode(strategy.param, [planes[0].float()], [[visible, *planes[1:]]])
