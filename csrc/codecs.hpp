@@ -17,15 +17,23 @@ struct Codec {
   void (*encode_parts)(PlanesAt, int count, const Parted& parts, const uint32_t* random);
   void (*measure)(const Parted& old, const Parted& fresh, const Buffer& delta, int count, int at, Sums&);
   int64_t (*broken)(PlanesAt, int count);
+  uint8_t (*scale_of)(uint32_t largest);  // of a whole row, in the last plane, which `encode` is given; or null
 };
 
 template <class F>
 using NumberOf = decltype(F::number(Lanes<F::lanes>{}));
 
+template <class F>
+constexpr bool is_expanded = !std::is_same_v<NumberOf<F>, Register<F32>>;
+
+// Of the components, each in float64, the last one first; or of the number, where it is one register.
 template <class F, int part>
 inline F64 difference(const Lanes<F::lanes>& from, const Lanes<F::lanes>& to) {
   F64 sum{};
-  for (int p = F::lanes - 1; p >= F::component; --p) sum += wide<part>(to.x[p]) - wide<part>(from.x[p]);
+  if constexpr (is_expanded<F>)
+    for (int p = F::lanes - 1; p >= 0; --p) sum += wide<part>(to.x[p]) - wide<part>(from.x[p]);
+  else
+    sum += wide<part>(F::number(to).x) - wide<part>(F::number(from).x);
   return sum;
 }
 
@@ -35,11 +43,10 @@ void measure(const Parted& old, const Parted& fresh, const Buffer& intended, int
   for (int i = 0; i < padded(count); i += W) {
     const auto from = lanes_at<F>(old, i), to = lanes_at<F>(fresh, i);
     const F32 delta = load<F32>(intended + i);
-    Mask moved{};
-    for (int p = 0; p < F::words; ++p) moved |= from.x[p] != to.x[p];
-    sums.count(delta != F32{}, moved);
-    sums.add(at + i, wide<0>(delta), difference<F, 0>(from, to), wide<0>(to.x[0]) - wide<0>(from.x[0]));
-    sums.add(at + i + W / 2, wide<1>(delta), difference<F, 1>(from, to), wide<1>(to.x[0]) - wide<1>(from.x[0]));
+    const F32 was = F::visible(from), is = F::visible(to);
+    sums.count(delta != F32{}, F::moved(from, to));
+    sums.add(at + i, wide<0>(delta), difference<F, 0>(from, to), wide<0>(is) - wide<0>(was));
+    sums.add(at + i + W / 2, wide<1>(delta), difference<F, 1>(from, to), wide<1>(is) - wide<1>(was));
   }
 }
 
@@ -57,11 +64,10 @@ int64_t broken(PlanesAt planes, int count) {
 
 template <class F>
 constexpr Codec codec_of() {
-  using Number = NumberOf<F>;
-  constexpr bool expanded = !std::is_same_v<Number, Register<F32>>;
-  Codec codec{&F::format, F::kind, expanded, F::values, F::decode, F::template encode<Register<F32>>, nullptr,
-              measure<F>, broken<F>};
-  if constexpr (expanded) codec.encode_parts = F::template encode<Expanded<typename F::Component, 2>>;
+  Codec codec{&F::format, F::kind, is_expanded<F>, F::values, F::decode, F::template encode<Register<F32>>, nullptr,
+              measure<F>, broken<F>, nullptr};
+  if constexpr (has_rows(F::format)) codec.scale_of = F::scale_of;
+  if constexpr (is_expanded<F>) codec.encode_parts = F::template encode<Expanded<typename F::Component, 2>>;
   return codec;
 }
 

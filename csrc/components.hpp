@@ -21,9 +21,9 @@ struct Name {
   char text[16]{};
 
   constexpr Name(const char* from) { append(from); }
-  constexpr Name operator+(const char* from) const {
+  constexpr Name operator+(const Name& other) const {
     Name both = *this;
-    both.append(from);
+    both.append(other.text);
     return both;
   }
 
@@ -108,7 +108,7 @@ struct BF16 {
 
 struct FP16 {
   static constexpr Name name{"fp16"};
-  static constexpr int BYTES = 2;
+  static constexpr int BYTES = 2, SIGNIFICAND = 10, EMIN = -14, MAX_CODE = 0x7BFF, INF_CODE = 0x7C00, NAN_CODE = 0x7E00;
   static constexpr float ULP = 0x1p-10f, LEAST_NORMAL = 0x1p-14f, LEAST = 0x1p-24f;
 
 #ifdef COLLAGE_HALVES
@@ -182,7 +182,64 @@ struct FP16 {
   }
 };
 
+template <int step>
+constexpr int turned(int k) {
+  return (k + step) % W;
+}
+
+template <int step = W / 2>
+inline uint32_t largest_of(U32 x) {
+  if constexpr (step == 0)
+    return x[0];
+  else
+    return largest_of<step / 2>(larger(x, COLLAGE_SHUFFLE(x, x, turned<step>)));
+}
+
 #undef COLLAGE_SHUFFLE
+
+// Integers, in the bits of a lane.
+template <class T>
+struct Integer {
+  static constexpr bool SIGNED = T(-1) < T(0);
+  static_assert(SIGNED || sizeof(T) == 1);
+  static constexpr Name name{sizeof(T) == 2 ? "int16" : SIGNED ? "int8" : "uint8"};
+  static constexpr int BYTES = sizeof(T);
+
+  template <int half>
+  static F32 read(const char* plane, int64_t i) {
+    const Mask pairs = BYTES == 2 ? load<Mask>(plane + 2 * i) : SIGNED ? signed_words(plane + i) : wide_words(plane + i);
+    constexpr int bits = 8 * BYTES, above = 32 - bits;
+    if constexpr (half) return (F32)(pairs >> bits);
+    return SIGNED ? (F32)((pairs << above) >> above) : (F32)(pairs & 0xFF);
+  }
+
+  static void write(char* plane, int64_t i, F32 even, F32 odd) {
+    if constexpr (BYTES == 2)
+      save(plane + 2 * i, blend_high((U32)even, (U32)odd << 16));
+    else
+      save_words(plane + i, ((U32)even & 0xFF) | ((U32)odd << 8));
+  }
+
+  // The high halves of `even` and `odd`, with the signs of two numbers.
+  static void write_high(char* plane, int64_t i, Mask even, Mask odd, F32 even_sign, F32 odd_sign) {
+    Words k = (Words)blend_high((U32)even >> 16, (U32)odd);
+    if constexpr (SIGNED) {
+      const Words sign = (Words)blend_high((U32)even_sign >> 16, (U32)odd_sign) >> 15;
+      k = (k ^ sign) - sign;
+    }
+    save(plane + i, __builtin_convertvector(k, Bytes));
+  }
+
+  // Whether some of so many elements, in whole chunks, are that.
+  static bool any(const char* plane, int count, T value) {
+    Bytes found{};
+    for (int i = 0; i < count; i += LANES) found |= (Bytes)(load<Bytes>(plane + i) == uint8_t(value));
+    uint64_t words[sizeof found / 8], some = 0;
+    std::memcpy(words, &found, sizeof found);
+    for (uint64_t word : words) some |= word;
+    return some;
+  }
+};
 
 }  // namespace
 }  // namespace collage

@@ -96,7 +96,7 @@ inline void hold(const Paper& number, Parted& x, int i) {
 template <class Own, class Places, class... C>
 struct ElementwiseIn;
 
-// `Own` has, for W elements: number, codes and whole. Its planes hold the component types C.
+// `Own` has, for W elements: number, codes, whole and broken. Its planes hold the component types C.
 template <class Own, class... C>
 using Elementwise = ElementwiseIn<Own, std::index_sequence_for<C...>, C...>;
 
@@ -113,6 +113,9 @@ struct ElementwiseIn<Own, std::index_sequence<P...>, C...> {
   static void write(PlanesAt planes, int i, const Every& even, const Every& odd) {
     (C::write(planes[P], i, even.x[P], odd.x[P]), ...);
   }
+
+  static F32 visible(const Every& x) { return x.x[0]; }
+  static Mask moved(const Every& from, const Every& to) { return ((from.x[P] != to.x[P]) | ...); }
 
   // What rules read.
   static void values(PlanesAt planes, int count, Buffer& x) {
@@ -157,22 +160,6 @@ struct ElementwiseIn<Own, std::index_sequence<P...>, C...> {
       fn(i, i, std::integral_constant<int, 0>{});
       fn(i, i + W, std::integral_constant<int, 1>{});
     }
-  }
-};
-
-// `Own` has words shared by the elements of a block, of which STAGE is a multiple, and so its own decode_blocks and encode:
-// they are given whole blocks, `count` elements in all, whose numbers lie in the buffers at `place_of`.
-template <class Own>
-struct Blockwise {
-  static void decode(PlanesAt planes, int count, Parted& x) {
-    Own::decode_blocks(planes, count, x);
-    for (int p = 0; p < Own::lanes; ++p) clear_padding(x[p], count);
-  }
-
-  static void values(PlanesAt planes, int count, Buffer& x) {
-    Parted decoded;
-    decode(planes, count, decoded);
-    for (int i = 0; i < padded(count); i += W) save(x + i, Own::number(lanes_at<Own>(decoded, i)).value());
   }
 };
 

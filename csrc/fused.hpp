@@ -10,14 +10,32 @@ namespace {
 
 constexpr int AHEAD = 512;  // elements between what is computed and what is fetched
 
-// Carries out the step of a piece's elements. Returns how many it has done before a chunk that is not finite.
+// Carries out the step of a piece's elements. Returns how many it has done before some that are not finite or not usual.
 using Fused = int (*)(const Piece&, const float* row, const uint32_t* words);
+
+// What the loop knows of a slot: nothing where every plane has a word per element, so that they are written at once. Those
+// of a block are held until its scale is known.
+template <class F, class = void>
+struct InLoop {
+  static constexpr int block = BLOCK;
+
+  static bool fits(PlanesAt, int, int) { return true; }
+  void begin(PlanesAt, int) {}
+
+  template <int half>
+  auto read(PlanesAt planes, int i) const {
+    return F::number(F::template read<half>(planes, i));
+  }
+};
+
+template <class F>
+struct InLoop<F, std::void_t<typename F::OfBlock>> : F::OfBlock {};
 
 // One half of a chunk once it is computed.
 template <class... F>
 struct Half {
-  F32 whole;
-  std::tuple<Lanes<F::lanes>...> fresh;
+  F32 whole{};
+  std::tuple<Lanes<F::words>...> fresh;
 };
 
 template <class Rule, class Gradient, class Slots, class... F>
@@ -26,36 +44,75 @@ struct FusedLoop;
 template <class Rule, class Gradient, size_t... K, class... F>
 struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
   using Constants = typename Rule::template Constants<F32>;
-  static constexpr bool random = (F::format.stochastic || ...);
+  using Slots = std::tuple<InLoop<F>...>;
+  static constexpr bool random = (F::format.stochastic || ...), blocked = (in_blocks<F> || ...);
+  static constexpr int block = std::min({InLoop<F>::block...});
 
   FLATTEN static int run(const Piece& piece, const float* row, const uint32_t* words) {
     const Constants constants{Row<F32>(row)};
-    for (int i = 0; i < piece.count; i += LANES) {
-      (fetch(piece.planes[K], i + AHEAD, F::format), ...);
-      fetch(piece.gradient, i + AHEAD, Gradient::BYTES);
-      const Half<F...> even = compute<0>(piece, i, constants, words), odd = compute<1>(piece, i, constants, words);
-      if (__builtin_expect(!all(finite(even.whole + odd.whole)), false)) return i;
-      (F::write(piece.planes[K], i, std::get<K>(even.fresh), std::get<K>(odd.fresh)), ...);
+    alignas(64) float held[sizeof...(F)][block];
+    for (int first = 0; first < piece.count; first += block) {
+      const int end = padded(std::min(piece.count, first + block));
+      if (!(InLoop<F>::fits(piece.planes[K], first, end) && ...)) return first;
+      Slots slots;
+      (std::get<K>(slots).begin(piece.planes[K], first), ...);
+      for (int i = first; i < end; i += LANES) {
+        (fetch(piece.planes[K], i + AHEAD, F::format), ...);
+        fetch(piece.gradient, i + AHEAD, Gradient::BYTES);
+        float* const at[] = {held[K] + i - first...};
+        Half<F...> even = compute<0, true>(piece, i, constants, words, slots, at);
+        Half<F...> odd = compute<1, true>(piece, i, constants, words, slots, at);
+        if (__builtin_expect(!all(finite(even.whole + odd.whole)), false)) {
+          if (!blocked) return i;
+          even = compute<0, false>(piece, i, constants, words, slots, at);
+          odd = compute<1, false>(piece, i, constants, words, slots, at);
+        }
+        (write<F>(piece.planes[K], i, std::get<K>(even.fresh), std::get<K>(odd.fresh)), ...);
+      }
+      (finish<F, K>(std::get<K>(slots), piece.planes[K], first, end, held[K], words), ...);
     }
     return piece.count;
   }
 
  private:
-  template <int half>
-  static Half<F...> compute(const Piece& piece, int i, const Constants& constants, const uint32_t* words) {
+  template <int half, bool is_finite>
+  static Half<F...> compute(const Piece& piece, int i, const Constants& constants, const uint32_t* words, Slots& slots,
+                            float* const* held) {
     const U32 word = random ? load<U32>(words + i + half * W) : U32{};
     Half<F...> result;
     const auto then = [&](F32, auto... numbers) {
-      result.whole = (F::whole(numbers) + ...);
-      result.fresh = {F::codes(numbers, bits_of(word, int(K)), Finite<true>{})...};
+      const auto each = [&](auto slot, const auto& number) {
+        constexpr int k = slot();
+        using Own = std::tuple_element_t<k, std::tuple<F...>>;
+        if constexpr (in_blocks<Own>) {
+          std::get<k>(slots).count(number.x);
+          save(held[k] + half * W, number.x);
+        } else {
+          result.whole += Own::whole(number);
+          std::get<k>(result.fresh) = Own::codes(number, bits_of(word, k), Finite<is_finite>{});
+        }
+      };
+      (each(std::integral_constant<int, int(K)>{}, numbers), ...);
     };
     Rule::update(Gradient::template read<half>(piece.gradient, i), constants, then,
-                 F::number(F::template read<half>(piece.planes[K], i))...);
+                 std::get<K>(slots).template read<half>(piece.planes[K], i)...);
     return result;
   }
 
+  template <class Own>
+  static void write(PlanesAt planes, int i, const Lanes<Own::words>& even, const Lanes<Own::words>& odd) {
+    if constexpr (!in_blocks<Own>) Own::write(planes, i, even, odd);
+  }
+
+  template <class Own, int k>
+  static void finish(const InLoop<Own>& slot, PlanesAt planes, int first, int end, const float* x, const uint32_t* words) {
+    if constexpr (in_blocks<Own>)
+      slot.finish(planes, first, end, x, [&](int at) { return bits_of(load<U32>(words + at), k); });
+  }
+
   static void fetch(PlanesAt planes, int i, const Format& format) {
-    for (int p = 0; p < format.count; ++p) fetch(planes[p], i, format.planes[p].bytes);
+    for (int p = 0; p < format.count; ++p)
+      if (format.planes[p].per == 1) fetch(planes[p], i, format.planes[p].bytes);
   }
 
   static void fetch(const char* plane, int i, int bytes) {
@@ -83,6 +140,8 @@ using Bf16Sr = Single<BF16, true>;
 using Bf16x2 = Expansion<BF16>;
 using Bf16x2Sr = Expansion<BF16, 2, true>;
 using Fp32 = Single<FP32>;
+using Int8Sr = Companded<Int8, true>;
+using UInt8Sr = Companded<Integer<uint8_t>, true>;
 
 using FusedRows = List<                                                            //
     Bf16Row<AdamW, Bf16, Bf16, Bf16>,                                              // bf16
@@ -93,7 +152,11 @@ using FusedRows = List<                                                         
     Bf16Row<AdamW, Bf16Sr, Bf16Sr, Bf16Sr>,                                        // stochastic
     Bf16Row<AdamW, Bf16, Fp32, Fp32>, Bf16Row<AdamW, Master<BF16>, Fp32, Fp32>,    // fp32-states, fp32-master
     FusedRow<AdamW, FP32, Fp32, Fp32, Fp32>,                                       // fp32
-    FusedRow<AdamW, FP16, Expansion<FP16>, Bf16, Bf16>>;                           // collage-fp16
+    FusedRow<AdamW, FP16, Expansion<FP16>, Bf16, Bf16>,                            // collage-fp16
+    Bf16Row<AdamW, Cut<Int16>, Bf16, Bf16x2>,                                      // collage-exact
+    Bf16Row<AdamW, Cut<Int16>, Bf16Sr, Bf16Sr>,                                    // collage-exact-lean
+    Bf16Row<AdamW, Bf16x2Sr, Int8Sr, UInt8Sr>,                                     // collage-8bit-plus
+    Bf16Row<AdamW, Cut<Int8, true>, Int8Sr, UInt8Sr>>;                             // collage-8bit
 
 template <class... Rows>
 Fused fused_of(const Request& request, List<Rows...>) {

@@ -28,6 +28,8 @@ Kernel* make(const Request& r) {
   if (is("encode", 1) && gradient) return new Encode(codecs, gradient, {r.salts[0], r.parts[0]});
   if (is("broken", 1)) return new Broken(codecs);
   if (is("stream", r.slots)) return new Stream(codecs, r.slots, gradient);
+  for (int s = 0; s < r.slots; ++s)
+    if (has_rows(*codecs[s]->format)) return nullptr;  // their scale is known once a whole row is
   return step_of(r, codecs, gradient, Rules{});
 }
 

@@ -23,6 +23,8 @@ struct Format {
   Plane planes[MAX_PLANES];
 };
 
+constexpr bool has_rows(const Format& format) { return format.planes[format.count - 1].per == PER_ROW; }
+
 // What is to be done to the slots of many tensors: a rule's step, or one of the operations beside it.
 struct Request {
   const char* operation;  // the name of a rule; decode, encode, broken, stream

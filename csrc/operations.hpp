@@ -41,7 +41,7 @@ struct Decode final : Operation {
   }
 };
 
-// Slot 0 is made of the gradient, which is float32.
+// Slot 0 is made of the gradient, which is float32. Where a row has a scale it belongs to whom its first block does.
 struct Encode final : Operation {
   Encode(const Codec* const (&codecs)[MAX_SLOTS], const Codec* gradient_codec, RandomBits random)
       : Operation(codecs, 1, gradient_codec), random_(random) {
@@ -49,10 +49,20 @@ struct Encode final : Operation {
   }
 
   int64_t run(const Tensor& t, int64_t first_block, int64_t end_block) const override {
+    if (!codec_->scale_of) return encode(t, first_block, end_block);
+    const int64_t in_row = blocks_in_row(t.columns);
+    for (int64_t row = (first_block + in_row - 1) / in_row; row * in_row < end_block; ++row) {
+      t.planes[0][formats[0]->count - 1][row] = char(codec_->scale_of(largest(t, row * in_row, (row + 1) * in_row)));
+      encode(t, row * in_row, (row + 1) * in_row);
+    }
+    return 0;
+  }
+
+ private:
+  int64_t encode(const Tensor& t, int64_t first_block, int64_t end_block) const {
     each_stage(*this, t, first_block, end_block, [&](const Piece& piece) {
       Parted x;
-      char* const at[] = {const_cast<char*>(piece.gradient)};
-      codec<Single<FP32>>.values(at, piece.count, x[0]);
+      read(piece, x[0]);
       Noise noise(t, piece);
       codec_->encode(piece.planes[0], piece.count, x,
                      random_.given(*codec_->format) ? noise.bits(random_.salt, random_.part) : nullptr);
@@ -60,7 +70,21 @@ struct Encode final : Operation {
     return 0;
   }
 
- private:
+  uint32_t largest(const Tensor& t, int64_t first_block, int64_t end_block) const {
+    uint32_t most = 0;
+    each_stage(*this, t, first_block, end_block, [&](const Piece& piece) {
+      Buffer x;
+      read(piece, x);
+      most = std::max(most, largest_of(x, padded(piece.count)));
+    });
+    return most;
+  }
+
+  static void read(const Piece& piece, Buffer& x) {
+    char* const at[] = {const_cast<char*>(piece.gradient)};
+    codec<Single<FP32>>.values(at, piece.count, x);
+  }
+
   RandomBits random_;
 };
 

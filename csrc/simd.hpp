@@ -3,6 +3,7 @@
 // Two vectors hold 2 W consecutive elements, those at even and those at odd places: a bfloat16 is the high half of a
 // float32, so one shift and one mask unpack a word of two, and no lane ever has to move.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #if defined(__SSE2__)
@@ -30,6 +31,11 @@ typedef float F32 __attribute__((vector_size(4 * W)));
 typedef uint32_t U32 __attribute__((vector_size(4 * W)));
 typedef int32_t Mask __attribute__((vector_size(4 * W)));  // 0 or -1
 typedef double F64 __attribute__((vector_size(4 * W)));   // of half as many numbers
+
+typedef uint16_t U16 __attribute__((vector_size(2 * W)));
+typedef int16_t I16 __attribute__((vector_size(2 * W)));
+typedef uint8_t Bytes __attribute__((vector_size(2 * W)));
+typedef int16_t Words __attribute__((vector_size(4 * W)));  // of 2 W consecutive elements
 
 template <class V>
 inline V load(const void* p) {
@@ -65,7 +71,7 @@ inline U32 blend_high(U32 a, U32 b) {
 #elif defined(__AVX2__)
   return (U32)_mm256_blend_epi16((__m256i)a, (__m256i)b, 0xAA);
 #else
-  return a | (b & 0xFFFF0000);
+  return (a & 0xFFFF) | (b & 0xFFFF0000);
 #endif
 }
 
@@ -103,10 +109,66 @@ inline U32 min_unsigned(U32 a, U32 b) {
 #endif
 }
 
+// Of numbers. Where one is NaN, b.
+inline F32 larger(F32 a, F32 b) {
+#if defined(__AVX512BW__)
+  return (F32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline F32 smaller(F32 a, F32 b) {
+#if defined(__AVX512BW__)
+  return (F32)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F32)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// W words of 16 bits in memory, as lanes: with and without a sign, and back.
+inline Mask wide_words(const void* p) {
+#if defined(__AVX512BW__)
+  return (Mask)_mm512_cvtepu16_epi32(load<__m256i>(p));
+#else
+  return (Mask)__builtin_convertvector(load<U16>(p), U32);
+#endif
+}
+
+inline Mask signed_words(const void* p) {
+#if defined(__AVX512BW__)
+  return (Mask)_mm512_cvtepi16_epi32(load<__m256i>(p));
+#else
+  return __builtin_convertvector(load<I16>(p), Mask);
+#endif
+}
+
+inline void save_words(void* p, U32 x) {
+#if defined(__AVX512BW__)
+  save(p, _mm512_cvtepi32_epi16((__m512i)x));
+#else
+  save(p, __builtin_convertvector(x, U16));
+#endif
+}
+
+// To nearest even, of 0 <= x <= 2^24.
+inline Mask nearest(F32 x) {
+#if defined(__AVX512BW__)
+  return (Mask)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+  return (Mask)_mm256_cvtps_epi32((__m256)x);
+#else
+  return __builtin_convertvector(x < 0x1p23f ? (x + 0x1p23f) - 0x1p23f : x, Mask);
+#endif
+}
+
 // float16 codes of W numbers, converted by the processor: exactly, or to nearest, whatever its modes.
 #if defined(__F16C__) || defined(__AVX512F__)
 #define COLLAGE_HALVES
-typedef uint16_t U16 __attribute__((vector_size(2 * W)));
 
 inline F32 from_halves(U16 codes) {
 #if defined(__AVX512BW__)
@@ -144,6 +206,14 @@ inline F32 splat(float x) { return F32{} + x; }
 inline Mask finite(F32 x) { return x - x == F32{}; }
 inline F32 keep(Mask m, F32 x) { return (F32)((Mask)x & m); }  // +0 elsewhere
 inline F32 magnitude(F32 x) { return (F32)((U32)x & 0x7FFFFFFF); }
+inline F32 converted(Mask x) { return __builtin_convertvector(x, F32); }
+inline Mask larger(Mask a, Mask b) { return a > b ? a : b; }
+inline U32 larger(U32 a, U32 b) { return a > b ? a : b; }
+inline Mask larger(Mask a, int b) { return larger(a, Mask{} + b); }
+inline Mask smaller(Mask a, int b) { return a < b ? a : Mask{} + b; }
+
+
+constexpr float power(int exponent) { return exponent < 0 ? power(exponent + 1) / 2 : exponent ? power(exponent - 1) * 2 : 1; }
 
 }  // namespace
 }  // namespace collage

@@ -70,14 +70,18 @@ def case_of(strategy: str | Strategy, rule: str = "adamw", gradient: torch.dtype
 
 ONE_SLOT = {
     "average": [
-        (own, theta)
-        for own, theta in itertools.product(
-            ("bf16x2:sr", "bf16x3", "fp32"), ("bf16x2", "bf16+fp32", "bf16+kahan", "fp16")
-        )
+        *itertools.product(("bf16x2:sr", "bf16x3", "fp32"), ("bf16x2", "bf16+fp32", "bf16+kahan", "fp16")),
+        ("bf16x2:sr", "bf16+int16"),
+        ("fp32", "bf16+int8:sr"),
+        ("bf16+int8:sr", "fp16+int8:sr"),
+        ("bf16+int16", "fp32"),
     ],
-    "accumulate": [("fp32",), ("bf16",), ("bf16x2",), ("bf16x2:sr",), ("bf16x3:sr",), ("fp16x2",), ("fp16:sr",)],
-    "momentum": [("bf16", "bf16"), ("bf16x2", "fp32"), ("fp32", "bf16"), ("bf16:sr", "fp16")],
-    "momentum_nesterov": [("bf16", "bf16"), ("bf16x2:sr", "fp32")],
+    "accumulate": [
+        *(("fp32",), ("bf16",), ("bf16x2",), ("bf16x2:sr",), ("bf16x3:sr",), ("fp16x2",), ("fp16:sr",)),
+        *(("bf16+int16",), ("bf16+int8",), ("bf16+int8:sr",), ("fp16+int8",), ("fp16+int8:sr",)),
+    ],
+    "momentum": [("bf16", "bf16"), ("bf16x2", "fp32"), ("fp32", "bf16"), ("bf16:sr", "fp16"), ("int8/128:sr", "fp32")],
+    "momentum_nesterov": [("bf16", "bf16"), ("bf16x2:sr", "fp32"), ("int8/128", "bf16"), ("int8/128:sr", "bf16")],
 }
 
 
@@ -100,10 +104,11 @@ def encoded(name: str, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(planes)
 
 
-def row_of(case: Case, regime: str, n: int, step: int = 3) -> Row:
-    """A parameter in the middle of a run: planes that a format made of numbers of the regime."""
+def row_of(case: Case, regime: str, n: int, step: int = 3, shape: tuple[int, ...] | None = None) -> Row:
+    """A parameter in the middle of a run: planes that a format made of numbers of the regime. By default one row."""
     slots = []
-    shape = (n,) if all(format_of(name).elementwise for name in case.formats) else (1, n)
+    if shape is None:
+        shape = (n,) if all(format_of(name).elementwise for name in case.formats) else (1, n)
     for k, (slot, name) in enumerate(zip(case.rule.slots, case.formats, strict=True)):
         x = numbers(regime, n, k + 1).view(shape)
         slots.append(encoded(name, x.abs() if slot.role == "variance" else x))
@@ -208,6 +213,12 @@ def assert_same_planes(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     for key in want:
         assert_same_bits(key, got[key], want[key])
+
+
+def assert_each(name: str, got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    """Each bit of every plane of a number."""
+    for k, (x, y) in enumerate(zip(got, want, strict=True)):
+        assert_same_bits(f"{name}, plane {k}", x, y)
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ SPECS = {
     torch.bfloat16: Spec(16, 8, -126, 0x7F7F),
     torch.float32: Spec(32, 24, -126, 0x7F7FFFFF),
 }
+Form = torch.dtype | Spec  # a format: a row of SPECS, or one that no dtype has
 _INTEGER = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
@@ -93,13 +94,18 @@ def fractions(x: Tensor) -> list[Fraction | None]:
     return [None if number is None else number * unit for number in units(x)]
 
 
-def nearest(x: Fraction | int, dtype: torch.dtype) -> int:
+def spec_of(form: Form) -> Spec:
+    """The format itself."""
+    return form if isinstance(form, Spec) else SPECS[form]
+
+
+def nearest(x: Fraction | int, form: Form) -> int:
     """Bit pattern of x rounded once to nearest, ties to even, subnormals kept.
 
     What rounds beyond Omega in an unbounded exponent range overflows: to Inf, or to Omega where there is no Inf. Zero
     is +0, and what is negative and rounds to zero is -0.
     """
-    return _nearest(x.numerator, x.denominator, SPECS[dtype])
+    return _nearest(x.numerator, x.denominator, spec_of(form))
 
 
 def nearest_units(x: int, dtype: torch.dtype, unit: int | None = None) -> int:
@@ -124,26 +130,26 @@ def _nearest(numerator: int, denominator: int, spec: Spec) -> int:
     return code | (spec.sign if numerator < 0 else 0)
 
 
-def half_ulp(x: Fraction, dtype: torch.dtype) -> Fraction:
+def half_ulp(x: Fraction, form: Form) -> Fraction:
     """Half the distance between the numbers of the format around x."""
-    spec = SPECS[dtype]
+    spec = spec_of(form)
     n, d = abs(x.numerator), x.denominator  # d is a power of two
     exponent = n.bit_length() - d.bit_length() if n else spec.emin
     return Fraction(2) ** (max(exponent, spec.emin) - spec.precision)
 
 
-def stochastic(x: Fraction, random: int, dtype: torch.dtype) -> Fraction:
+def stochastic(x: Fraction, random: int, form: Form) -> Fraction:
     """x rounded stochastically: up in magnitude if the part dropped, in 2**-16 ulps, and the random bits carry.
 
     Of the 65,536 values of `random` so many carry as the part dropped says, itself rounded to a multiple of 2**-16
     (half up). Never beyond Omega.
     """
-    ulp = 2 * half_ulp(x, dtype)
+    ulp, spec = 2 * half_ulp(x, form), spec_of(form)
     steps = abs(x) // ulp
     part = (abs(x) / ulp - steps) * (1 << 16) + Fraction(1, 2)
     steps += (part.numerator // part.denominator) + random >= 1 << 16
-    largest = decode(SPECS[dtype].max_code, SPECS[dtype]) or 0
-    return (-1 if x < 0 else 1) * min(steps * ulp, largest * Fraction(2) ** SPECS[dtype].unit)
+    largest = decode(spec.max_code, spec) or 0
+    return (-1 if x < 0 else 1) * min(steps * ulp, largest * Fraction(2) ** spec.unit)
 
 
 def rounded(numbers: list[Fraction], dtype: torch.dtype) -> Tensor:
@@ -163,3 +169,23 @@ def random_patterns(dtype: torch.dtype, size: int, seed: int) -> Tensor:
     bits = torch.randint(0, 1 << spec.width, (size,), generator=g)
     tiny = bits & (spec.sign | ((1 << (spec.precision - 1)) - 1))
     return from_codes(torch.where(torch.randint(0, 16, (size,), generator=g) == 0, tiny, bits), dtype)
+
+
+def ended(x: Tensor, seed: int) -> Tensor:
+    """The same float32 cut somewhere, with a last bit set: whatever a format drops of them is often exactly a half."""
+    place = torch.randint(0, 23, x.shape, generator=torch.Generator().manual_seed(seed))
+    return from_codes(((codes(x) >> place) | 1) << place, torch.float32)
+
+
+def spread(rows: int, columns: int, seed: int) -> Tensor:
+    """float32 [rows, columns]: each row up to 45 octaves below a maximum anywhere in the range, half of them `ended`.
+
+    The first row's is in the last binade.
+    """
+    g = torch.Generator().manual_seed(seed)
+    top = torch.randint(-150, 128, (rows, 1), generator=g)
+    top[0] = 127
+    below = torch.randint(0, 46, (rows, columns), generator=g) * torch.randint(0, 2, (rows, columns), generator=g)
+    sign = torch.randint(0, 2, (rows, columns), generator=g) * 2 - 1
+    x = (torch.ldexp(torch.rand(rows, columns, generator=g).double() + 1, top - below) * sign).float()
+    return torch.where(torch.arange(rows)[:, None] % 2 == 0, x, ended(x, seed))

@@ -16,7 +16,8 @@ from collage.strategies import STRATEGIES
 NEAREST = [
     pytest.param(name, arithmetic, id=f"{name}-{arithmetic}")
     for name, arithmetic in sorted(
-        {(s.param, s.arithmetic) for s in STRATEGIES.values()} | {("fp16", "float32"), ("fp16+fp32", "float32")}
+        {(s.param, s.arithmetic) for s in STRATEGIES.values()}
+        | {(name, "float32") for name in ("fp16", "fp16+fp32", "bf16+int8", "fp16+int8")}
     )
     if not FORMATS[name].stochastic
 ]
@@ -32,7 +33,8 @@ def stuck_after(
     fmt, register = format_of(name), floors.register_of(name, arithmetic)
     delta = delta.to(torch.float32).to(register)
     start = planes = split(fmt, torch.full(delta.shape, at))
-    for _ in range(steps or (8 * STEPS if fmt.dtypes[0] == torch.float16 else STEPS)):
+    alone = len(fmt.components(start)) == 1  # one number moves at the first step, or not
+    for _ in range(steps or (20 if alone else 8 * STEPS if fmt.dtypes[0] == torch.float16 else STEPS)):
         before = planes
         number = fmt.load(planes, register)
         planes = fmt.encode(number.grown(-(delta * number.value) if decay else delta))
@@ -51,11 +53,32 @@ def test_the_floors_at_one_are_those_that_the_documentation_states():
         "bf16+kahan": (2.0**-16, 2.0**-17),
         "bf16+fp32": (2.0**-24, 2.0**-25),
         "fp32": (2.0**-24, 2.0**-25),
+        "bf16+int16": (2.0**-24, 2.0**-25),
+        "bf16+int8:sr": (2.0**-24, 2.0**-25),
     }
     table = floors_table()
     assert table.keys() == set(THETA_FORMATS)
     for name, (up, down) in expected.items():
         assert table[name] == pytest.approx((up, down), rel=2e-4), name
+
+
+@pytest.mark.parametrize(
+    ("name", "ulp"),
+    [("bf16+int8", 2.0**-15), ("fp16+int8", 2.0**-18), ("e4m3+int16", 2.0**-19), ("e4m3+int8", 2.0**-11)],
+)
+def test_the_floors_at_one_of_remainders(name, ulp):
+    """Half an ulp of the word, half of that towards zero; the sum that is rounded to it is a float32 itself, and what
+    is half an ulp of that above the middle is still rounded to the middle.
+    """
+    assert floor(name) == pytest.approx((ulp / 2 + 2.0**-24, ulp / 4 + 2.0**-25), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["e4m3+int16", "e4m3+int8", "e4m3+int8:sr", "e4m3+int16:sr"])
+def test_the_floors_of_a_row_of_one_follow_its_scale(name):
+    one = floor(name)
+    for at in (2.0**-20, 2.0**20, -1.0):
+        assert floor(name, at) == Floor(one.up * abs(at), one.down * abs(at))
+    assert floor(name, 1.5).up == pytest.approx(one.up, rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "arithmetic"), NEAREST)
@@ -91,20 +114,23 @@ def test_three_components_go_on_until_the_third_drops_an_increment(toward):
     assert stuck == [True] * len(BELOW) + [False] * len(ABOVE)
 
 
-LEFT = {"bf16:sr": 2.0**-24, "fp16:sr": 2.0**-24, "bf16x2:sr": 2.0**-32, "bf16x3:sr": 2.0**-32, "fp16x2:sr": 2.0**-35}
+LEFT = {"bf16x2:sr": 2.0**-32, "bf16x3:sr": 2.0**-32, "fp16x2:sr": 2.0**-35}
+OF_WEIGHTS = [name for name, fmt in FORMATS.items() if fmt.stochastic and fmt.dtypes[0].is_floating_point]
 
 
-@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.stochastic])
+@pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_a_stochastic_format_keeps_only_the_floor_of_its_register(name):
-    """Half an ulp of the float32 sum of the low components, which are below 2**-8 (bfloat16) and 2**-11 (float16)."""
-    limit = floor(name)
-    assert limit == pytest.approx((LEFT[name], LEFT[name] / 2), rel=1e-4)
+    """Half an ulp of the float32 sum: of the number, 2**-24 at 1, or of the low components that an expansion grows
+    first, which are below 2**-8 (bfloat16) and 2**-11 (float16).
+    """
+    limit, left = floor(name), LEFT.get(name, 2.0**-24)
+    assert limit == pytest.approx((left, left / 2), rel=1e-4)
     fmt = format_of(name)
-    assert limit.up < floor(name.removesuffix(":sr")).up / 50
+    assert limit.up < floor(name.removesuffix(":sr")).up / 15
     generator = torch.Generator().manual_seed(0)
-    theta = split(fmt, torch.ones(10_000))
+    theta = split(fmt, torch.ones(100, 100))
     for delta, arrives in ((limit.up / 2, isinstance(fmt, Expansion)), (100 * limit.up, True)):
-        random = torch.randint(0, 1 << 16, (10_000,), generator=generator, dtype=torch.int32)
+        random = torch.randint(0, 1 << 16, (100, 100), generator=generator, dtype=torch.int32)
         new = fmt.encode(fmt.load(theta, torch.float32).grown(torch.tensor(delta)), random)
         assert any(bool((a != b).any()) for a, b in zip(theta, new, strict=True)) == arrives
 
@@ -116,8 +142,8 @@ def test_floor_of_bf16_with_stochastic_rounding_is_that_of_fp32():
 @pytest.mark.parametrize("name", THETA_FORMATS)
 def test_floors_scale_with_the_binade_and_ignore_the_sign(name):
     one = floor(name)
-    if name != "fp16x2":
-        assert floor(name, 2.0**-20) == Floor(one.up * 2.0**-20, one.down * 2.0**-20)
+    for scale in (2.0**-20, 2.0**20) if name != "fp16x2" else ():
+        assert floor(name, scale) == Floor(one.up * scale, one.down * scale)
     assert floor(name, -1.0) == one
     assert one.down <= one.up <= 2 * one.down * (1 + 1e-6)
 

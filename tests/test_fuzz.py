@@ -29,14 +29,17 @@ def test_random_sequences_do_what_a_user_expects(seed):
 HYPER = Hyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, decay=0.1, maximize=False)
 
 
+SHAPE = (32, 130)  # blocks of 128, and short ones
+
+
 def stepped(strategy):
     """(book before the third step, gradient, planes after it)."""
     g = torch.Generator().manual_seed(0)
-    w = nn.Parameter(torch.randn(256, generator=g).to(STRATEGIES[strategy].dtype))
+    w = nn.Parameter(torch.randn(SHAPE, generator=g).to(STRATEGIES[strategy].dtype))
     opt = collage.AdamW([("w", w)], lr=HYPER.lr, weight_decay=HYPER.decay, strategy=strategy)
     planes = []
     for _ in range(3):
-        w.grad = torch.randn(256, generator=g).to(w.dtype)
+        w.grad = torch.randn(SHAPE, generator=g).to(w.dtype)
         opt.step()
         planes.append({"param": w.detach().clone(), **{k: v.clone() for k, v in opt.state[w].items() if k != "step"}})
     return Book(planes[1], planes[1]["param"], step=2), w.grad, planes[2]
@@ -45,18 +48,18 @@ def stepped(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_model_knows_a_right_step_from_a_wrong_one(strategy):
     book, grad, after = stepped(strategy)
-    judge("w", STRATEGIES[strategy], book, after, grad, HYPER, looked=True, sums=None)
+    judge("w", STRATEGIES[strategy].of(grad.shape), book, after, grad, HYPER, looked=True, sums=None)
     wrong = {
         "weights that did not move": {key: x for key, x in book.planes.items() if key.startswith("param")},
         "weights that moved twice": {"param": after["param"] * 2 - book.planes["param"]},
         "a moment that did not move": {"exp_avg": book.planes["exp_avg"]},
-        "a variance that is off": {"exp_avg_sq": after["exp_avg_sq"] * 1.1},
+        "a variance that is off": {"exp_avg_sq": (after["exp_avg_sq"] * 1.1).to(after["exp_avg_sq"].dtype)},
     }
     for key in after.keys() & {"param_lo", "param_kahan"}:
         wrong[f"{key} forgotten"] = {key: torch.zeros_like(after[key])}
     for planes in wrong.values():
         with pytest.raises(AssertionError, match="of 'w'"):
-            judge("w", STRATEGIES[strategy], book, after | planes, grad, HYPER, looked=True, sums=None)
+            judge("w", STRATEGIES[strategy].of(grad.shape), book, after | planes, grad, HYPER, looked=True, sums=None)
 
 
 @pytest.mark.filterwarnings("ignore")  # what a sequence does is worth a warning

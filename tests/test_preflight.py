@@ -83,9 +83,16 @@ def moves_bf16x2_sr(w, d):
     return (h, fp32(fp32(hi - h) + r)) != (hi, lo)
 
 
+def moves_24_bits_sr(w, d):
+    """Of a word of 24 bits, 16 of them significant: likewise."""
+    theta = nearest(w, 16)
+    return fp32(theta + d) != theta
+
+
 MOVES = {
     "bf16": moves_bf16, "bf16x2": moves_two, "bf16+kahan": moves_kahan, "fp32": moves_fp32, "bf16+fp32": moves_fp32,
     "bf16:sr": moves_bf16_sr, "bf16x2:sr": moves_bf16x2_sr, "fp16x2": moves_fp16x2,
+    "bf16+int16": moves_fp32, "bf16+int8:sr": moves_24_bits_sr,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "rng": set(),
     "accumulators": {"mcf", "rng"},
     "layout": set(),
-    "formats": {"mcf", "rng", "accumulators", "layout"},
+    "formats": {"rounding", "mcf", "rng", "accumulators", "layout"},
     "strategies": {"formats", "layout"},
     "floors": {"mcf", "formats", "layout", "strategies"},
     "rules": {"mcf", "accumulators"},
@@ -55,7 +55,7 @@ HARNESS = {
     "compare": {"console", "machine", "options", "report", "tasks", "text", "train"},
     "preflight": {"console", "tasks", "text"},
     "bench": {"console", "machine", "options", "report", "tasks", "text"},
-    "info": {"console"},
+    "info": {"console", "text"},
 }
 BELOW_HARNESS = LIBRARY | {"collage", "integrations"}
 ALLOWED |= {f"harness.{room}": BELOW_HARNESS | {f"harness.{r}" for r in rooms} for room, rooms in HARNESS.items()}

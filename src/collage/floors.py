@@ -139,8 +139,8 @@ def unchanged(fmt: Format, register: torch.dtype, planes: Planes, delta: Tensor)
     same = torch.ones_like(planes[0], dtype=torch.bool)
     for bits in (0, 0xFFFF) if fmt.stochastic else (None,):  # rounding is monotone in the bits: the ends suffice
         random = None if bits is None else torch.full_like(planes[0], bits, dtype=torch.int32)
-        for old, new in zip(planes, fmt.encode(number, random), strict=True):
-            same &= old == new
+        for plane, old, new in zip(fmt.planes, planes, fmt.encode(number, random), strict=True):
+            same &= old == new if plane.per == 1 else (old == new).view(len(same), 1)  # a row's scale
     return same
 
 
@@ -175,7 +175,7 @@ def _ahead(fmt: Format, at: Tensor, toward: int) -> Planes:
     Of the last component all that matter, and of one between the first and the last the numbers at the top of a binade:
     they leave it the most room. What is no state (the format would not store these components) is never unchanged.
     """
-    start = tuple(plane[:, None] for plane in split(fmt, at))
+    start = split(fmt, at[:, None])  # a row each, should rows have scales
     first, *others = fmt.components(start)
     states: tuple[Tensor, ...] = (first,)
     for k, own in enumerate(others, 1):
@@ -224,7 +224,7 @@ def _largest(dropped: Callable[[Tensor], Tensor], top: float, register: torch.dt
     above = torch.tensor(top, dtype=register, device=_CPU).view(codes).int() + 1
     high = above.expand(shape)
     while bool((high - low > 1).any()):
-        middle = (low + high) // 2  # low itself once they are neighbours, so nothing moves any more
+        middle = low + (high - low) // 2  # low itself once they are neighbours, so nothing moves any more
         is_dropped = dropped(middle.to(codes).view(register))
         low, high = torch.where(is_dropped, middle, low), torch.where(is_dropped, high, middle.clamp(min=low + 1))
     return low.to(codes).view(register).double()

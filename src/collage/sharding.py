@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from collage.backends import Region
@@ -71,7 +72,7 @@ def _placements_of(tensor: Any, param: Any) -> tuple[Any, ...]:
     """
     from torch.distributed.tensor import Shard
 
-    if tensor.shape == param.shape:
+    if tensor.shape[: param.dim()] == param.shape:
         return tuple(param.placements)
     if not 1 <= tensor.dim() <= 2 or tensor.shape[0] != param.shape[0]:
         return ()
@@ -82,13 +83,31 @@ def in_rows(plane: Tensor, shape: Sequence[int], param: Any) -> Any:
     """This rank's part of a plane with words for blocks of rows, placed as its parameter is. shape: of the whole."""
     if not any_dtensor([param]):
         return plane
+    return _of_parts(plane, shape, param.device_mesh, _placements_of(plane.new_empty(shape, device="meta"), param))
+
+
+def _of_parts(part: Tensor, shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> Any:
     from torch.distributed.tensor import DTensor
 
-    whole = plane.new_empty(shape, device="meta")
-    placements = _placements_of(whole, param)
-    return DTensor.from_local(
-        plane, param.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+    whole = part.new_empty(shape, device="meta")
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def as_bytes(plane: Any) -> Any:
+    """A sharded plane of 16-bit integers as bytes [..., 2]: neither NCCL nor gloo gathers the former. Others as is."""
+    if plane.dtype != torch.int16 or not any_dtensor([plane]):
+        return plane
+    part = local(plane).contiguous()
+    part = part.view(-1, 1).view(torch.int8).view(*part.shape, 2)
+    return _of_parts(part, (*plane.shape, 2), plane.device_mesh, plane.placements)
+
+
+def from_bytes(plane: Any) -> Any:
+    """Bytes [..., 2], sharded or not, as 16-bit integers again."""
+    part = local(plane).contiguous().view(torch.int16).squeeze(-1)
+    if not any_dtensor([plane]):
+        return part
+    return _of_parts(part, plane.shape[:-1], plane.device_mesh, plane.placements)
 
 
 def cut_rows(param: Any, block: int | None) -> int | None:

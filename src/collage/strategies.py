@@ -58,7 +58,9 @@ class Strategy:
                 raise ValueError(f"{role}: {name!r} is a format for param; use 'fp32', 'bf16' or 'bf16x2'")
             if role != "param" and name.startswith(_OTHER[role]):
                 right = {"momentum": "int8/128:sr", "variance": "uint8/128:sr"}[role]
-                why = {"momentum": "has no sign", "variance": "lets a second moment become 0, and updates explode"}[role]
+                why = {"momentum": "has no sign", "variance": "lets a second moment become 0, and updates explode"}[
+                    role
+                ]
                 raise ValueError(f"{role}: {name!r} {why}; use '{right}'")
             if self.arithmetic == "bfloat16" and name not in _PAPER:
                 known = "', '".join(_PAPER)
@@ -78,13 +80,23 @@ class Strategy:
         >>> str(STRATEGIES["collage-8bit"].of((768,)))
         'param=bf16+int8:sr,momentum=bf16:sr,variance=bf16x2:sr,arithmetic=float32'
         """
-        rows, columns = as_rows(shape)
-        return self.small if len(shape) < 2 or rows * columns < SMALL or columns < SHORT else self
+        return self.small if is_small(shape) else self
 
     @property
     def small(self) -> Strategy:
         """That of small parameters; itself, if no format has a twin."""
         return _twin(self)
+
+    @property
+    def exception(self) -> str:
+        """What small parameters take instead, in words; "" where it is the same.
+
+        >>> STRATEGIES["collage-8bit"].exception
+        'parameters of one dimension, of fewer than 4,096 elements or with rows below 32 keep bf16:sr, bf16x2:sr'
+        """
+        twins = [format_of(name).twin for name in self.formats() if format_of(name).twin]
+        small = f"of one dimension, of fewer than {SMALL:,} elements or with rows below {SHORT}"
+        return f"parameters {small} keep {', '.join(twins)}" if twins else ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,12 +160,21 @@ STRATEGIES: dict[str, Strategy] = {
     "collage-8bit": Strategy("bf16+int8:sr", "int8/128:sr", "uint8/128:sr"),
 }
 
+
+def is_small(shape: Sequence[int]) -> bool:
+    """Whether a parameter of that unsharded shape takes formats' twins."""
+    rows, columns = as_rows(shape)
+    return len(shape) < 2 or rows * columns < SMALL or columns < SHORT
+
+
 ALIASES = {"A": "paper-bf16", "B": "paper-light", "C": "paper-plus", "D": "fp32-master", "D-MW": "fp32-states"}
 
 
 @cache
 def _twin(strategy: Strategy) -> Strategy:
-    return replace(strategy, **{role: format_of(name).twin or name for role, name in zip(ROLES, strategy.formats(), strict=True)})
+    twins = {role: format_of(getattr(strategy, role)).twin for role in ROLES}
+    found = {role: twin for role, twin in twins.items() if twin}
+    return replace(strategy, **found) if found else strategy
 
 
 @cache

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from collage.monitor.quality import Quality
 from collage.strategies import Strategy
+from fuzzing import narrow
 
 Planes = dict[str, Tensor]  # "param" and the optimizer's state keys but "step"
 BF16 = torch.bfloat16
@@ -91,7 +92,15 @@ def components(prefix: str, planes: Planes) -> list[Tensor]:
     """The planes whose sum is the number, largest first, float64."""
     if prefix + "_master" in planes:
         return [planes[prefix + "_master"].double()]
+    if prefix + "_scale" in planes:
+        return [narrow.coded(planes[prefix], planes[prefix + "_scale"])]
+    if _has_remainder(prefix, planes):
+        return [narrow.word(planes[prefix], planes[prefix + "_lo"])]
     return [planes[prefix + suffix].double() for suffix in ("", "_lo", "_kahan") if prefix + suffix in planes]
+
+
+def _has_remainder(prefix: str, planes: Planes) -> bool:
+    return prefix + "_lo" in planes and not planes[prefix + "_lo"].dtype.is_floating_point
 
 
 def value(prefix: str, planes: Planes) -> Tensor:
@@ -113,6 +122,9 @@ def fits(planes: Planes) -> tuple[Tensor, Tensor]:
         cast = planes["param_master"].to(planes["param"].dtype).double()
         same = (hi == cast) | (hi.isnan() & cast.isnan())
         return same, same
+    if _has_remainder("param", planes):
+        fit = ~narrow.word_is_broken(planes["param"], planes["param_lo"])
+        return fit, fit
     for key, ulps in (("param_lo", 0.5), ("param_kahan", 1.0)):
         if key in planes:
             lo, most = planes[key].double().abs(), ulps * ulp(hi, planes["param"].dtype)
@@ -136,9 +148,14 @@ def choices(book: Book, looked: bool) -> tuple[Tensor, Tensor]:
 
 def stored(strategy: Strategy, prefix: str, planes: Planes) -> Tensor:
     """The most that encoding a register into these planes may lose: half an ulp of the last one; all of it for :sr."""
-    last = [planes[prefix + s] for s in ("", "_lo", "_kahan", "_master") if prefix + s in planes][-1]
     role = {"param": strategy.param, "exp_avg": strategy.momentum, "exp_avg_sq": strategy.variance}[prefix]
-    return ulp(last.double(), last.dtype) * (1.0 if role.endswith(":sr") else 0.5)
+    share = 1.0 if role.endswith(":sr") else 0.5
+    if prefix + "_scale" in planes:
+        return share * narrow.code_step(planes[prefix], planes[prefix + "_scale"])
+    if _has_remainder(prefix, planes):
+        return share * narrow.word_ulp(planes[prefix], planes[prefix + "_lo"])
+    last = [planes[prefix + s] for s in ("", "_lo", "_kahan", "_master") if prefix + s in planes][-1]
+    return ulp(last.double(), last.dtype) * share
 
 
 def require(name: str, what: str, got: Tensor, want: Tensor, off: Tensor, ok: Tensor) -> None:

@@ -18,7 +18,7 @@ from collage.strategies import STRATEGIES, Strategy
 from fuzzing.edits import EDITS
 from fuzzing.expected import Book, Hyper, Sums, derived, judge, require, stored, value
 
-SHAPES = [(), (1,), (5,), (8,), (64,), (0,), (0, 3), (3, 0), (7, 5), (3, 4, 5), (33, 31), (1025,), (2049,)]
+SHAPES = [(), (1,), (5,), (8,), (64,), (0,), (0, 3), (3, 0), (7, 5), (3, 4, 5), (33, 31), (1025,), (2049,), (33, 130)]
 LARGE = (150, 301)  # more than one chunk of the reference and than one thread's share of a kernel
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -91,7 +91,7 @@ class World:
 
     def strategy_of(self, p):
         own = Strategy.parse(self.group_of(p)["strategy"])
-        return own if p.dtype == own.dtype else STRATEGIES["fp32"]
+        return own.of(p.shape) if p.dtype == own.dtype else STRATEGIES["fp32"]
 
     def keys_of(self, group):
         return [key for p in group["params"] for key, other in self.params() if p is other]

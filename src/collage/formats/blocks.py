@@ -1,8 +1,8 @@
 """Moments in 8 bits: a code per element, and a power of two for every block of elements of a row.
 
-Codes are companded by a shift of bits, ``(bits(float(k)) - bits(2**n)) << n``: a piecewise linear k**(2**n). So they are
-fine at the top of a block and coarse far below, decoding is integer arithmetic, and between neighbours a code is linear,
-which makes stochastic rounding exact. Below k = 2**n it is linear, as subnormals are.
+Codes are companded by a shift of bits, ``(bits(float(k)) - bits(2**n)) << n``: a piecewise linear k**(2**n). So they
+are fine at the top of a block and coarse far below, decoding is integer arithmetic, and between neighbours a code is
+linear, which makes stochastic rounding exact. Below k = 2**n it is linear, as subnormals are.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class Companded(Format):
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[rows, columns] -> [rows, blocks, block], zeros after the end of a row."""
-        return torch.nn.functional.pad(x, (0, -x.shape[1] % self.block)).unflatten(1, (-1, self.block))
+        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % self.block))
+        return padded.view(len(x), -(-x.shape[1] // self.block), self.block)
 
     def _rows(self, x: Tensor, columns: int) -> Tensor:
         return x.flatten(1)[:, :columns]

@@ -13,12 +13,14 @@ class Format:
     """How one number per element lies in memory. A format says what its planes are, and has these verbs.
 
     stochastic: whether `encode` takes random bits.
+    shows_edits: whether `broken` sees nearly every change of plane 0 alone.
     twin: name of the format that small parameters take instead, of which this one would save little; "": none.
     """
 
     planes: tuple[Plane, ...]
     stochastic: bool
     twin: str = ""
+    shows_edits: bool = True
 
     def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
         """The number, in registers of the arithmetic's dtype."""

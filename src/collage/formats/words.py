@@ -3,8 +3,8 @@
 The word is that of a float with more significand bits than the visible one; splitting and joining it is integer
 arithmetic on the magnitude, which carries into the next binade by itself. hi is the word rounded half up in magnitude,
 which differs from rounding to nearest even only at exact ties (to even, 65,537 words would round to each even hi of
-``bf16+int16``). Nearly every pair (hi, lo) is a valid word, so that a changed hi can rarely be seen; with an old lo it is
-off by at most half an ulp.
+``bf16+int16``). Nearly every pair (hi, lo) is a valid word, so that a changed hi can rarely be seen; with an old lo it
+is off by at most half an ulp.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Remainder(Format):
     """The verbs of a number that is one word."""
 
     bits: int  # of the remainder
+    shows_edits = False
 
     def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
         return Register(self.value(planes))

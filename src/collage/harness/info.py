@@ -14,12 +14,13 @@ import collage
 from collage import backends
 from collage.backends import cpu
 from collage.harness.console import say
+from collage.harness.text import short
 from collage.strategies import ALIASES, STRATEGIES
 
 USE_WHEN = {
     "bf16": "a baseline: it loses updates below half an ulp",
     "collage-light": "beta2 is 0.95 or less; the smallest that keeps theta whole",
-    "collage-plus": "default: fp32 quality; can lose increments below 2**-17 theta",
+    "collage-plus": "default: fp32 quality; loses increments below 2**-17 theta",
     "collage-plus-sr": "tiny learning rates, weight decay or long averages: no floor",
     "paper-bf16": "reproducing the paper's option A",
     "paper-light": "reproducing the paper's option B",
@@ -30,6 +31,10 @@ USE_WHEN = {
     "kahan": "comparing with Kahan summation",
     "stochastic": "comparing with stochastic rounding alone",
     "collage-fp16": "float16 weights, with torch.amp.GradScaler",
+    "collage-exact": "weights with the bits of a float32 master, in 4 bytes",
+    "collage-exact-lean": "the same weights, moments of 16 bits",
+    "collage-8bit-plus": "8-bit moments",
+    "collage-8bit": "the least memory: 8-bit moments, weights in 3 bytes",
 }
 
 
@@ -50,20 +55,22 @@ def run(args: argparse.Namespace) -> int:
     gpu = f"triton is missing: {reason}" if reason else "triton (GPU kernels)"
     say(screen, f"backends: {native}; {gpu}; reference (plain PyTorch, any device)")
     screen.print(_strategies())
+    for exception in dict.fromkeys(s.exception for s in STRATEGIES.values() if s.exception):
+        say(screen, f"Beside 8-bit moments, {exception}.")
     say(screen, "Use it when you want")
     for name, when in USE_WHEN.items():
-        say(screen, f"  {name:<16}{when}")
+        say(screen, f"  {name:<20}{when}")
     return 0
 
 
 def _strategies() -> Table:
     """Narrow enough for 80 columns."""
     table = Table(header_style="bold", box=SIMPLE)
-    letters = {name: letter for letter, name in ALIASES.items()}
-    for header in ("strategy", "paper", "theta, momentum, variance", "arithmetic", "bytes"):
+    letters = {name: f" ({letter})" for letter, name in ALIASES.items()}
+    for header in ("strategy", "theta, momentum, variance", "in", "bytes"):
         table.add_column(header, justify="right" if header == "bytes" else "left", no_wrap=True)
     for name, s in STRATEGIES.items():
-        formats = f"{s.param}, {s.momentum}, {s.variance}"
-        table.add_row(name, letters.get(name, ""), formats, s.arithmetic, str(s.bytes_per_param()))
-    table.caption = "bytes: of weights, state and gradient, per parameter"
+        arithmetic = {"float32": "fp32", "bfloat16": "bf16"}[s.arithmetic]
+        table.add_row(name + letters.get(name, ""), ", ".join(s.formats()), arithmetic, short(s.bytes_per_param()))
+    table.caption = "(A … D: the paper's options) in: arithmetic; bytes: of weights, state and gradient, per parameter"
     return table

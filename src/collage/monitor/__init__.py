@@ -37,11 +37,11 @@ class _Books:
 
     def add(self, stepping: Sequence[Stepping], step: int) -> None:
         of_groups: dict[int, list[list[float]]] = {}
-        for parameters, batch in stepping:
-            for parameter, sums in zip(parameters, batch.sums, strict=True):
-                row = sums.tolist()
-                self.parameters.setdefault(parameter.name, Tally()).add(row, step)
-                of_groups.setdefault(parameter.group_index, []).append(row)
+        every = [pair for parameters, batch in stepping for pair in zip(parameters, batch.sums, strict=True)]
+        for parameter, sums in sorted(every, key=lambda pair: pair[0].position):
+            row = sums.tolist()
+            self.parameters.setdefault(parameter.name, Tally()).add(row, step)
+            of_groups.setdefault(parameter.group_index, []).append(row)
         for index, rows in of_groups.items():
             self.groups.setdefault(index, Tally()).add(_total(rows), step)
         self.total.add(_total(row for rows in of_groups.values() for row in rows), step)

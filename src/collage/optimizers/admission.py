@@ -24,7 +24,7 @@ _stepped_last: dict[int, Callable[[], object]] = {}  # by seed: the optimizer wi
 
 
 def strategy_of(parameter: Parameter) -> Strategy:
-    """The group's strategy, as its shape has it; float32 ones are updated in float32. TypeError for other dtypes."""
+    """The group's strategy, as its shape has it; float32 ones step in float32. TypeError for any other dtype."""
     strategy = Strategy.parse(parameter.group["strategy"])
     if parameter.tensor.dtype == strategy.dtype:
         return strategy.of(parameter.tensor.shape)

@@ -17,8 +17,8 @@ from collage.optimizers.plan import require_whole_blocks
 from collage.optimizers.settings import checked_seed, without_foreign
 from collage.optimizers.stepping import Stepping
 from collage.rules import Setting
-from collage.sharding import placed
-from collage.strategies import Strategy
+from collage.sharding import as_bytes, placed
+from collage.strategies import Strategy, is_small
 
 ROUNDED = 1e-12  # what a schedule may end below 0 (LinearLR to end_factor=0, by its recursion): it moves nothing
 LR = Setting("lr", least=-ROUNDED)
@@ -58,8 +58,18 @@ class PrecisionOptimizer(Stepping):
             yield from named(index, first, group)
             first += len(group["params"])
 
+    def __repr__(self) -> str:
+        """torch's, and how many parameters are small where that makes a difference."""
+        lines = [super().__repr__()]
+        for index, group in enumerate(self.param_groups):
+            strategy = Strategy.parse(group["strategy"])
+            small = sum(1 for param in group["params"] if param.dtype == strategy.dtype and is_small(param.shape))
+            if strategy.exception and small:
+                lines.append(f"group {index}: {small} of {len(group['params'])} are small: {strategy.exception}")
+        return "\n".join(lines)
+
     def strategy_of(self, parameter: Parameter) -> Strategy:
-        """The group's strategy, as its shape has it; float32 ones are updated in float32. TypeError for other dtypes."""
+        """The group's strategy, as its shape has it; float32 ones step in float32. TypeError for any other dtype."""
         return admission.strategy_of(parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -171,17 +181,25 @@ class PrecisionOptimizer(Stepping):
         for parameter, saved_id, _ in loading.paired(self.parameters(), adopted):
             if saved_id in adopted["state"]:  # torch has cast the planes to the parameter's dtype: take the originals
                 device, own = parameter.tensor.device, parameter.group["capturable"]
-                self.state[parameter.tensor] = {
+                state = {
                     key: placed(
                         value.detach().to(device if own or key != "step" else "cpu", copy=True), parameter.tensor
                     )
                     for key, value in adopted["state"][saved_id].items()
                 }
+                kinds = planes.dtypes(self.rule_of(parameter.group), self.strategy_of(parameter))
+                self.state[parameter.tensor] = loading.in_words(state, kinds)
             elif parameter.tensor in unused:
                 self.state[parameter.tensor] = unused[parameter.tensor]
         self._forget()
         for monitor in self.monitors:
             monitor.meet_anew()
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's; of sharded parameters 16-bit remainders are bytes [..., 2] in it, which collectives can gather."""
+        saved = super().state_dict()
+        states = {k: {key: as_bytes(x) for key, x in own.items()} for k, own in saved["state"].items()}
+        return {**saved, "state": states}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend, "_cast": self._cast}

@@ -18,7 +18,7 @@ from collage.formats import fitted, format_of
 from collage.layout import Plane, Planes, pieces
 from collage.optimizers.planes import kept
 from collage.rules import RULES
-from collage.saying import warn
+from collage.saying import several, warn
 from collage.strategies import Strategy
 
 log = logging.getLogger("collage")
@@ -68,8 +68,20 @@ def adopt(
     new = [k for k, count in counts.items() if count and not seen[TOLD, k]]
     tell([(names[k], counts[k], thetas[k][0].numel()) for k in new])
     seen[TOLD, new] = 1
+    if not fmt.shows_edits:
+        _tell_of_remainders(format, names, [k for k in changed if expected[k] != UNSEEN and not seen[TOLD, k]], seen)
     seen[VERSION] = _row(versions)
     return counts
+
+
+def _tell_of_remainders(format: str, names: Sequence[str], changed: Sequence[int], seen: Tensor) -> None:
+    """Say what becomes of weights that were changed, where that cannot be seen in their planes."""
+    if changed:
+        seen[TOLD, list(changed)] = 1
+        log.info(
+            "changed outside the optimizer: %s; taken as they are now, but in '%s' each keeps its old remainder, which "
+            "is at most half an ulp; opt.resync() drops the remainders", several([names[k] for k in changed]), format,
+        )  # fmt: skip
 
 
 def advance(seen: Tensor) -> None:

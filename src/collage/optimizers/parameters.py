@@ -23,6 +23,7 @@ class Parameter(NamedTuple):
     group_index: int
     group: Group
     tensor: Tensor
+    position: int = 0  # among all of the optimizer
 
 
 def named(index: int, first: int, group: Group) -> Iterator[Parameter]:
@@ -34,7 +35,7 @@ def named(index: int, first: int, group: Group) -> Iterator[Parameter]:
             "add_param_group, and take them out of 'params' and 'param_names' together"
         )
     for position, (param, name) in enumerate(zip(group["params"], names, strict=True), first):
-        yield Parameter(name or str(position), key_of(name or position), index, group, param)
+        yield Parameter(name or str(position), key_of(name or position), index, group, param, position)
 
 
 class Named:

@@ -1,4 +1,4 @@
-"""`collage bench`: what a step of the optimizer costs, against others and against moving its bytes, in one run."""
+"""`collage bench`: what a step costs, against others and against moving its bytes; or what formats lose."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from collage.backends import fastest, missing
 from collage.harness.bench import plot
+from collage.harness.bench.accuracy import command as accuracy
+from collage.harness.bench.contestants import KINDS, Row, Shapes
 from collage.harness.bench.measure import measure
-from collage.harness.bench.rows import DEFAULT, KINDS, Row, Shapes, rows
+from collage.harness.bench.rows import DEFAULT, rows
 from collage.harness.bench.shown import show, show_plan
 from collage.harness.console import say
-from collage.harness.options import open_folder
+from collage.harness.options import flag_of, open_folder
 from collage.harness.tasks.recipes import build
 from collage.harness.text import size, to_json
 from collage.strategies import Strategy
@@ -30,30 +33,65 @@ SPREADS = ("even", "small", *MODELS)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
-    add("--params", type=count, default=64 * 10**6, metavar="N", help="parameters, e.g. 1M or 1B (default: 64M)")
+    add("--params", type=count, metavar="N", help="parameters, e.g. 1M or 1B (default: 64M)")
     add(
         "--shapes",
         choices=SPREADS,
-        default="even",
-        help="four equal tensors, tensors of 1,000 elements, or a real model's (--params is then the model's own)",
+        help="four equal matrices (even, the default), tensors of 1,000 elements, or a real model's (--params is then "
+        "the model's own)",
     )
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also AMD's GPUs (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="cuda: also AMD's GPUs (default: cpu)")
     add("--plan", action="store_true", help="print what would be measured, the bytes and the floors; measure nothing")
     add("--bandwidth", type=float, metavar="GB/S", help="of --plan (default: 2000, an A100's)")
     add("--threads", type=int, metavar="N", help=f"of torch and of the kernels (default: {torch.get_num_threads()})")
-    add("--optimizer", choices=tuple(KINDS), default="adamw", help="which rule (default: %(default)s)")
-    add("--strategies", default=",".join(DEFAULT), metavar="NAMES", help="comma-separated (default: %(default)s)")
-    add("--rounds", type=int, default=9, metavar="N", help="timings of every row, interleaved (default: %(default)s)")
+    add("--optimizer", choices=tuple(KINDS), help="which rule (default: adamw)")
+    add(
+        "--strategies",
+        metavar="NAMES",
+        help=f"comma-separated (default: {','.join(DEFAULT)}; with --accuracy every format)",
+    )
+    add("--rounds", type=int, metavar="N", help="timings of every row, interleaved (default: 9)")
     add("--no-monitor", action="store_true", help="leave out the monitored steps")
     add("--no-others", action="store_true", help="leave out torch's and other packages' optimizers")
     add("--extra", action="store_true", help="also optimi and torchao: pip install '.[bench]'")
+    add(
+        "--accuracy",
+        action="store_true",
+        help="instead measure what every format loses, and optimi's and torchao's where they are installed (about two "
+        "minutes); takes --strategies, --no-others and --out",
+    )
     add(
         "--out",
         type=Path,
         default=Path("runs/bench"),
         metavar="DIR",
-        help="bench.json, bench.png (default: %(default)s)",
+        help="bench.json, bench.png, or accuracy.json, accuracy.png (default: %(default)s)",
     )
+
+
+# Of a timing alone: what they are if they are not given, and why --accuracy takes none of them.
+SMALL = "it measures the tensors that its numbers need"
+TIMING: dict[str, tuple[Any, str]] = {
+    "params": (64 * 10**6, SMALL),
+    "shapes": ("even", SMALL),
+    "device": ("cpu", "a format has the same bits on every device"),
+    "plan": (False, "it has no floor that could be planned with"),
+    "bandwidth": (None, "it has no floor that could be planned with"),
+    "threads": (None, SMALL),
+    "optimizer": ("adamw", "formats lose the same under every rule; it measures AdamW's moments"),
+    "rounds": (9, "it has the same numbers every time"),
+    "no_monitor": (False, "it monitors nothing"),
+    "extra": (False, "it measures the packages that are installed"),
+}
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Defaults for what was not given. Raises ValueError, naming the flag, for one that means nothing to --accuracy."""
+    for name, (default, why) in TIMING.items():
+        given = getattr(args, name)
+        if args.accuracy and given is not None and given is not False:
+            raise ValueError(f"{flag_of(name)}: means nothing to --accuracy, because {why}; leave it out")
+        setattr(args, name, default if given is None else given)
 
 
 def count(text: str) -> int:
@@ -69,27 +107,31 @@ def count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time every row, print the table, write the JSON and the picture. Returns the exit status."""
+    """Measure what was asked for, print it, write the JSON and the picture. Returns the exit status."""
+    settle(args)
+    names = [] if args.strategies is None else [name.strip() for name in args.strategies.split(",")]
+    strategies = [Strategy.parse(name) for name in names]
+    return accuracy.run(strategies, args) if args.accuracy else time(names or DEFAULT, args)
+
+
+def time(names: Sequence[str], args: argparse.Namespace) -> int:
+    """Time every row. Returns the exit status."""
     if args.rounds < 1:
         raise ValueError(f"--rounds: needs at least 1, got {args.rounds}")
     most = os.cpu_count() or 1
     if args.threads is not None and not 1 <= args.threads <= most:
         raise ValueError(f"--threads: needs 1 to {most}, the cores of this machine, got {args.threads}")
-    names = [name.strip() for name in args.strategies.split(",")]
-    for name in names:
-        Strategy.parse(name)
     shapes = shapes_of(args.shapes, args.params)
     lines = rows(args.optimizer, names, not args.no_monitor, not args.no_others, args.extra)
-    numel = sum(math.prod(shape) for shape in shapes)
     if args.bandwidth is not None and not (args.plan and 0 < args.bandwidth < math.inf):
         raise ValueError(f"--bandwidth: needs --plan and a number above 0, got {args.bandwidth:g}")
     if args.plan:
-        return show_plan(lines, numel, args)
+        return show_plan(lines, shapes, args)
     device = torch.device(args.device)
     reason = missing(fastest(device))
     if reason or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device: no kernels for {device}: {reason or 'torch sees no GPU'}; --plan needs none")
-    require_memory(lines, numel, device)
+    require_memory(lines, shapes, device)
     open_folder(args.out)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
@@ -100,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(before)
     result["command"] = (
         f"collage bench --optimizer {args.optimizer} --device {args.device} --params {args.params} "
-        f"--shapes {args.shapes} --threads {result['machine']['threads']} --strategies {args.strategies} "
+        f"--shapes {args.shapes} --threads {result['machine']['threads']} --strategies {','.join(names)} "
         f"--rounds {args.rounds}"
     )
     (args.out / "bench.json").write_text(to_json(result, indent=1), encoding="utf-8")
@@ -113,16 +155,22 @@ def run(args: argparse.Namespace) -> int:
 def shapes_of(spread: str, params: int) -> Shapes:
     """The shapes of the tensors that hold so many parameters."""
     if spread == "even":
-        return [(max(1, params // 4),)] * 4
+        return [matrix(max(1, params // 4))] * 4
     if spread == "small":
         return [(1000,)] * max(1, params // 1000)
     model = build(spread, device="meta")
     return [tuple(p.shape) for p in model.parameters()]
 
 
-def require_memory(lines: Sequence[Row], numel: int, device: torch.device) -> None:
+def matrix(numel: int) -> tuple[int, int]:
+    """The shape, in rows of 4,096 if it is that large, that comes nearest to so many elements."""
+    columns = min(4096, numel)
+    return round(numel / columns), columns
+
+
+def require_memory(lines: Sequence[Row], shapes: Shapes, device: torch.device) -> None:
     """Raise ValueError if the rows, all alive at once because they are interleaved, do not fit."""
-    needed = sum(row.kept for row in lines) * numel
+    needed = sum(row.kept(shapes) for row in lines)
     if device.type == "cuda":
         free: float = torch.cuda.mem_get_info()[0]
     else:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from collage.harness.bench.rows import A, Contestant, D, Row, Shapes, arrived
+from collage.harness.bench.contestants import Contestant, Row, Shapes, count
+from collage.harness.bench.others import A, D
+from collage.harness.bench.rows import arrived
 from collage.harness.console import bar, progress
 from collage.harness.machine import machine
 
@@ -25,7 +27,6 @@ def measure(
     optimizer: str, lines: Sequence[Row], shapes: Shapes, rounds: int, device: torch.device, screen: Console
 ) -> dict[str, Any]:
     """Time all rows round after round, so that what disturbs the machine disturbs all of them."""
-    numel = sum(math.prod(shape) for shape in shapes)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     contestants: dict[str, tuple[Row, Contestant, int]] = {}
     failed: dict[str, str] = {}
@@ -50,7 +51,7 @@ def measure(
                 tick(k + 1)
         finally:
             gc.enable()
-    table = [entry(row, times[name], numel) for name, (row, _, _) in contestants.items()]
+    table = [entry(row, times[name], shapes) for name, (row, _, _) in contestants.items()]
     contestants.clear()
     for line, row in zip(table, (row for row in lines if row.name in times), strict=True):
         line["edq_ratio"] = None if row.name.startswith("limit") else arrived(optimizer, row, device)
@@ -58,7 +59,7 @@ def measure(
     return {
         "optimizer": optimizer,
         "machine": machine(torch.float32, device.type == "cuda"),
-        "parameters": numel,
+        "parameters": count(shapes),
         "tensors": len(shapes),
         "rounds": rounds,
         "load_before": load,
@@ -88,17 +89,18 @@ def repeats(contestant: Contestant) -> int:
     return max(1, math.ceil(MINIMUM / max(seconds(contestant.step, 1), 1e-9)))
 
 
-def entry(row: Row, times: list[float], numel: int) -> dict[str, Any]:
+def entry(row: Row, times: list[float], shapes: Shapes) -> dict[str, Any]:
     """One line of the result."""
+    numel, moved = count(shapes), row.moved(shapes)
     middle = median(times)
     low, _, high = quantiles(times, n=4) if len(times) > 1 else (middle,) * 3
     return {
         "name": row.name,
         "ns_per_param": middle / numel * 1e9,
         "spread": (high - low) / middle,
-        "bytes_moved": row.moved,
-        "bytes_kept": row.kept,
-        "gb_per_s": row.moved * numel / middle / 1e9,
+        "bytes_moved": moved / numel,
+        "bytes_kept": row.kept(shapes) / numel,
+        "gb_per_s": moved / middle / 1e9,
         "ms": middle * 1e3,
         "times_ms": [t * 1e3 for t in times],
     }

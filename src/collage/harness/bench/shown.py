@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from collage.harness.bench.rows import Row
+from collage.harness.bench.contestants import Row, Shapes, count
 from collage.harness.console import print_table, say
 from collage.harness.text import Column, fixed, percent, short
 
@@ -26,16 +26,20 @@ TIMES = (
 )
 
 
-def show_plan(lines: Sequence[Row], numel: int, args: argparse.Namespace) -> int:
+def show_plan(lines: Sequence[Row], shapes: Shapes, args: argparse.Namespace) -> int:
     """What would be measured, and below which time no step can be."""
-    screen, bandwidth = Console(width=max(100, Console().width)), args.bandwidth or 2000.0
+    screen, bandwidth, numel = Console(width=max(100, Console().width)), args.bandwidth or 2000.0, count(shapes)
     columns = (
         Column("bytes", "bytes moved", "per parameter", short),
         Column("gb", "GB", "per step", partial(fixed, digits=2)),
         Column("ms", "floor in ms", f"at {short(bandwidth)} GB/s", partial(fixed, digits=3)),
     )
     planned = {
-        row.name: {"bytes": row.moved, "gb": (total := row.moved * numel / 1e9), "ms": total / bandwidth * 1e3}
+        row.name: {
+            "bytes": row.moved(shapes) / numel,
+            "gb": row.moved(shapes) / 1e9,
+            "ms": row.moved(shapes) / bandwidth / 1e6,
+        }
         for row in lines
         if not row.name.startswith("limit")
     }

@@ -10,6 +10,7 @@ from typing import Any
 from collage.harness.machine import PLAIN
 from collage.harness.report.results import REFERENCE
 from collage.harness.text import fixed, short
+from collage.strategies import Strategy
 
 Row = dict[str, Any]
 
@@ -148,6 +149,8 @@ def caveats(config: Any, strategies: Sequence[str], seeds: int, kernels: str) ->
         "Peak memory is of the whole process during a run, or of torch's allocator on a GPU: activations, and on a CPU "
         "Python and its libraries, dominate a small model.",
     ]
+    exceptions = dict.fromkeys(Strategy.parse(name).exception for name in strategies)
+    found += [f"Beside 8-bit moments, {text}; the bytes are counted with them." for text in exceptions if text]
     if seeds == 1:
         found.append("One seed: small differences in loss may be noise.")
     if REFERENCE not in strategies:

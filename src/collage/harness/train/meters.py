@@ -13,14 +13,15 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 from collage.backends import Batch, Row
 from collage.formats import format_of
 from collage.monitor import Monitor
+from collage.monitor.sampling import Sampling
 from collage.monitor.shadow import Stepping, intended
 from collage.optimizers.base import PrecisionOptimizer
+from collage.strategies import is_small
 
 
 def bytes_by_slot(optimizer: PrecisionOptimizer) -> dict[str, int]:
@@ -143,22 +144,24 @@ class UpdateSizes(Monitor):
 
     def before(self, stepping: Sequence[Stepping], changed: Mapping[str, int]) -> None:
         if (self._coming[0] + 1) % self.every == 0:
-            for _, batch in stepping:
-                for k, row in enumerate(batch.rows()):
-                    self._count(batch.take([k]), row)
+            for parameters, batch in stepping:
+                for k, (parameter, row) in enumerate(zip(parameters, batch.rows(), strict=True)):
+                    self._count(
+                        batch.take([k]), row, Sampling(row.shape, is_small(parameter.tensor.shape), self._stride)
+                    )
 
-    def _count(self, batch: Batch, row: Row) -> None:
-        slots = [[self._sample(plane) for plane in planes] for planes in row.slots]
-        delta = intended(batch, slots, self._sample(batch.grads[0])).double()
+    def _count(self, batch: Batch, row: Row, sampling: Sampling) -> None:
+        slots = [
+            [sampling.take(plane, of.per) for plane, of in zip(planes, fmt.planes, strict=True)]
+            for planes, fmt in zip(row.slots, batch.layouts, strict=True)
+        ]
+        delta = intended(batch, slots, sampling.take(batch.grads[0])).double()
         theta = format_of(batch.formats[0]).value(slots[0]).double()
         seen = (theta != 0) & (delta != 0)
         exponent = torch.frexp(theta[seen]).exponent.clamp(min=-125) - 8  # ulp = 2**exponent
         logs = delta[seen].abs().log2() - exponent
         inside = logs.clamp(self.EDGES[0], self.EDGES[-1]).float()
         self.counts += torch.histc(inside.cpu(), len(self.counts), self.EDGES[0], self.EDGES[-1]).long()
-
-    def _sample(self, plane: Tensor) -> Tensor:
-        return plane.reshape(-1)[:: self._stride]
 
     def to_dict(self) -> dict[str, list[float]]:
         return {"edges": list(self.EDGES), "counts": self.counts.tolist()}

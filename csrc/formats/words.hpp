@@ -1,0 +1,165 @@
+// A weight and an integer remainder: the number is one word, and the visible plane is how it shows: words.py.
+#pragma once
+#include "../blockwise.hpp"
+#include "../elementwise.hpp"
+#include "format.hpp"
+
+namespace collage {
+namespace {
+
+using Int8 = Integer<int8_t>;
+using Int16 = Integer<int16_t>;
+
+// Where one of two elements' words differ. NaN does from itself.
+template <class Own, int lanes>
+inline Mask words_differ(const Lanes<lanes>& from, const Lanes<lanes>& to) {
+  return (Own::visible(from) != Own::visible(to)) | ((Mask)from.x[1] != (Mask)to.x[1]);
+}
+
+// bf16 and the next bits of a float32: all of it, or cut to 24 bits, to nearest or stochastically.
+template <class Lo, bool stochastic = false>
+struct Cut : Elementwise<Cut<Lo, stochastic>, BF16, Lo> {
+  using Nearest = Cut<Lo>;
+  static constexpr int bits = 8 * Lo::BYTES;
+  static constexpr Format format =
+      described(BF16::name + "+" + Lo::name + suffix(stochastic), stochastic, 2, plane_of<BF16>, plane_of<Lo>);
+  static constexpr Kind kind = Kind::one;
+
+  static Register<F32> number(const Lanes<2>& x) { return {(F32)((U32)x.x[0] + ((U32)x.x[1] << (16 - bits)))}; }
+
+  // hi is rounded half up in magnitude, and lo what it takes from there to the word.
+  template <class Is>
+  static Lanes<2> codes(const Register<F32>& number, U32 random, Is is_finite) {
+    const U32 u = (U32)(is_finite() ? number.x : quiet(number.x));
+    if constexpr (bits == 16) return {{(F32)(u + 0x8000), (F32)u}};
+    U32 sum = u + (stochastic ? random >> 8 : 0x7F + ((u >> 8) & 1));
+    if (stochastic && !is_finite()) {
+      const Mask beyond = ((sum & 0x7FFFFF00) == 0x7F800000) & finite(number.x);
+      sum += ((U32)beyond & 0xFFFFFF00);  // back from Inf
+    }
+    return {{(F32)(sum + 0x8000), (F32)(sum >> 8)}};
+  }
+
+  static F32 whole(const Register<F32>& number) {  // not finite where care is needed: from 2^127 on, too
+    return stochastic ? number.x + number.x : number.x;
+  }
+
+  static Mask moved(const Lanes<2>& from, const Lanes<2>& to) { return words_differ<Cut>(from, to); }
+
+  static Mask broken(const Lanes<2>& x) {
+    const F32 hi = x.x[0];
+    const Mask lo = (Mask)x.x[1], nan = hi != hi, inf = ~nan & ~finite(hi);
+    return ((hi == F32{}) & (lo < 0)) | (inf & (lo > 0)) | (nan & (lo != 0));
+  }
+};
+
+struct E4M3 {
+  static constexpr Name name{"e4m3"};
+  static constexpr int BYTES = 1, SIGNIFICAND = 3, EMIN = -6, MAX_CODE = 0x7E, INF_CODE = 0x7F, NAN_CODE = 0x7F;
+};
+
+// A narrow float followed by the bits of Lo, seen as the magnitude of one word.
+template <class Hi, class Lo>
+struct Wide {
+  static constexpr int BITS = 8 * Lo::BYTES, FULL = Hi::SIGNIFICAND + BITS;  // significand bits, without the hidden one
+  static constexpr int FIRST = 127 + Hi::EMIN;  // exponent field, in float32, of the smallest normal number
+  static constexpr int MAGNITUDE = (1 << (8 * Hi::BYTES - 1)) - 1;
+  static constexpr int LARGEST = (Hi::MAX_CODE << BITS) + (1 << (BITS - 1)) - 1;
+
+  // The number that both stand for, times a power of two.
+  static F32 value(Mask hi, Mask lo, F32 scale) {
+    const Mask code = hi & MAGNITUDE, word = (code << BITS) + lo;
+    const F32 normal = (F32)((word + ((FIRST - 1) << FULL)) << (23 - FULL));
+    const F32 x = (word >= 1 << FULL ? normal : converted(word) * power(Hi::EMIN - FULL)) * scale;
+    return special(hi, hi < 0 ? -x : x);
+  }
+
+  static F32 visible(Mask hi) { return value(hi, Mask{}, splat(1.0f)); }
+
+  // Rounded to nearest even, or stochastically: as FP16::stochastic_code, to the words. size: |x| over the scale.
+  template <bool stochastic>
+  static Lanes<2> codes(F32 x, F32 size, U32 random, Mask overflows) {
+    const Mask a = (Mask)size, exponent = larger(a >> 23, 1);
+    const Mask dropped = 23 - FULL + larger(FIRST - exponent, 0), shift = smaller(dropped, 30);
+    const Mask whole = (a & 0x7FFFFF) | (a < 0x800000 ? Mask{} : Mask{} + 0x800000);
+    const Mask significand = whole >> smaller(dropped - shift, 31);  // rounding reaches no further down
+    const Mask added = stochastic ? stretched((Mask)random, shift) : below_half(significand, shift);
+    const Mask rounded = ((significand + added) >> shift) + (larger(exponent - FIRST, 0) << FULL);
+    const Mask word = smaller(rounded, LARGEST), nan = x != x;
+    const Mask hi = (word + (1 << (BITS - 1))) >> BITS, code = overflows ? Mask{} + Hi::INF_CODE : hi;
+    const Mask sign = ((Mask)x >> 31) & ~MAGNITUDE;
+    return {{(F32)(nan ? Mask{} + Hi::NAN_CODE : code | sign), (F32)((word - (hi << BITS)) & ~(nan | overflows))}};
+  }
+
+  static Mask broken(Mask hi, Mask lo) {
+    const Mask code = hi & MAGNITUDE;
+    return ((code == 0) & (lo < 0)) | ((code > Hi::MAX_CODE) & (lo != 0));
+  }
+
+ private:
+  static F32 special(Mask hi, F32 x) {
+    const Mask code = hi & MAGNITUDE;
+    const F32 nan = splat(__builtin_nanf("")), inf = hi < 0 ? splat(-__builtin_inff()) : splat(__builtin_inff());
+    return code <= Hi::MAX_CODE ? x : code == Hi::INF_CODE && Hi::INF_CODE != Hi::NAN_CODE ? inf : nan;
+  }
+
+  static Mask stretched(Mask random, Mask shift) {
+    const Mask more = larger(shift - 16, 0);
+    return more > 0 ? (random << more) + (((Mask{} + 1) << more) >> 1) : random >> larger(16 - shift, 0);
+  }
+
+  static Mask below_half(Mask significand, Mask shift) {
+    return ((Mask{} + 1) << (shift - 1)) - 1 + ((significand >> shift) & 1);
+  }
+};
+
+// fp16 and the next 8 bits.
+template <class Lo, bool stochastic = false>
+struct Word : Elementwise<Word<Lo, stochastic>, Int16, Lo> {
+  using Nearest = Word<Lo>;
+  using W16 = Wide<FP16, Lo>;
+  static constexpr Format format =
+      described(FP16::name + "+" + Lo::name + suffix(stochastic), stochastic, 2, plane_of<FP16>, plane_of<Lo>);
+  static constexpr Kind kind = Kind::one;
+
+  static Register<F32> number(const Lanes<2>& x) { return {W16::value((Mask)x.x[0], (Mask)x.x[1], splat(1.0f))}; }
+  static F32 visible(const Lanes<2>& x) { return W16::visible((Mask)x.x[0]); }
+
+  template <class Is>
+  static Lanes<2> codes(const Register<F32>& number, U32 random, Is) {
+    const F32 size = magnitude(number.x);
+    return W16::template codes<stochastic>(number.x, size, random, size >= 65520.0f);  // what goes to Inf to nearest
+  }
+
+  static F32 whole(const Register<F32>&) { return F32{}; }  // the codes look at all
+
+  static Mask moved(const Lanes<2>& from, const Lanes<2>& to) { return words_differ<Word>(from, to); }
+  static Mask broken(const Lanes<2>& x) { return W16::broken((Mask)x.x[0], (Mask)x.x[1]); }
+};
+
+// e4m3 and the next bits, times one power of two for a row: the smallest with which its largest number is in range.
+template <class Lo, bool stochastic = false>
+struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, PER_ROW, Int8, Lo> {
+  using Nearest = ScaledWord<Lo>;
+  using W8 = Wide<E4M3, Lo>;
+  static constexpr Format format = described(E4M3::name + "+" + Lo::name + suffix(stochastic), stochastic, 3,
+                                             plane_of<Int8>, plane_of<Lo>, {1, PER_ROW});
+  static constexpr Kind kind = Kind::one;
+
+  static Register<F32> number(const Lanes<3>& x) { return {W8::value((Mask)x.x[0], (Mask)x.x[1], x.x[2])}; }
+  static F32 visible(const Lanes<3>& x) { return W8::visible((Mask)x.x[0]); }
+
+  static uint8_t scale_of(uint32_t largest) {
+    return uint8_t(std::clamp(int(largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000), 26, 246));
+  }
+
+  static Lanes<2> codes(F32 x, U32 random, F32 inverse) {
+    return W8::template codes<stochastic>(x, magnitude(x) * inverse, random, magnitude(x) == __builtin_inff());
+  }
+
+  static Mask moved(const Lanes<3>& from, const Lanes<3>& to) { return words_differ<ScaledWord>(from, to); }
+  static Mask broken(const Lanes<3>& x) { return W8::broken((Mask)x.x[0], (Mask)x.x[1]); }
+};
+
+}  // namespace
+}  // namespace collage

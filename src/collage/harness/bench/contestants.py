@@ -1,0 +1,161 @@
+"""What `collage bench` times of ours: optimizers, and the limit that moving their bytes sets."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import collage
+from collage.backends import choose
+from collage.formats import Master, format_of
+from collage.optimizers.base import PrecisionOptimizer
+from collage.rules import Rule
+from collage.strategies import Strategy
+
+Shapes = Sequence[tuple[int, ...]]
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+class Kind(NamedTuple):
+    """An optimizer to time: ours, its settings but lr, and torch's of the same rule."""
+
+    ours: type[PrecisionOptimizer]
+    settings: dict[str, Any]
+    torch: type[torch.optim.Optimizer] | None
+
+    def make(self, params: Iterable[Any], lr: float, strategy: Strategy) -> PrecisionOptimizer:
+        return self.ours(params, lr=lr, strategy=strategy, **self.settings)  # type: ignore[call-arg]
+
+    def moved(self, strategy: Strategy, shapes: Shapes) -> float:
+        """Bytes that a step reads and writes; of a master's 16-bit copy it only writes."""
+        unread = 2 * count(shapes) if isinstance(format_of(strategy.param), Master) else 0
+        return 2 * self.planes(strategy, shapes) - unread + strategy.dtype.itemsize * count(shapes)
+
+    def kept(self, strategy: Strategy, shapes: Shapes) -> float:
+        """Bytes of weights, state and gradients."""
+        return self.planes(strategy, shapes) + strategy.dtype.itemsize * count(shapes)
+
+    def planes(self, strategy: Strategy, shapes: Shapes) -> int:
+        """Bytes of all planes of parameters of these shapes, of which small ones have others."""
+        roles = self.rule.roles
+
+        def one(shape: tuple[int, ...]) -> int:
+            planes = [plane for name in strategy.of(shape).formats(roles) for plane in format_of(name).planes]
+            return sum(plane.dtype.itemsize * math.prod(plane.shape(shape)) for plane in planes)
+
+        return sum(many * one(shape) for shape, many in Counter(shapes).items())
+
+    def formats(self, strategy: Strategy) -> tuple[str, ...]:
+        return strategy.formats(self.rule.roles)
+
+    @property
+    def rule(self) -> Rule:
+        """Of these settings."""
+        probe = self.make([nn.Parameter(torch.zeros(1))], 0.0, Strategy.parse("fp32"))
+        return probe.rule_of(probe.param_groups[0])
+
+
+ADAM = {"betas": BETAS, "eps": EPS, "weight_decay": 0.0}
+KINDS = {
+    "adamw": Kind(collage.AdamW, ADAM, torch.optim.AdamW),
+    "amsgrad": Kind(collage.AdamW, {**ADAM, "amsgrad": True}, torch.optim.AdamW),
+    "adam": Kind(collage.Adam, ADAM, torch.optim.Adam),
+    "sgd": Kind(collage.SGD, {"momentum": 0.9}, torch.optim.SGD),
+    "lion": Kind(collage.Lion, {"betas": (0.9, 0.99)}, None),
+}
+
+
+def count(shapes: Shapes) -> int:
+    """Parameters of these shapes."""
+    return sum(map(math.prod, shapes))
+
+
+def each(size: float) -> Callable[[Shapes], float]:
+    """So many bytes for every parameter."""
+    return lambda shapes: size * count(shapes)
+
+
+@dataclass(slots=True)
+class Contestant:
+    """An optimizer with parameters of its own."""
+
+    params: list[Tensor]  # whose gradients a caller fills
+    step: Callable[[], Any]
+    values: Callable[[], list[Tensor]]  # the weights with all that the optimizer keeps of them
+    steps: int = 1  # that one call of `step` makes
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    build: Callable[[Shapes, float, torch.device], Contestant]  # (shapes, lr, device)
+    moved: Callable[[Shapes], float]  # bytes that a step has to read and write
+    kept: Callable[[Shapes], float]  # bytes of weights, state and gradients
+
+
+def parameters(shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Weights N(0, 0.05) rounded to bfloat16, and gradients N(0, 1e-3); the same numbers for every row."""
+    normal = torch.empty(1 << 16).normal_(generator=torch.Generator().manual_seed(0)).to(device)
+
+    def tensor(shape: tuple[int, ...], std: float) -> Tensor:
+        n = math.prod(shape)
+        return (normal * std).bfloat16().to(dtype).repeat(n // len(normal) + 1)[:n].view(shape).clone()
+
+    params: list[Tensor] = []
+    for shape in shapes:
+        params.append(nn.Parameter(tensor(shape, 0.05)))
+        params[-1].grad = tensor(shape, 1e-3)
+    return params
+
+
+def ours(kind: Kind, name: str, monitored: int | None = None) -> Row:
+    """A strategy of this package; `monitored`: measured once in so many steps, and timed over ten."""
+    strategy = Strategy.parse(name)
+    label = name if monitored is None else f"{name}, monitored 1 in {monitored}"
+
+    def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
+        params = parameters(shapes, device, strategy.dtype)
+        opt = kind.make(((f"{label}, {k}", param) for k, param in enumerate(params)), lr, strategy)
+
+        def values() -> list[Tensor]:
+            return [format_of(opt.strategy_of(own).param).value(opt.theta(own)) for own in opt.parameters()]
+
+        if monitored is None:
+            return Contestant(params, opt.step, values)
+        collage.monitor(opt, every=monitored)
+        return Contestant(params, lambda: [opt.step() for _ in range(10)], values, steps=10)
+
+    return Row(label, build, partial(kind.moved, strategy), partial(kind.kept, strategy))
+
+
+def limit(kind: Kind, name: str) -> Row:
+    """Reads and writes the planes of a strategy, without arithmetic."""
+    strategy = Strategy.parse(name)
+
+    def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
+        opt = kind.make(parameters(shapes, device, strategy.dtype), lr, strategy)
+        streams: dict[tuple[str, ...], tuple[list[Tensor], list[Tensor]]] = {}  # small parameters have other planes
+        for parameter in opt.parameters():
+            planes, grads = streams.setdefault(kind.formats(opt.strategy_of(parameter)), ([], []))
+            planes += [plane for slot in opt.planes(parameter) for plane in slot]
+            grads.append(torch.zeros_like(parameter.tensor))
+        backend = choose("auto", device)
+
+        def step() -> None:
+            for formats, (planes, grads) in streams.items():
+                backend.stream(formats, planes, grads)
+
+        return Contestant([parameter.tensor for parameter in opt.parameters()], step, list)
+
+    def moved(shapes: Shapes) -> float:
+        return 2 * kind.planes(strategy, shapes) + strategy.dtype.itemsize * count(shapes)
+
+    return Row(f"limit of {name}", build, moved, partial(kind.kept, strategy))

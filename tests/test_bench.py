@@ -1,0 +1,103 @@
+"""`collage bench`: what its tables say of bytes, shapes and planes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from collage.formats import format_of
+from collage.harness.bench import contestants
+from collage.harness.bench.command import TIMING, shapes_of
+from collage.harness.bench.contestants import KINDS, limit, ours
+from collage.harness.bench.rows import EXTRA, arrived
+from collage.harness.cli import main
+from collage.layout import zeros
+from collage.strategies import STRATEGIES
+
+CPU = torch.device("cpu")
+SHAPES = [(64, 300), (1000,), (1, 4096), (8, 2, 260)]
+
+
+@pytest.mark.parametrize("params", [4_000, 16_000, 10**6, 64 * 10**6, 64_000_001])
+def test_even_are_four_matrices_of_about_so_many_elements(params: int) -> None:
+    shapes = shapes_of("even", params)
+    assert len({*shapes}) == 1
+    assert len(shapes) == 4
+    assert len(shapes[0]) == 2
+    assert sum(map(math.prod, shapes)) == pytest.approx(params, abs=4 * 2048)
+
+
+@pytest.mark.parametrize("name", ["bf16", "collage-plus", "fp32-master", "fp32", "collage-exact", "collage-8bit"])
+@pytest.mark.parametrize("optimizer", KINDS)
+def test_bytes_are_those_of_the_tensors(name: str, optimizer: str) -> None:
+    kind, strategy = KINDS[optimizer], STRATEGIES[name]
+    opt = kind.make(contestants.parameters(SHAPES, CPU, strategy.dtype), 1e-3, strategy)
+    alive = 0
+    for parameter in opt.parameters():
+        formats = kind.formats(opt.strategy_of(parameter))
+        planes = [plane for name in formats for plane in zeros(format_of(name), parameter.tensor)]
+        alive += sum(tensor.nbytes for tensor in (*planes, parameter.tensor.grad))
+    row = ours(kind, name)
+    assert row.kept(SHAPES) == alive
+    gradient = strategy.dtype.itemsize * sum(map(math.prod, SHAPES))
+    unread = 2 * sum(map(math.prod, SHAPES)) if name == "fp32-master" else 0
+    assert row.moved(SHAPES) == 2 * (alive - gradient) - unread + gradient
+    assert limit(kind, name).moved(SHAPES) == 2 * alive - gradient
+
+
+def test_bytes_per_parameter_of_large_and_of_small_tensors() -> None:
+    row = ours(KINDS["adamw"], "collage-8bit")
+    assert row.kept([(16, 4096)]) / 65536 == STRATEGIES["collage-8bit"].bytes_per_param(gradient_bytes=2)
+    assert row.kept([(1000,)]) / 1000 == 11  # bf16+int8:sr, bf16:sr, bf16x2:sr, and the gradient
+    torchao = EXTRA[-1]
+    assert (torchao.kept([(16, 4096)]) / 65536, torchao.kept([(1000,)]) / 1000) == (6 + 8 / 256, 8)
+
+
+def test_the_limit_streams_the_planes_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[tuple[str, ...], list[torch.Size]] = {}
+
+    class Watching:
+        def stream(self, formats: tuple[str, ...], planes: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+            seen[formats] = [grad.shape for grad in grads]
+            width = sum(len(format_of(name).planes) for name in formats)
+            assert len(planes) == width * len(grads)
+            assert all(planes[k * width].shape == grad.shape for k, grad in enumerate(grads))
+
+    monkeypatch.setattr(contestants, "choose", lambda name, device: Watching())
+    limit(KINDS["adamw"], "collage-8bit-plus").build(SHAPES, 1e-3, CPU).step()
+    assert seen == {
+        ("bf16x2:sr", "int8/128:sr", "uint8/128:sr"): [(64, 300), (1, 4096), (8, 2, 260)],
+        ("bf16x2:sr", "bf16:sr", "bf16x2:sr"): [(1000,)],
+    }
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("bf16", 0.0, 0.9), ("collage-plus", 0.999, 1.001)])
+def test_what_arrives(name: str, least: float, most: float) -> None:
+    share = arrived("adamw", ours(KINDS["adamw"], name), CPU)
+    assert share is not None
+    assert least <= share <= most
+
+
+def test_small_tensors_say_their_own_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--params 3K --shapes small --rounds 2 --no-others --no-monitor --strategies collage-plus-sr"
+    assert main(["bench", *options.split(), "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["bytes_kept"] for row in result["rows"]] == [12, 12]
+    assert result["parameters"] == 3000
+    assert "3,000 parameters in 3 tensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", TIMING)
+def test_accuracy_takes_no_flag_of_a_timing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"shapes": ["even"], "device": ["cpu"], "optimizer": ["adamw"], "plan": [], "no_monitor": [], "extra": []}
+    flag = f"--{name.replace('_', '-')}"
+    assert (
+        main(["bench", "--accuracy", flag, *values.get(name, ["0" if name in ("threads", "bandwidth") else "9"])]) == 2
+    )
+    error = capsys.readouterr().err
+    assert f"{flag}: means nothing to --accuracy" in error
+    assert "leave it out" in error
