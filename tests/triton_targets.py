@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from collage import formats
-from collage.backends.triton import BLOCK, FORMATS, _plan, _plan_of_all, _plan_of_one, rules, sums, walk
+from collage.backends.triton import BLOCK, FORMATS, _plan, _plan_of_all, _plan_of_one, _unit, rules, sums, walk, warps
 from collage.backends.triton import planes as of_planes
 from collage.backends.triton.fold import fold
 from collage.backends.triton.walk import MASKED, STRIDED
@@ -37,14 +37,15 @@ RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def compiled(function, pointers: dict[str, str], constants: dict, target: GPUTarget):
+def compiled(function, pointers: dict[str, str], constants: dict, warps: int = 0, *, target: GPUTarget):
+    """warps: of a program; 0: as many as 8 elements a thread make."""
     source = ASTSource(
         fn=function,
         signature={name: pointers.get(name, "constexpr") for name in function.arg_names},
         constexprs={(function.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(k,): [["tt.divisibility", 16]] for k in range(len(pointers))},
     )
-    options = {"num_warps": BLOCK // target.warp_size // 8, "enable_fp_fusion": "contract" in sys.argv}
+    options = {"num_warps": warps or BLOCK // target.warp_size // 8, "enable_fp_fusion": "contract" in sys.argv}
     return triton.compile(source, target=target, options=options)
 
 
@@ -75,9 +76,8 @@ class Case(NamedTuple):
 
     def shape(self, strided: bool) -> dict:
         """Of the table."""
-        by_rows = any(max(FORMATS[name].per) > 1 for name in self.formats)
         columns = walk.ADDRESSES.value + 1 + sum(len(FORMATS[name].words) for name in self.formats)
-        return {"columns": columns, "rest": (STRIDED if strided else MASKED).value, "by_rows": by_rows}
+        return {"columns": columns, "rest": (STRIDED if strided else MASKED).value, "by_rows": _unit(self.formats) > 1}
 
 
 TABLES = {"table": "*i64", "owners": "*i32", "shapes": "*i64"}
@@ -85,7 +85,8 @@ TABLES = {"table": "*i64", "owners": "*i32", "shapes": "*i64"}
 
 def step(case: Case, target: GPUTarget, flags: Sequence[str]):
     others = {"constants": "*fp32", "streams": "*i64", "scale": "*fp32", "skip": "*fp32", "sums": "*fp64"}
-    return compiled(walk.step, TABLES | others, {"PLAN": case.plan(flags)}, target)
+    number = warps(case.formats, not {"measured", "strided"} & set(flags), target.warp_size)
+    return compiled(walk.step, TABLES | others, {"PLAN": case.plan(flags)}, number, target=target)
 
 
 def others(case: Case, target: GPUTarget) -> dict:
@@ -101,17 +102,20 @@ def others(case: Case, target: GPUTarget) -> dict:
     }  # fmt: skip
     shape = case._replace(formats=case.formats[:1]).shape(True)
     one = {"PLAN": _plan_of_one(case.formats[0], True, 0, 0, **shape)}
-    all_of_them = {"PLAN": _plan_of_all(case.formats, torch.bfloat16, **case.shape(False))}
+    all_of_them = {"PLAN": _plan_of_all(case.formats, torch.bfloat16, **case.shape(False) | {"by_rows": False})}
+    known, streamed = FORMATS[case.formats[0]], warps(case.formats, True, target.warp_size)
     counting = {"broken": (of_planes.broken, TABLES | {"counts": "*i32"}, one)}
+    in_rows = {"maxima": (of_planes.maxima, TABLES | {"tops": "*i32"}, one)}
     kernels = {
         "fold": (fold, pointers, folds),
         "decode": (of_planes.decode, TABLES, one),
-        "encode": (of_planes.encode, TABLES | {"streams": "*i64"}, one),
-        **(counting if FORMATS[case.formats[0]].broken else {}),
-        "stream": (of_planes.stream, {"table": "*i64", "owners": "*i32", "zero": "*i32"}, all_of_them),
+        "encode": (of_planes.encode, TABLES | {"streams": "*i64", "tops": "*i32"}, one),
+        **(counting if known.broken else {}),
+        **(in_rows if known.whole_rows else {}),
+        "stream": (of_planes.stream, {"table": "*i64", "owners": "*i32", "zero": "*i32"}, all_of_them, streamed),
         "add_up": (sums.add_up, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}),
     }
-    return {name: compiled(*kernel, target) for name, kernel in kernels.items()}
+    return {name: compiled(*kernel, target=target) for name, kernel in kernels.items()}
 
 
 def facts(kernel) -> dict:
@@ -125,6 +129,7 @@ def facts(kernel) -> dict:
         **(nvidia(asm["cubin"]) if "cubin" in asm else amd(code)),
         "loads": len(re.findall(r"ld\.global\S*\.v4\.b32|global_load_dwordx4", code)),
         "stores": len(re.findall(r"st\.global\S*\.v4\.b32|global_store_dwordx4", code)),
+        "halves": len(re.findall(r"st\.global\S*\.v2\.b32|global_store_dwordx2", code)),
         "contracted": len(re.findall(r"\b(?:contract|reassoc|fast|afn|arcp)\b" + fma, asm["llir"]))
         + len(re.findall(r"\bfma\.", code)),
         "flushed": len(re.findall(r"\.ftz\b|denormal-fp-math[^=]*=\"preserve-sign", code + asm["llir"])),
@@ -165,7 +170,8 @@ def main() -> None:
     for name in cases.split(","):
         case = Case.parse(name)
         for target in targets.split(","):
-            result[f"{name} {target}"] = facts(step(case, TARGETS[target], flags))
+            if not FORMATS[case.formats[0]].whole_rows:
+                result[f"{name} {target}"] = facts(step(case, TARGETS[target], flags))
             if "others" in flags:
                 for kind, kernel in others(case, TARGETS[target]).items():
                     result[f"{kind} {name} {target}"] = facts(kernel)

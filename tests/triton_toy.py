@@ -57,7 +57,7 @@ def integer_of(x):
 
 @triton.jit
 def decode(planes, F: tl.constexpr):
-    return planes[0] * spread(planes[2], F.per[2]) + planes[1]
+    return planes[0] * spread(planes[2], planes[0]) + planes[1]
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def encode(number, random, largest, F: tl.constexpr):
     x = number.value().x
     scale = tl.div_rn(float_of(largest[0]), 127.0)
     scale = tl.where(scale == 0.0, 1.0, scale)
-    each = spread(scale, F.per[2])
+    each = spread(scale, x)
     q = (tl.div_rn(x, each) + 12582912.0) - 12582912.0  # to an integer
     return F.words[0].encode(q), F.words[1].encode(x - q * each), scale
 

@@ -28,6 +28,7 @@ from collage.backends.triton.rules import RULES
 from collage.backends.triton.sums import add_up
 from collage.backends.triton.tables import BLOCK, Layout, bases_of, layout_of, owners_of, rows_of, table_of
 from collage.backends.triton.walk import MASKED, STRIDED, Plan, Slot
+from collage.formats import format_of
 from collage.layout import Planes
 from collage.rng import draw_of, mix64, signed
 from collage.rules import Rule
@@ -38,6 +39,17 @@ count_up = reference.count_up
 WORDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 WARP = 64 if torch.version.hip else 32
 OPTIONS = {"num_warps": BLOCK // WARP // 8, "enable_fp_fusion": False}  # 8 elements a thread: 16 bytes of bfloat16
+
+
+@cache
+def warps(formats: tuple[str, ...], plain: bool, warp: int = WARP) -> int:
+    """Of a step's program. A thread has 8 elements, or 16 where planes of one byte prevail and registers suffice.
+
+    They do not where a step is not plain, but measured or strided, nor with AMD's 64 threads to a warp.
+    """
+    sizes = [plane.dtype.itemsize for name in formats for plane in format_of(name).planes if plane.per == 1]
+    many = plain and warp == 32 and 2 * sizes.count(1) >= len(sizes)
+    return BLOCK // warp // (16 if many else 8)
 
 
 class Launch(NamedTuple):
@@ -53,9 +65,14 @@ class Launch(NamedTuple):
         return self.layout.first[-1]
 
     @property
+    def in_order(self) -> bool:
+        """Whether every element lies, and draws the bits, where its index says."""
+        return len(self.layout.shapes) == 1
+
+    @property
     def shape(self) -> dict[str, Any]:
         """What a kernel's plan has to know of them."""
-        rest = STRIDED if len(self.layout.shapes) > 1 else MASKED
+        rest = MASKED if self.in_order else STRIDED
         return {"columns": self.layout.rows.shape[1], "rest": rest.value, "by_rows": self.unit > 1}
 
     def tables(self, fronts: Sequence[Tensor], which: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,8 +126,9 @@ def step(batch: Batch) -> None:
         batch.rule, batch.formats, batch.register, batch.grads[0].dtype if batch.grads else None, **launch.shape,
         maximize=batch.maximize, scaled=_scaled(batch), skips=batch.skip is not None, measured=measured,
     )  # fmt: skip
+    options = OPTIONS | {"num_warps": warps(batch.formats, launch.in_order and not measured)}
     with _current(device):
-        walk.step[(launch.blocks,)](*tables, constants, streams, scale, skip, sums, PLAN=plan, **OPTIONS)
+        walk.step[(launch.blocks,)](*tables, constants, streams, scale, skip, sums, PLAN=plan, **options)
     if measured:
         _add_up(sums, launch, batch.sums)
 
@@ -226,8 +244,9 @@ def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[T
     plan = _plan_of_all(formats, grads[0].dtype, **launch.shape)
     table, owners, _ = launch.tables(grads)
     zero = torch.zeros(1, dtype=torch.int32, device=launch.device)
+    options = OPTIONS | {"num_warps": warps(formats, True)}
     with _current(launch.device):
-        of_planes.stream[(launch.blocks,)](table, owners, zero, PLAN=plan, **OPTIONS)
+        of_planes.stream[(launch.blocks,)](table, owners, zero, PLAN=plan, **options)
 
 
 @cache

@@ -9,6 +9,8 @@ import triton.language as tl
 
 from collage.backends.triton.language import aggregate
 
+SIGN = tl.constexpr(-(1 << 31))  # bits
+
 
 @triton.jit
 def bits_of(x):
@@ -28,7 +30,7 @@ def negative(x):
 
 @triton.jit
 def is_finite(x):
-    return x - x == 0.0
+    return tl.abs(x) < float("inf")
 
 
 @triton.jit

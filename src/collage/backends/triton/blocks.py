@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from collage.backends.triton.arithmetic import bits_of, float_of, is_finite, negative
+from collage.backends.triton.arithmetic import SIGN, bits_of, float_of, is_finite
 from collage.backends.triton.format import (
     E8M0,
     INT8,
@@ -37,10 +37,11 @@ class Companded(Format):
 @triton.jit
 def decode(planes, F: tl.constexpr):
     code, scale = planes[0], planes[1]
-    k = tl.abs(code).to(tl.float32)
-    x = float_of(((bits_of(k) - ((127 + F.n) << 23)) << F.n) + ((127 + F.linear) << 23))
-    x = tl.where(k < 2.0**F.n, k * 2.0 ** (F.linear - F.n), x) * spread(scale, k)
-    return tl.where(code == F.nan, float("nan"), tl.where(code < 0, negative(x), x))
+    k = code.to(tl.float32)
+    x = float_of(((bits_of(k) - ((127 + F.n) << 23)) << F.n) + ((127 + F.linear) << 23))  # its sign is shifted out
+    x = tl.where(tl.abs(k) < 2.0**F.n, tl.abs(k) * 2.0 ** (F.linear - F.n), x) * spread(scale, k)
+    x = float_of(bits_of(x) | (bits_of(k) & SIGN))
+    return tl.where(code == F.nan, float("nan"), x)
 
 
 @triton.jit
@@ -49,11 +50,11 @@ def encode(number, random, largest, F: tl.constexpr):
     scale = scale_code(largest[0], 0, F.limit, F.least, 254)
     y = tl.abs(x) * spread(inverse(scale), x)
     k = code_of(y, random, F)
-    finite = is_finite(x)
     if F.nan < 0:
-        k = tl.where(finite, tl.where(x < 0.0, -k, k), F.nan)
+        k = tl.where(is_finite(x), tl.where(x < 0.0, -k, k), F.nan)
     else:  # a positive number never becomes 0
-        k = tl.where(finite & (x >= 0.0), tl.where(x > 0.0, tl.maximum(k, 1), k), F.nan)
+        k = tl.maximum(k, tl.minimum(bits_of(x), 1))
+        k = tl.where((x >= 0.0) & (x < float("inf")), k, F.nan)
     return k, scale
 
 
@@ -62,9 +63,8 @@ def code_of(y, random, F: tl.constexpr):
     """A magnitude below 2 -> the code as a number with 16 bits of fraction, rounded."""
     least: tl.constexpr = (127 + F.linear) << 23
     shifted = (bits_of(y) - least + (1 << (F.n - 1))) >> F.n
-    c = float_of(shifted + ((127 + F.n + 16) << 23))
-    c = tl.where(bits_of(y) >= least, c, y * 2.0 ** (F.n - F.linear + 16))
-    fixed = tl.where(c < 8388608.0, (c + 8388608.0) - 8388608.0, c).to(tl.int32)  # to the nearest integer
+    c = tl.where(bits_of(y) >= least, float_of(shifted + ((127 + F.n) << 23)), y * 2.0 ** (F.n - F.linear))
+    fixed = bits_of(c + tl.maximum(c, 128.0)) - 0x43000000  # the nearest integer to c * 65536: 128's ulp is 1 / 65536
     if F.stochastic:
         k = (fixed + random) >> 16
     else:

@@ -140,20 +140,27 @@ def decoded_components(planes, F: tl.constexpr):
 
 @triton.jit
 def largest(number, mask, F: tl.constexpr):
-    """For every plane with a word for some elements of a block: the largest of their `sizes`."""
+    """For every plane with a word for some elements of a block: the bits of their largest finite magnitudes."""
     found = ()
     for p in tl.static_range(len(F.words)):
         if F.per[p] > 1:
             size = sizes(number.value().x, mask)
-            found = found + (tl.max(tl.reshape(size, [size.shape[0] // F.per[p], F.per[p]]), axis=1),)
+            size = tl.max(tl.reshape(size, [size.shape[0] // F.per[p], F.per[p]]), axis=1)
+            found = found + (magnitudes(size),)
     return found
 
 
 @triton.jit
 def sizes(x, mask):
-    """Magnitudes as bits; 0 of what is not finite, or not of the tensor."""
-    size = bits_of(x) & 0x7FFFFFFF
-    return tl.where(mask & (size < 0x7F800000), size, 0)
+    """uint32 that increase with the magnitude: what is not finite wraps around to less than 0 has; what is not of the
+    tensor has least."""
+    return tl.where(mask, (bits_of(x).to(tl.uint32, bitcast=True) << 1) + 0x1000000, 0)
+
+
+@triton.jit
+def magnitudes(sizes):
+    """The bits of `sizes`, of 0 if nothing was finite."""
+    return ((tl.maximum(sizes, 0x1000000) - 0x1000000) >> 1).to(tl.int32)
 
 
 @triton.jit

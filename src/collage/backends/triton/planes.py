@@ -3,10 +3,23 @@
 import triton
 import triton.language as tl
 
-from collage.backends.triton.arithmetic import Real, same
-from collage.backends.triton.format import FP32, largest, sizes
+from collage.backends.triton.arithmetic import Real, bits_of, float_of, same
+from collage.backends.triton.format import FP32, largest, magnitudes, sizes
 from collage.backends.triton.numbers import Register
-from collage.backends.triton.walk import BLOCK, WHOLE, fetch, load, random_bits, random_words, read, span, store, write
+from collage.backends.triton.walk import (
+    BLOCK,
+    MASKED,
+    WHOLE,
+    fetch,
+    load,
+    random_bits,
+    random_words,
+    read,
+    shared,
+    span,
+    store,
+    write,
+)
 
 
 @triton.jit
@@ -23,13 +36,14 @@ def decode(table, owners, shapes, PLAN: tl.constexpr):
 
 @triton.jit
 def maxima(table, owners, shapes, tops, PLAN: tl.constexpr):
-    """Of each row the largest of its float32 numbers' `sizes`, where the program with its first block counts."""
+    """Of each row the largest finite magnitude, as bits, where the program with its first block counts."""
     program = tl.program_id(0)
     row = table + tl.load(owners + program).to(tl.int64) * PLAN.columns
     run = span(row, program, PLAN)
     at = run.begin + tl.arange(0, BLOCK)
     x = read(row, 0, at, at < run.end, shapes, FP32, PLAN.rest)
-    tl.atomic_max(tops + head(program, run), tl.max(sizes(x, at < run.end)), sem="relaxed")
+    largest = magnitudes(tl.max(sizes(x, at < run.end)))
+    tl.atomic_max(tops + head(program, run), largest, sem="relaxed")
 
 
 @triton.jit
@@ -82,17 +96,22 @@ def stream(table, owners, zero, PLAN: tl.constexpr):
     run = span(row, program, PLAN)
     at = run.begin + tl.arange(0, BLOCK)
     if run.begin + BLOCK <= run.end:
-        g = read(row, 0, at, at, zero, PLAN.gradient, WHOLE).to(tl.int32, bitcast=True) & tl.load(zero)
+        nothing = tl.load(zero)
+        g = (bits_of(read(row, 0, at, at, zero, PLAN.gradient, WHOLE)) >> 16) & nothing  # below may be no bits
         for k in tl.static_range(len(PLAN.slots)):
             for p in tl.static_range(len(PLAN.slots[k].format.words)):
                 if PLAN.slots[k].format.per[p] == 1:
-                    stream_plane(row, PLAN.slots[k].first + p, at, g, PLAN.slots[k].format.words[p])
+                    stream_plane(row, at, at, g, PLAN.slots[k], p, WHOLE)
+                else:
+                    where, mask = shared(row, run, PLAN.slots[k].format.per[p])
+                    stream_plane(row, where, mask, nothing, PLAN.slots[k], p, MASKED)
 
 
 @triton.jit
-def stream_plane(row, TENSOR: tl.constexpr, at, g, WORD: tl.constexpr):
-    x = fetch(row, TENSOR, at, at, at, WORD, WHOLE)
+def stream_plane(row, at, mask, g, SLOT: tl.constexpr, P: tl.constexpr, WAY: tl.constexpr):
+    WORD: tl.constexpr = SLOT.format.words[P]
+    x = fetch(row, SLOT.first + P, at, mask, at, WORD, WAY)
     if WORD.memory == tl.float32:
-        write(row, TENSOR, at, at, at, (x.to(tl.int32, bitcast=True) | g).to(tl.float32, bitcast=True), WORD, WHOLE)
+        write(row, SLOT.first + P, at, mask, at, float_of(bits_of(x) | g), WORD, WAY)
     else:
-        write(row, TENSOR, at, at, at, x | g.to(WORD.memory), WORD, WHOLE)
+        write(row, SLOT.first + P, at, mask, at, x | g.to(WORD.memory), WORD, WAY)

@@ -112,7 +112,7 @@ def span(row, program, PLAN: tl.constexpr):
         start = line.to(tl.int64) * width
         return Span(start + (index - line.to(tl.int64) * blocks) * BLOCK, start + width, line.to(tl.int64), start)
     else:
-        return Span(index * BLOCK, tl.load(row + NUMEL), index, index)
+        return Span(index * BLOCK, tl.load(row + NUMEL), index - index, index - index)  # one row
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def block(row, run, shapes, c, stream, scale, out, PLAN: tl.constexpr, WAY: tl.c
     if PLAN.by_rows and WAY == WHOLE:
         begin = begin // VECTOR * VECTOR  # it is: this says so
     at = begin + tl.arange(0, BLOCK)
-    mask = at < run.end
+    mask = within(at, run, WAY)
     planes = ()
     for k in tl.static_range(len(PLAN.slots)):
         planes = planes + (load(row, at, run, shapes, PLAN.slots[k], WAY),)
@@ -144,6 +144,15 @@ def block(row, run, shapes, c, stream, scale, out, PLAN: tl.constexpr, WAY: tl.c
             store(row, at, run, shapes, codes, PLAN.slots[k], WAY)
             if PLAN.measured and k == 0:
                 measure(out, mask, delta.x, planes[0], codes, PLAN.slots[0].format)
+
+
+@triton.jit
+def within(at, run, WAY: tl.constexpr):
+    """Which elements are of the tensor, or of a row of it."""
+    if WAY == WHOLE:
+        return tl.full([BLOCK], True, tl.int1)
+    else:
+        return at < run.end
 
 
 @triton.jit

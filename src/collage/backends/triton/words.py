@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from collage.backends.triton.arithmetic import bits_of, float_of, is_finite, word_code
+from collage.backends.triton.arithmetic import SIGN, bits_of, float_of, is_finite, word_code
 from collage.backends.triton.format import (
     BF16,
     E8M0,
@@ -37,7 +37,7 @@ def cut_encode(number, random, largest, F: tl.constexpr):
         w = tl.where(((w & 0x7FFFFF) == 0x7F8000) & is_finite(x), w - 1, w)  # back from Inf
     elif b == 8:
         w = (w + 0x7F + ((w >> 8) & 1)) >> 8
-    return (w >> b) + ((w >> (b - 1)) & 1), w
+    return (w + (1 << (b - 1))) >> b, w
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def extended_decode(planes, F: tl.constexpr):
     if F.whole_rows:
         x = x * spread(planes[2], x)
     x = tl.where(is_finite(hi), x, size)
-    return float_of(bits_of(x) ^ ((bits_of(hi) >> 31) << 31))
+    return float_of(bits_of(x) ^ (bits_of(hi) & SIGN))
 
 
 @triton.jit
