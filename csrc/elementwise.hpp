@@ -151,7 +151,7 @@ struct ElementwiseIn<Own, std::index_sequence<P...>, C...> {
       const Every even = encoded(i);
       write(planes, i, even, encoded(i + W));
     }
-    return all(finite(whole));
+    return all_finite(whole);
   }
 
   template <class Fn>  // fn(elements i and on, where they lie in a buffer, half)

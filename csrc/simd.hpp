@@ -204,6 +204,15 @@ inline F64 wide(F32 x) {
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 inline F32 splat(float x) { return F32{} + x; }
 inline Mask finite(F32 x) { return x - x == F32{}; }
+
+inline bool all_finite(F32 x) {
+#if defined(__AVX512BW__)  // the compiler makes a vector of a mask, and a mask of that
+  return _mm512_cmp_ps_mask((__m512)(x - x), _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xFFFF;
+#else
+  return all(finite(x));
+#endif
+}
+
 inline F32 keep(Mask m, F32 x) { return (F32)((Mask)x & m); }  // +0 elsewhere
 inline F32 magnitude(F32 x) { return (F32)((U32)x & 0x7FFFFFFF); }
 inline F32 converted(Mask x) { return __builtin_convertvector(x, F32); }

@@ -107,7 +107,8 @@ class Noise {
     if (!drawn_ || salt != salt_) Random(t_, salt, piece_.begin, piece_.count).words(words_);
     drawn_ = true;
     salt_ = salt;
-    for (int i = 0; i < padded(piece_.count); i += W) save(bits_ + i, bits_of(load<U32>(words_ + i), part));
+    const int end = padded(piece_.count);
+    for (int i = 0; i < end; i += W) save(bits_ + i, bits_of(load<U32>(words_ + i), part));
     return bits_;
   }
 

@@ -29,6 +29,7 @@ class Step final : public Kernel {
     for (int s = 0; s < slots; ++s) {
       const bool in_parts = r.bfloat16_arithmetic ? codecs[s]->kind != Kind::one : s == 0 && Rule::grows && codecs[s]->expanded;
       formats[s] = codecs[s]->format;
+      stochastic_ |= formats[s]->stochastic;
       writes[s] = s < Rule::writes;
       slots_[s] = {codecs[s], {r.salts[s], r.parts[s]}, in_parts};
     }
@@ -59,7 +60,7 @@ class Step final : public Kernel {
   int fused(const Tensor& t, const Piece& piece) const {
     if (!fused_ || t.maximize || t.scale != 1.0f) return 0;
     alignas(64) uint32_t words[BLOCK];
-    if (formats[0]->stochastic) Random(t, 0, piece.begin, piece.count).words(words);
+    if (stochastic_) Random(t, 0, piece.begin, piece.count).words(words);
     return fused_(piece, t.constants, words);
   }
 
@@ -117,7 +118,7 @@ class Step final : public Kernel {
   }
 
   int reads_;
-  bool measured_;
+  bool measured_, stochastic_ = false;
   const Codec* gradient_codec_;
   Slot slots_[MAX_SLOTS]{};
   Update update_;
