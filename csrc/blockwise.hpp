@@ -11,9 +11,6 @@ namespace {
 inline F32 scale_from(uint8_t e) { return (F32)(U32{} + (uint32_t(e) << 23)); }
 inline F32 inverse_scale(uint8_t e) { return (F32)(U32{} + (e == 254 ? 0x00400000 : (254u - e) << 23)); }
 
-template <class F>
-constexpr bool in_blocks = F::lanes > F::words;
-
 template <class Own, int per, class Places, class... C>
 struct BlockwiseIn;
 

@@ -1,5 +1,6 @@
 // The rows that deserve a loop of their own, in which numbers stay in registers from planes to planes: those that most
 // steps are made of. It does the plain part of a step; what is measured, strided, not finite goes through stage.hpp.
+// Formats with blocks are held in cache for the length of one, until its scale is known.
 #pragma once
 #include <tuple>
 
@@ -13,23 +14,48 @@ constexpr int AHEAD = 512;  // elements between what is computed and what is fet
 // Carries out the step of a piece's elements. Returns how many it has done before some that are not finite or not usual.
 using Fused = int (*)(const Piece&, const float* row, const uint32_t* words);
 
-// What the loop knows of a slot: nothing where every plane has a word per element, so that they are written at once. Those
-// of a block are held until its scale is known.
+// A slot in the loop: where every plane has a word per element, they are written at once.
 template <class F, class = void>
 struct InLoop {
   static constexpr int block = BLOCK;
 
+  InLoop(PlanesAt, int) {}
   static bool fits(PlanesAt, int, int) { return true; }
-  void begin(PlanesAt, int) {}
 
   template <int half>
-  auto read(PlanesAt planes, int i) const {
+  static auto read(PlanesAt planes, int i) {
     return F::number(F::template read<half>(planes, i));
   }
+
+  template <class Number, class Is>
+  void take(const Number& number, float*, U32 random, Is is_finite, F32& whole, Lanes<F::words>& fresh) {
+    whole += F::whole(number);
+    fresh = F::codes(number, random, is_finite);
+  }
+
+  static void write(PlanesAt planes, int i, const Lanes<F::words>& even, const Lanes<F::words>& odd) {
+    F::write(planes, i, even, odd);
+  }
+
+  template <class Bits>
+  void finish(PlanesAt, int, int, const float*, Bits) const {}
 };
 
+// One with blocks: numbers are held until all of them are there.
 template <class F>
-struct InLoop<F, std::void_t<typename F::OfBlock>> : F::OfBlock {};
+struct InLoop<F, std::void_t<typename F::OfBlock>> : F::OfBlock {
+  static constexpr int block = F::block;
+
+  using F::OfBlock::OfBlock;
+
+  template <class Is>
+  void take(const Register<F32>& number, float* held, U32, Is, F32&, Lanes<F::words>&) {
+    this->count(number.x);
+    save(held, number.x);
+  }
+
+  static void write(PlanesAt, int, const Lanes<F::words>&, const Lanes<F::words>&) {}
+};
 
 // One half of a chunk once it is computed.
 template <class... F>
@@ -45,7 +71,7 @@ template <class Rule, class Gradient, size_t... K, class... F>
 struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
   using Constants = typename Rule::template Constants<F32>;
   using Slots = std::tuple<InLoop<F>...>;
-  static constexpr bool random = (F::format.stochastic || ...), blocked = (in_blocks<F> || ...);
+  static constexpr bool random = (F::format.stochastic || ...);
   static constexpr int block = std::min({InLoop<F>::block...});
 
   FLATTEN static int run(const Piece& piece, const float* row, const uint32_t* words) {
@@ -54,8 +80,7 @@ struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
     for (int first = 0; first < piece.count; first += block) {
       const int end = padded(std::min(piece.count, first + block));
       if (!(InLoop<F>::fits(piece.planes[K], first, end) && ...)) return first;
-      Slots slots;
-      (std::get<K>(slots).begin(piece.planes[K], first), ...);
+      Slots slots(InLoop<F>(piece.planes[K], first)...);
       for (int i = first; i < end; i += LANES) {
         (fetch(piece.planes[K], i + AHEAD, F::format), ...);
         fetch(piece.gradient, i + AHEAD, Gradient::BYTES);
@@ -63,13 +88,14 @@ struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
         Half<F...> even = compute<0, true>(piece, i, constants, words, slots, at);
         Half<F...> odd = compute<1, true>(piece, i, constants, words, slots, at);
         if (__builtin_expect(!all_finite(even.whole + odd.whole), false)) {
-          if (!blocked) return i;
+          if (block == BLOCK) return i;  // others have written a part of their block
           even = compute<0, false>(piece, i, constants, words, slots, at);
           odd = compute<1, false>(piece, i, constants, words, slots, at);
         }
-        (write<F>(piece.planes[K], i, std::get<K>(even.fresh), std::get<K>(odd.fresh)), ...);
+        (std::get<K>(slots).write(piece.planes[K], i, std::get<K>(even.fresh), std::get<K>(odd.fresh)), ...);
       }
-      (finish<F, K>(std::get<K>(slots), piece.planes[K], first, end, held[K], words), ...);
+      const auto bits = [&](auto k) { return [=](int at) { return bits_of(load<U32>(words + at), k()); }; };
+      (std::get<K>(slots).finish(piece.planes[K], first, end, held[K], bits(std::integral_constant<int, K>{})), ...);
     }
     return piece.count;
   }
@@ -81,33 +107,13 @@ struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
     const U32 word = random ? load<U32>(words + i + half * W) : U32{};
     Half<F...> result;
     const auto then = [&](F32, auto... numbers) {
-      const auto each = [&](auto slot, const auto& number) {
-        constexpr int k = slot();
-        using Own = std::tuple_element_t<k, std::tuple<F...>>;
-        if constexpr (in_blocks<Own>) {
-          std::get<k>(slots).count(number.x);
-          save(held[k] + half * W, number.x);
-        } else {
-          result.whole += Own::whole(number);
-          std::get<k>(result.fresh) = Own::codes(number, bits_of(word, k), Finite<is_finite>{});
-        }
-      };
-      (each(std::integral_constant<int, int(K)>{}, numbers), ...);
+      (std::get<K>(slots).take(numbers, held[K] + half * W, bits_of(word, int(K)), Finite<is_finite>{}, result.whole,
+                               std::get<K>(result.fresh)),
+       ...);
     };
     Rule::update(Gradient::template read<half>(piece.gradient, i), constants, then,
                  std::get<K>(slots).template read<half>(piece.planes[K], i)...);
     return result;
-  }
-
-  template <class Own>
-  static void write(PlanesAt planes, int i, const Lanes<Own::words>& even, const Lanes<Own::words>& odd) {
-    if constexpr (!in_blocks<Own>) Own::write(planes, i, even, odd);
-  }
-
-  template <class Own, int k>
-  static void finish(const InLoop<Own>& slot, PlanesAt planes, int first, int end, const float* x, const uint32_t* words) {
-    if constexpr (in_blocks<Own>)
-      slot.finish(planes, first, end, x, [&](int at) { return bits_of(load<U32>(words + at), k); });
   }
 
   static void fetch(PlanesAt planes, int i, const Format& format) {

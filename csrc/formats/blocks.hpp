@@ -49,16 +49,16 @@ struct Companded : Blockwise<Companded<Code, stochastic>, 128, Code> {
   static Mask broken(const Lanes<2>&) { return Mask{}; }
 
   static void values(PlanesAt planes, int count, Buffer& x) {
-    for (int first = 0; first < count; first += 128) {
-      const int end = padded(std::min(count, first + 128));
+    for (int first = 0; first < count; first += Companded::block) {
+      const int end = padded(std::min(count, first + Companded::block));
       if (!Decoder::fits(planes, first, end)) {
         Companded::values_of(planes, first, end, x);
         continue;
       }
       const Decoder decoder(planes, first);
       for (int i = first; i < end; i += LANES) {
-        save(x + i, decoder.template read<0>(planes, i));
-        save(x + i + W, decoder.template read<1>(planes, i));
+        save(x + i, decoder.template value<0>(planes, i));
+        save(x + i + W, decoder.template value<1>(planes, i));
       }
     }
   }
@@ -75,7 +75,7 @@ struct Companded : Blockwise<Companded<Code, stochastic>, 128, Code> {
     const uint32_t largest = largest_of(most);
     const uint8_t e = scale_of(largest);
     if (!Encoder::fits(largest, e)) return Companded::Base::encode_block(planes, first, end, x, bits);
-    planes[1][first / 128] = char(e);
+    planes[1][first / Companded::block] = char(e);
     const Encoder encoder(e);
     for (int i = first; i < end; i += LANES) {
       const F32 even = load<F32>(x + i - first), odd = load<F32>(x + i - first + W);
@@ -90,14 +90,12 @@ struct Companded : Blockwise<Companded<Code, stochastic>, 128, Code> {
   class Decoder {
    public:
     static bool fits(PlanesAt planes, int first, int end) {
-      const uint8_t e = planes[1][first / 128];
+      const uint8_t e = planes[1][first / Companded::block];
       return e >= LEAST && e < 255 && !Code::any(planes[0] + first, end - first, NOT_A_NUMBER);
     }
 
-    Decoder() = default;
-
     Decoder(PlanesAt planes, int first) {
-      const uint32_t e = uint8_t(planes[1][first / 128]);
+      const uint32_t e = uint8_t(planes[1][first / Companded::block]);
       const uint32_t base = J0 + ((e - 127) << 23) - (uint32_t(I0) << N);
       base_ = U32{} + base;
       zero_ = (F32)(U32{} + ((0 - base) >> N));  // below 2: what companded is 0
@@ -105,7 +103,7 @@ struct Companded : Blockwise<Companded<Code, stochastic>, 128, Code> {
     }
 
     template <int half>
-    F32 read(PlanesAt planes, int i) const {
+    F32 value(PlanesAt planes, int i) const {
       const F32 k = converted((Mask)Code::template read<half>(planes[0], i)), size = SIGNED ? magnitude(k) : k;
       const F32 companded = (F32)(((U32)larger(size, zero_) << N) + base_);
       const F32 value = larger(companded, size * linear_);
@@ -144,17 +142,14 @@ struct Companded : Blockwise<Companded<Code, stochastic>, 128, Code> {
     F32 linear_;
   };
 
-  // What a loop over the numbers of a block knows of it.
-  class OfBlock {
+  // A block in a loop that decodes it, and holds its new numbers until all of them are there.
+  class OfBlock : public Decoder {
    public:
-    static constexpr int block = 128;
-
-    static bool fits(PlanesAt planes, int first, int end) { return Decoder::fits(planes, first, end); }
-    void begin(PlanesAt planes, int first) { decoder_ = Decoder(planes, first); }
+    using Decoder::Decoder;
 
     template <int half>
     Register<F32> read(PlanesAt planes, int i) const {
-      return {decoder_.template read<half>(planes, i)};
+      return {Decoder::template value<half>(planes, i)};
     }
 
     void count(F32 x) { most_ = larger(most_, size_of(x)); }
@@ -165,7 +160,6 @@ struct Companded : Blockwise<Companded<Code, stochastic>, 128, Code> {
     }
 
    private:
-    Decoder decoder_;
     U32 most_{};
   };
 };
