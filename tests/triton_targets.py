@@ -127,6 +127,7 @@ def facts(kernel) -> dict:
     code = asm.get("ptx") or asm["amdgcn"]
     return {
         **(nvidia(asm["cubin"]) if "cubin" in asm else amd(code)),
+        "elements": BLOCK // kernel.metadata.target.warp_size // kernel.metadata.num_warps,  # of a thread
         "loads": len(re.findall(r"ld\.global\S*\.v4\.b32|global_load_dwordx4", code)),
         "stores": len(re.findall(r"st\.global\S*\.v4\.b32|global_store_dwordx4", code)),
         "halves": len(re.findall(r"st\.global\S*\.v2\.b32|global_store_dwordx2", code)),
