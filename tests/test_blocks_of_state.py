@@ -72,7 +72,7 @@ def test_codes_have_scales_of_their_own_shape_and_small_parameters_have_none():
         assert kinds == {"param_lo": torch.int8} | dict.fromkeys(
             ("exp_avg", "exp_avg_sq", "exp_avg_sq_lo"), torch.bfloat16
         )
-    assert "3 of 4 are small: parameters of one dimension" in repr(opt)
+    assert "keep bf16:sr, bf16x2:sr; so do 3 of its 4" in repr(opt)
 
 
 @pytest.mark.parametrize("way", ["state_dict", "file", "deepcopy", "pickle"])

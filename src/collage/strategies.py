@@ -15,9 +15,26 @@ from collage.layout import as_rows, bytes_per_value
 ARITHMETICS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROLES = ("param", "momentum", "variance")
 _PAPER = ("bf16", "bf16x2", "bf16+kahan")  # what bfloat16 arithmetic is written for
-_OTHER = {"momentum": "uint8", "variance": "int8"}  # codes of 8 bits are made for one role each
 SMALL = 4096  # elements: a parameter of fewer, of rows shorter than SHORT, or without rows takes formats' twins
 SHORT = 32
+
+
+def _unfit(role: str, name: str) -> str:
+    """Why a format cannot be one of that role, and what to use; "": it can."""
+    fmt = FORMATS[name]
+    if role == "param":
+        if not fmt.dtypes[0].is_floating_point:
+            return "has no weight that a forward pass could read; it is one for moments; use 'bf16+int8:sr' or 'bf16x2'"
+        if any(plane.per is None for plane in fmt.planes):
+            return "can be encoded and decoded, but no step trains weights in it yet; use 'bf16+int8:sr'"
+        return ""
+    if "+" in name:  # a visible plane that only a forward pass reads
+        return "is a format for param; use 'fp32', 'bf16' or 'bf16x2'"
+    if role == "momentum" and name.startswith("uint8"):
+        return "has no sign; use 'int8/128:sr'"
+    if role == "variance" and name.startswith("int8"):
+        return "lets a second moment become 0, and updates explode; use 'uint8/128:sr'"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +66,13 @@ class Strategy:
         for role in ROLES:
             name = getattr(self, role)
             if name not in FORMATS:
-                raise ValueError(f"{role}: unknown format {name!r}; known formats: {', '.join(FORMATS)}")
-            if role == "param" and not FORMATS[name].dtypes[0].is_floating_point:
-                raise ValueError(f"param: {name!r} has no weight that a forward pass could read; it is one for moments")
-            if role == "param" and any(plane.per is None for plane in FORMATS[name].planes):
-                raise ValueError(f"param: {name!r} can be encoded and decoded, but no step trains weights in it yet")
-            if role != "param" and "+" in name:  # a visible plane that only a forward pass reads
-                raise ValueError(f"{role}: {name!r} is a format for param; use 'fp32', 'bf16' or 'bf16x2'")
-            if role != "param" and name.startswith(_OTHER[role]):
-                right = {"momentum": "int8/128:sr", "variance": "uint8/128:sr"}[role]
-                why = {"momentum": "has no sign", "variance": "lets a second moment become 0, and updates explode"}[
-                    role
-                ]
-                raise ValueError(f"{role}: {name!r} {why}; use '{right}'")
+                fit = [other for other in FORMATS if not _unfit(role, other)]
+                close = get_close_matches(str(name).strip().lower(), fit, n=1)
+                meant = "".join(f"; did you mean {other!r}?" for other in close)
+                raise ValueError(f"{role}: unknown format {name!r}; known formats: {', '.join(fit)}{meant}")
+            reason = _unfit(role, name)
+            if reason:
+                raise ValueError(f"{role}: {name!r} {reason}")
             if self.arithmetic == "bfloat16" and name not in _PAPER:
                 known = "', '".join(_PAPER)
                 raise ValueError(f"{role}: bfloat16 arithmetic takes '{known}', got {name!r}; use arithmetic='float32'")

@@ -59,13 +59,14 @@ class PrecisionOptimizer(Stepping):
             first += len(group["params"])
 
     def __repr__(self) -> str:
-        """torch's, and how many parameters are small where that makes a difference."""
+        """torch's, and where small parameters have other formats: which, and how many these are."""
         lines = [super().__repr__()]
         for index, group in enumerate(self.param_groups):
             strategy = Strategy.parse(group["strategy"])
             small = sum(1 for param in group["params"] if param.dtype == strategy.dtype and is_small(param.shape))
-            if strategy.exception and small:
-                lines.append(f"group {index}: {small} of {len(group['params'])} are small: {strategy.exception}")
+            if strategy.exception:
+                kept = f"{', '.join(strategy.formats())}; {strategy.exception}"
+                lines.append(f"group {index}: {kept}; so do {small} of its {len(group['params'])}")
         return "\n".join(lines)
 
     def strategy_of(self, parameter: Parameter) -> Strategy:
