@@ -1,5 +1,4 @@
-// Formats with a scale for a block of elements of a row, or for a whole row (E8M0: a byte E stands for 2^(E - 127), and 0
-// for 0, as a state begins).
+// Formats with a scale for a block of elements of a row, or for a whole row.
 #pragma once
 #include "elementwise.hpp"
 #include "kernel.hpp"
@@ -7,17 +6,20 @@
 namespace collage {
 namespace {
 
-// The number that a scale stands for, and what numbers are multiplied by to be divided by it.
-inline F32 scale_from(uint8_t e) { return (F32)(U32{} + (uint32_t(e) << 23)); }
-inline F32 inverse_scale(uint8_t e) { return (F32)(U32{} + (e == 254 ? 0x00400000 : (254u - e) << 23)); }
+// A byte E stands for 2^(E - 127), and 0 for 0, as a state begins.
+struct E8M0 {
+  using Word = uint8_t;
+  static F32 number(uint8_t e) { return (F32)(U32{} + (uint32_t(e) << 23)); }
+  static F32 inverse(uint8_t e) { return (F32)(U32{} + (e == 254 ? 0x00400000 : (254u - e) << 23)); }
+};
 
-template <class Own, int per, class Places, class... C>
+template <class Own, class Scale, int per, class Places, class... C>
 struct BlockwiseIn;
 
-// `Own` has: number (of the words' lanes and the scale's), scale_of (a largest magnitude), and codes (of W numbers, with
-// the inverse of their scale). Its planes hold the component types C, then the scales.
-template <class Own, int per, class... C>
-using Blockwise = BlockwiseIn<Own, per, std::index_sequence_for<C...>, C...>;
+// `Own` has: number (of the words' lanes and of their scale as a number), scale_of (the bits of a largest magnitude), codes
+// (of W numbers and their scale) and broken. Its planes hold the component types C, then the scales.
+template <class Own, class Scale, int per, class... C>
+using Blockwise = BlockwiseIn<Own, Scale, per, std::index_sequence_for<C...>, C...>;
 
 // The bits of the largest finite magnitude of so many elements, which fill whole chunks.
 inline uint32_t largest_of(const float* x, int count) {
@@ -29,8 +31,9 @@ inline uint32_t largest_of(const float* x, int count) {
   return largest_of(most);
 }
 
-template <class Own, int per, size_t... P, class... C>
-struct BlockwiseIn<Own, per, std::index_sequence<P...>, C...> {
+template <class Own, class Scale, int per, size_t... P, class... C>
+struct BlockwiseIn<Own, Scale, per, std::index_sequence<P...>, C...> {
+  using Word = typename Scale::Word;
   static constexpr int words = sizeof...(C), lanes = words + 1;
   static constexpr int block = per == PER_ROW ? STAGE : per;  // elements of a stage that share a scale
   static_assert(STAGE % block == 0, "blocks are never divided");
@@ -59,6 +62,8 @@ struct BlockwiseIn<Own, per, std::index_sequence<P...>, C...> {
  protected:
   using Base = BlockwiseIn;
 
+  static Word& scale_at(PlanesAt planes, int i) { return reinterpret_cast<Word*>(planes[words])[i / block]; }
+
   static void values_of(PlanesAt planes, int first, int end, Buffer& x) {
     each_half(planes, first, end, [&](int at, const Lanes<lanes>& own) { save(x + at, Own::number(own).x); });
   }
@@ -66,10 +71,9 @@ struct BlockwiseIn<Own, per, std::index_sequence<P...>, C...> {
   // Numbers x of the elements from first to end. The scale of a row is given in its plane, those of blocks are decided here.
   template <class Bits>  // bits(at): random ones for the elements at and on
   static void encode_block(PlanesAt planes, int first, int end, const float* x, Bits bits) {
-    char* const scale = planes[words] + first / block;
-    if (per != PER_ROW) *scale = char(Own::scale_of(largest_of(x, end - first)));
-    const F32 inverse = inverse_scale(*scale);
-    const auto codes = [&](int at) { return Own::codes(load<F32>(x + at - first), bits(at), inverse); };
+    if (per != PER_ROW) scale_at(planes, first) = Own::scale_of(largest_of(x, end - first));
+    const Word scale = scale_at(planes, first);
+    const auto codes = [&](int at) { return Own::codes(load<F32>(x + at - first), bits(at), scale); };
     for (int i = first; i < end; i += LANES) {
       const Lanes<words> even = codes(i), odd = codes(i + W);
       (C::write(planes[P], i, even.x[P], odd.x[P]), ...);
@@ -80,7 +84,7 @@ struct BlockwiseIn<Own, per, std::index_sequence<P...>, C...> {
   template <class Fn>  // fn(where they lie in a buffer, lanes)
   static void each_half(PlanesAt planes, int first, int end, Fn fn) {
     for (int i = first; i < end; i += LANES) {
-      const F32 scale = scale_from(planes[words][i / block]);
+      const F32 scale = Scale::number(scale_at(planes, i));
       fn(i, Lanes<lanes>{{C::template read<0>(planes[P], i)..., scale}});
       fn(i + W, Lanes<lanes>{{C::template read<1>(planes[P], i)..., scale}});
     }

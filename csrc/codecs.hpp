@@ -17,7 +17,7 @@ struct Codec {
   void (*encode_parts)(PlanesAt, int count, const Parted& parts, const uint32_t* random);
   void (*measure)(const Parted& old, const Parted& fresh, const Buffer& delta, int count, int at, Sums&);
   int64_t (*broken)(PlanesAt, int count);
-  uint8_t (*scale_of)(uint32_t largest);  // of a whole row, in the last plane, which `encode` is given; or null
+  void (*fit)(char* scale, uint32_t largest);  // decides that of a whole row, which `encode` is given; or null
 };
 
 template <class F>
@@ -63,10 +63,15 @@ int64_t broken(PlanesAt planes, int count) {
 }
 
 template <class F>
+void fit(char* scale, uint32_t largest) {
+  *reinterpret_cast<typename F::Word*>(scale) = F::scale_of(largest);
+}
+
+template <class F>
 constexpr Codec codec_of() {
   Codec codec{&F::format, F::kind, is_expanded<F>, F::values, F::decode, F::template encode<Register<F32>>, nullptr,
               measure<F>, broken<F>, nullptr};
-  if constexpr (has_rows(F::format)) codec.scale_of = F::scale_of;
+  if constexpr (has_rows(F::format)) codec.fit = fit<F>;
   if constexpr (is_expanded<F>) codec.encode_parts = F::template encode<Expanded<typename F::Component, 2>>;
   return codec;
 }

@@ -49,10 +49,11 @@ struct Encode final : Operation {
   }
 
   int64_t run(const Tensor& t, int64_t first_block, int64_t end_block) const override {
-    if (!codec_->scale_of) return encode(t, first_block, end_block);
+    if (!codec_->fit) return encode(t, first_block, end_block);
     const int64_t in_row = blocks_in_row(t.columns);
+    const int last = formats[0]->count - 1, bytes = formats[0]->planes[last].bytes;
     for (int64_t row = (first_block + in_row - 1) / in_row; row * in_row < end_block; ++row) {
-      t.planes[0][formats[0]->count - 1][row] = char(codec_->scale_of(largest(t, row * in_row, (row + 1) * in_row)));
+      codec_->fit(t.planes[0][last] + row * bytes, largest(t, row * in_row, (row + 1) * in_row));
       encode(t, row * in_row, (row + 1) * in_row);
     }
     return 0;

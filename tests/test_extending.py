@@ -94,16 +94,21 @@ def loaded(path: Path, source: str, names: dict) -> types.ModuleType:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler, as the kernels do")
-def test_the_rule_compiles_as_a_kernel(tmp_path):
-    """In the list of rules, for one instruction set; that its bits are right is what the grids are for."""
-    (toy,) = shown("cpp")
-    rules = (ROOT / "csrc" / "rules.hpp").read_text(encoding="utf-8")
-    rules = rules.replace('#include "rules/', f'#include "{ROOT}/csrc/rules/')
-    rules = rules.replace("template <class... R>", f"{toy}\ntemplate <class... R>", 1)
-    rules = re.sub(r"(using Rules = RuleList<[^>]*)>;", r"\1, Signum>;", rules)
-    assert "Signum>;" in rules
+@pytest.mark.parametrize(
+    ("language", "file", "before", "entry"),
+    [
+        ("cpp", "rules.hpp", "template <class... R>", ("using Rules = RuleList<", "Signum, ")),
+        ("cpp format", "formats.hpp", "template <class... F>", ("using Formats = List<", "Scaled, ")),
+    ],
+)
+def test_the_rule_and_the_format_compile_as_kernels(language, file, before, entry, tmp_path):
+    """In the lists, for one instruction set; that their bits are right is what the grids are for."""
+    (toy,) = shown(language)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / "csrc" / "rules.hpp").write_text(rules.replace(f"{ROOT}/csrc/", ""), encoding="utf-8")
+    source = (tmp_path / "csrc" / file).read_text(encoding="utf-8")
+    assert entry[0] in source
+    source = source.replace(before, f"{toy}\n{before}", 1).replace(entry[0], "".join(entry))
+    (tmp_path / "csrc" / file).write_text(source, encoding="utf-8")
     flags = ["-std=c++17", "-Wno-psabi", "-DCOLLAGE_ISA=portable", "-fsyntax-only"]
     done = subprocess.run(["g++", *flags, tmp_path / "csrc" / "isa.cpp"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,7 +8,7 @@ namespace {
 
 // Code k stands for a piecewise linear k^(2^N), which is a shift of k's bits as a float; below 2^N it is linear.
 template <class Code, bool stochastic = false>
-struct Companded : Blockwise<Companded<Code, stochastic>, 128, Code> {
+struct Companded : Blockwise<Companded<Code, stochastic>, E8M0, 128, Code> {
   using Nearest = Companded<Code>;
   static constexpr Format format =
       described(Code::name + "/128" + suffix(stochastic), stochastic, 2, plane_of<Code>, {1, 128});
@@ -35,8 +35,8 @@ struct Companded : Blockwise<Companded<Code, stochastic>, 128, Code> {
     return uint8_t(std::clamp(int(largest >> 23) + ((largest & 0x7FFFFF) > LIMIT), LEAST, 254));
   }
 
-  static Lanes<1> codes(F32 x, U32 random, F32 inverse) {
-    const F32 y = magnitude(x) * inverse;
+  static Lanes<1> codes(F32 x, U32 random, uint8_t scale) {
+    const F32 y = magnitude(x) * E8M0::inverse(scale);
     const Mask companded = (((Mask)y - J0 + (1 << (N - 1))) >> N) + I0;
     const F32 code = (Mask)y >= J0 ? (F32)companded : y * power(N - LINEAR);
     const Mask fixed = nearest(keep(finite(x), code) * 65536.0f);  // 16 bits of fraction
@@ -75,7 +75,7 @@ struct Companded : Blockwise<Companded<Code, stochastic>, 128, Code> {
     const uint32_t largest = largest_of(most);
     const uint8_t e = scale_of(largest);
     if (!Encoder::fits(largest, e)) return Companded::Base::encode_block(planes, first, end, x, bits);
-    planes[1][first / Companded::block] = char(e);
+    Companded::scale_at(planes, first) = e;
     const Encoder encoder(e);
     for (int i = first; i < end; i += LANES) {
       const F32 even = load<F32>(x + i - first), odd = load<F32>(x + i - first + W);
@@ -90,12 +90,12 @@ struct Companded : Blockwise<Companded<Code, stochastic>, 128, Code> {
   class Decoder {
    public:
     static bool fits(PlanesAt planes, int first, int end) {
-      const uint8_t e = planes[1][first / Companded::block];
+      const uint8_t e = Companded::scale_at(planes, first);
       return e >= LEAST && e < 255 && !Code::any(planes[0] + first, end - first, NOT_A_NUMBER);
     }
 
     Decoder(PlanesAt planes, int first) {
-      const uint32_t e = uint8_t(planes[1][first / Companded::block]);
+      const uint32_t e = Companded::scale_at(planes, first);
       const uint32_t base = J0 + ((e - 127) << 23) - (uint32_t(I0) << N);
       base_ = U32{} + base;
       zero_ = (F32)(U32{} + ((0 - base) >> N));  // below 2: what companded is 0

@@ -139,7 +139,7 @@ struct Word : Elementwise<Word<Lo, stochastic>, Int16, Lo> {
 
 // e4m3 and the next bits, times one power of two for a row: the smallest with which its largest number is in range.
 template <class Lo, bool stochastic = false>
-struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, PER_ROW, Int8, Lo> {
+struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, E8M0, PER_ROW, Int8, Lo> {
   using Nearest = ScaledWord<Lo>;
   using W8 = Wide<E4M3, Lo>;
   static constexpr Format format = described(E4M3::name + "+" + Lo::name + suffix(stochastic), stochastic, 3,
@@ -153,8 +153,9 @@ struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, PER_ROW, Int8, Lo> {
     return uint8_t(std::clamp(int(largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000), 26, 246));
   }
 
-  static Lanes<2> codes(F32 x, U32 random, F32 inverse) {
-    return W8::template codes<stochastic>(x, magnitude(x) * inverse, random, magnitude(x) == __builtin_inff());
+  static Lanes<2> codes(F32 x, U32 random, uint8_t scale) {
+    const F32 size = magnitude(x);
+    return W8::template codes<stochastic>(x, size * E8M0::inverse(scale), random, size == __builtin_inff());
   }
 
   static Mask moved(const Lanes<3>& from, const Lanes<3>& to) { return words_differ<ScaledWord>(from, to); }
