@@ -18,7 +18,7 @@ from collage.optimizers.memory import check_gradient, has_memory
 from collage.optimizers.parameters import Group, Parameter, State
 from collage.rules import Rule
 from collage.sharding import any_dtensor, local, region
-from collage.strategies import STRATEGIES, Strategy
+from collage.strategies import STRATEGIES, Strategy, is_small
 
 _shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 _expired: Any = torch.UntypedStorage._expired  # torch has not typed them
@@ -43,13 +43,13 @@ def chosen(group: Group) -> tuple[Chosen, Chosen, Chosen]:
     params = [param for param in group["params"] if param.grad is not None]
     grads = [param.grad for param in params]
     own, small, _ = strategies_for(group)
-    mixed = own.dtype != torch.float32 and torch.float32 in set(map(_dtype, params))
-    if not mixed and own is small:
+    mixed, parted = own.dtype != torch.float32 and torch.float32 in set(map(_dtype, params)), own is not small
+    if not mixed and not parted:
         return (params, grads), ([], []), ([], [])
     found: tuple[Chosen, Chosen, Chosen] = ([], []), ([], []), ([], [])
     for param, grad in zip(params, grads, strict=True):
         wide = mixed and param.dtype == torch.float32
-        some, theirs = found[WIDE if wide else OWN if own.of(param.shape) is own else SMALL]
+        some, theirs = found[WIDE if wide else SMALL if parted and is_small(param.shape) else OWN]
         some.append(param)
         theirs.append(grad)
     return found
