@@ -1,4 +1,5 @@
 // The kernels of one instruction set: compiled once per instruction set, with its flags and names (CMakeLists.txt).
+#include "squares.hpp"
 #include "stream.hpp"
 
 namespace collage {
@@ -27,6 +28,7 @@ Kernel* make(const Request& r) {
   if (is("decode", 2)) return new Decode(codecs);
   if (is("encode", 1) && gradient) return new Encode(codecs, gradient, {r.salts[0], r.parts[0]});
   if (is("broken", 1)) return new Broken(codecs);
+  if (is("squares", 1)) return squares_of(r, codecs, List<FP32, BF16, FP16>{});
   if (is("stream", r.slots)) return new Stream(codecs, r.slots, gradient);
   for (int s = 0; s < r.slots; ++s)
     if (has_rows(*codecs[s]->format)) return nullptr;  // their scale is known once a whole row is

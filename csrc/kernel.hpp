@@ -27,7 +27,7 @@ constexpr bool has_rows(const Format& format) { return format.planes[format.coun
 
 // What is to be done to the slots of many tensors: a rule's step, or one of the operations beside it.
 struct Request {
-  const char* operation;  // the name of a rule; decode, encode, broken, stream
+  const char* operation;  // the name of a rule; decode, encode, broken, squares, stream
   int slots;
   const char* formats[MAX_SLOTS];
   uint64_t salts[MAX_SLOTS];  // of the slots' random bits
@@ -59,7 +59,7 @@ struct Tensor {
   uint64_t stream;         // of random bits: seed, step and parameter, mixed
   const Region* region;    // null: not sharded
   const Layout* layout;    // null: everything is contiguous
-  double* sums;            // [blocks][SUMS], or null: not measured
+  double* sums;            // [blocks][the kernel's sums], or null: not measured
   float scale;             // the gradient is divided by it
   bool maximize;
 };
@@ -80,6 +80,7 @@ struct Kernel {
   bool writes[MAX_SLOTS] = {};
   const Format* gradient = nullptr;  // null: none is read
   int constants = 0;                 // of a row
+  int sums = SUMS;                   // of a block
 };
 
 // The kernels that were compiled for one instruction set. The caller owns what `make` returns; null: there is none.

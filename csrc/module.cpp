@@ -66,12 +66,12 @@ struct Columns {
   std::vector<Numbers> shards;   // sizes, starts and global strides in a row, or nothing
   std::vector<Numbers> layouts;  // sizes, then strides of every plane with a word per element, then the gradient's
   Numbers columns;               // of a row: where a format has planes with words of several elements
-  Addresses sums;                // of SUMS float64, that the block sums are added to
+  Addresses sums;                // of the kernel's sums, float64, that those of blocks are added to
   bool maximize = false;
   float scale = 1.0f;  // gradients are divided by it
 };
 
-// One operation on given formats, on one instruction set: a rule's step, decode, encode, broken or stream.
+// One operation on given formats, on one instruction set: a rule's step, decode, encode, broken, squares or stream.
 class Operation {
  public:
   Operation(const std::string& set, const std::string& operation, const std::vector<std::string>& formats,
@@ -101,19 +101,20 @@ class Operation {
     Numbers ends(c.numel.size());  // in blocks
     int64_t blocks = 0;
     for (size_t k = 0; k < ends.size(); ++k) ends[k] = blocks += blocks_of(c.numel[k], row_length(c, k));
-    if (!c.sums.empty()) scratch.resize(blocks * SUMS);
+    if (!c.sums.empty()) scratch.resize(blocks * kernel_->sums);
     std::atomic<int64_t> counted{0};
     parallel(blocks, threads, [&](int64_t first, int64_t end) {
       int64_t found = 0;
       for (size_t k = std::upper_bound(ends.begin(), ends.end(), first) - ends.begin(); first < end; ++k) {
         const int64_t start = k ? ends[k - 1] : 0, stop = std::min(end, ends[k]);
-        if (first < stop) found += run_one(c, k, scratch.data() + start * SUMS, first - start, stop - start);
+        if (first < stop) found += run_one(c, k, scratch.data() + start * kernel_->sums, first - start, stop - start);
         first = stop;
       }
       counted += found;
     });
+    const auto adding = kernel_->sums == SUMS ? add_up : add_up_halved;
     for (size_t k = 0; k < c.sums.size(); ++k)
-      add_up(scratch.data(), k ? ends[k - 1] : 0, ends[k], reinterpret_cast<double*>(c.sums[k]));
+      adding(scratch.data(), k ? ends[k - 1] : 0, ends[k], reinterpret_cast<double*>(c.sums[k]));
     return counted;
   }
 
@@ -126,8 +127,8 @@ class Operation {
     require(kernel_->gradient ? all(c.gradients.size()) : c.gradients.empty(), "gradients");
     require(kernel_->constants ? all(c.rows.size()) : c.rows.empty(), "rows");
     require(elementwise_ == planes_ ? fits(c.columns.size()) : all(c.columns.size()), "columns");
-    require(fits(c.streams.size()) && fits(c.shards.size()) && fits(c.layouts.size()) && fits(c.sums.size()),
-            "streams, shards, layouts or sums");
+    require(fits(c.streams.size()) && fits(c.shards.size()) && fits(c.layouts.size()), "streams, shards or layouts");
+    require(kernel_->sums == SUMS ? fits(c.sums.size()) : all(c.sums.size()), "sums");
     for (int64_t row : c.rows)
       if (row < 0 || row >= int64_t(c.constants.size()) || c.constants[row].size() < size_t(kernel_->constants))
         throw std::invalid_argument("rows: each needs a whole row of constants");
@@ -170,6 +171,17 @@ class Operation {
   static void add_up(const double* blocks, int64_t first, int64_t end, double* sums) {
     for (int64_t b = first; b < end; ++b)
       for (int k = 0; k < SUMS; ++k) sums[k] += blocks[b * SUMS + k];
+  }
+
+  // One sum of each block: again in blocks, halved pairwise. The last is filled up with zeros.
+  static void add_up_halved(const double* blocks, int64_t first, int64_t end, double* sum) {
+    for (; first < end; first += BLOCK) {
+      double x[BLOCK] = {};
+      std::copy(blocks + first, blocks + std::min<int64_t>(first + BLOCK, end), x);
+      for (int half = BLOCK / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) x[i] += x[i + half];
+      *sum += x[0];
+    }
   }
 
   std::unique_ptr<Kernel> kernel_;

@@ -20,7 +20,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from collage import formats
-from collage.backends.triton import BLOCK, FORMATS, _plan, _plan_of_all, _plan_of_one, _unit, rules, sums, walk, warps
+from collage.backends.triton import (
+    BLOCK,
+    FORMATS,
+    _plan,
+    _plan_of_all,
+    _plan_of_gradients,
+    _plan_of_one,
+    _unit,
+    rules,
+    sums,
+    walk,
+    warps,
+)
 from collage.backends.triton import planes as of_planes
 from collage.backends.triton.fold import fold
 from collage.backends.triton.walk import MASKED, STRIDED
@@ -104,6 +116,7 @@ def others(case: Case, target: GPUTarget) -> dict:
     one = {"PLAN": _plan_of_one(case.formats[0], True, 0, 0, **shape)}
     all_of_them = {"PLAN": _plan_of_all(case.formats, torch.bfloat16, **case.shape(False) | {"by_rows": False})}
     known, streamed = FORMATS[case.formats[0]], warps(case.formats, True, target.warp_size)
+    gradients = {"PLAN": _plan_of_gradients(case.dtype, **case._replace(formats=("bf16",)).shape(True))}
     counting = {"broken": (of_planes.broken, TABLES | {"counts": "*i32"}, one)}
     in_rows = {"maxima": (of_planes.maxima, TABLES | {"tops": "*i32"}, one)}
     kernels = {
@@ -113,7 +126,9 @@ def others(case: Case, target: GPUTarget) -> dict:
         **(counting if known.broken else {}),
         **(in_rows if known.whole_rows else {}),
         "stream": (of_planes.stream, {"table": "*i64", "owners": "*i32", "zero": "*i32"}, all_of_them, streamed),
+        "squares": (of_planes.squares, TABLES | {"sums": "*fp64"}, gradients),
         "add_up": (sums.add_up, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}),
+        "add_up_halved": (sums.add_up_halved, {"sums": "*fp64", "first": "*i64", "totals": "*fp64"}, {}),
     }
     return {name: compiled(*kernel, target=target) for name, kernel in kernels.items()}
 

@@ -83,6 +83,16 @@ def broken(format: str, thetas: Sequence[Planes]) -> int:
     return _run("broken", (format,), list(chain.from_iterable(thetas)))
 
 
+def squares(grads: Sequence[Tensor]) -> Tensor:
+    """The sums of the squares of each gradient's elements, float64, in one pass over them."""
+    sums = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
+    places = range(sums.data_ptr(), sums.data_ptr() + 8 * len(grads), 8)
+    for dtype in {grad.dtype for grad in grads}:
+        own = [(grad, place) for grad, place in zip(grads, places, strict=True) if grad.dtype == dtype]
+        _run("squares", (GRADIENTS[dtype],), [grad for grad, _ in own], sums=[place for _, place in own])
+    return sums
+
+
 def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Read and write all planes without arithmetic."""
     _run("stream", formats, planes, grads)

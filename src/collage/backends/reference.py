@@ -81,6 +81,20 @@ def broken(format: str, thetas: Sequence[Planes]) -> int:
     return sum(int(fmt.broken(piece).sum()) for own in thetas for piece in aligned([fmt], [own], [], PIECE))
 
 
+def squares(grads: Sequence[Tensor]) -> Tensor:
+    """The sums of the squares of each gradient's elements, float64, in an order that is the same on every backend.
+
+    Blocks of BLOCK elements are halved pairwise, their sums again in blocks of BLOCK; what is left is added in turn.
+    """
+    sums = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
+    for k, grad in enumerate(grads):
+        pieces = [
+            _halved(piece.double().square().reshape(1, -1)) for (piece,) in aligned([], [], [grad.detach()], PIECE)
+        ]
+        _add_in_blocks(torch.cat(pieces).view(1, -1), sums, k)
+    return sums.to(grads[0].device if grads else "cpu")
+
+
 def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Read all planes and gradients, and write the planes, without arithmetic."""
     for tensor in (*planes, *grads):
@@ -129,14 +143,19 @@ def measure(
 
 def _add_in_blocks(terms: Tensor, sums: Tensor, k: int) -> None:
     """sums[k] += terms [rows, columns] in fixed order: halving pairwise in blocks of BLOCK of a row, then in turn."""
+    total = sums[k].item()
+    for block in _halved(terms).tolist():
+        total += block
+    sums[k] = total
+
+
+def _halved(terms: Tensor) -> Tensor:
+    """The sums of all blocks of BLOCK of terms [rows, columns], row after row, each by pairwise halving."""
     blocks = torch.nn.functional.pad(terms, (0, -terms.shape[1] % BLOCK)).view(-1, BLOCK)
     while blocks.shape[1] > 1:
         half = blocks.shape[1] // 2
         blocks = blocks[:, :half] + blocks[:, half:]
-    total = sums[k].item()
-    for block in blocks.flatten().tolist():
-        total += block
-    sums[k] = total
+    return blocks.flatten()
 
 
 def _chunks(batch: Batch, row: Row) -> Iterator[tuple[tuple[Planes, ...], Tensor | None, list[Tensor | None]]]:

@@ -25,7 +25,7 @@ from collage.backends.triton.format import BF16, FP16, FP32
 from collage.backends.triton.formats import FORMATS
 from collage.backends.triton.language import static
 from collage.backends.triton.rules import RULES
-from collage.backends.triton.sums import add_up
+from collage.backends.triton.sums import add_up, add_up_halved
 from collage.backends.triton.tables import BLOCK, Layout, bases_of, layout_of, owners_of, rows_of, table_of
 from collage.backends.triton.walk import MASKED, STRIDED, Plan, Slot
 from collage.formats import format_of
@@ -236,6 +236,37 @@ def broken(format: str, thetas: Sequence[Planes]) -> int:
     with _current(launch.device):
         of_planes.broken[(launch.blocks,)](*launch.tables(()), counts, PLAN=plan, **OPTIONS)
     return int(counts.sum())
+
+
+def squares(grads: Sequence[Tensor]) -> Tensor:
+    """The sums of the squares of each gradient's elements, float64. Does not wait for the device."""
+    if not grads:
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
+    dtypes = {grad.dtype for grad in grads}
+    if len(dtypes) == 1:
+        return _squares(grads)
+    of_dtype = {dtype: iter(_squares([grad for grad in grads if grad.dtype == dtype])) for dtype in dtypes}
+    return torch.stack([next(of_dtype[grad.dtype]) for grad in grads])
+
+
+def _squares(grads: Sequence[Tensor]) -> Tensor:
+    """Of one dtype, and one at least."""
+    totals = torch.zeros(len(grads), dtype=torch.float64, device=grads[0].device)
+    launch = Launch(layout_of(grads, (), 1, (), 1), totals.device, 1, 1)
+    if launch.blocks == 0:
+        return totals
+    sums = torch.empty(launch.blocks, dtype=torch.float64, device=launch.device)
+    plan = _plan_of_gradients(grads[0].dtype, **launch.shape)
+    first = _to(launch.device, table_of(launch.layout.first))
+    with _current(launch.device):
+        of_planes.squares[(launch.blocks,)](*launch.tables(()), sums, PLAN=plan, **OPTIONS)
+        add_up_halved[(len(grads),)](sums, first, totals)
+    return totals
+
+
+@cache
+def _plan_of_gradients(dtype: torch.dtype, **others: Any) -> Plan:
+    return Plan((), gradient=WORDS[dtype], **others)
 
 
 def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

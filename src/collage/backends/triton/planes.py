@@ -1,4 +1,4 @@
-"""What else walks planes: decoding and encoding them, counting edits, streaming them without arithmetic."""
+"""What else walks planes: decoding and encoding them, counting edits, squares, streaming without arithmetic."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,9 @@ import triton.language as tl
 from collage.backends.triton.arithmetic import Real, bits_of, float_of, same
 from collage.backends.triton.format import FP32, largest, magnitudes, sizes
 from collage.backends.triton.numbers import Register
+from collage.backends.triton.sums import halved
 from collage.backends.triton.walk import (
+    ALIGNED,
     BLOCK,
     MASKED,
     WHOLE,
@@ -83,6 +85,25 @@ def broken(table, owners, shapes, counts, PLAN: tl.constexpr):
     planes = load(row, at, run, shapes, PLAN.slots[0], PLAN.rest)
     apart = PLAN.slots[0].format.broken(planes, PLAN.slots[0].format) & (at < run.end)
     tl.store(counts + program, tl.sum(apart.to(tl.int32)))
+
+
+@triton.jit
+def squares(table, owners, shapes, sums, PLAN: tl.constexpr):
+    """The sum of the squares of each block of gradients, which stand where a step's first plane does."""
+    program = tl.program_id(0)
+    row = table + tl.load(owners + program).to(tl.int64) * PLAN.columns
+    run = span(row, program, PLAN)
+    if (tl.load(row + ALIGNED) != 0) & (run.begin + BLOCK <= run.end):
+        tl.store(sums + program, squares_of_block(row, run, shapes, PLAN, WHOLE))
+    else:
+        tl.store(sums + program, squares_of_block(row, run, shapes, PLAN, PLAN.rest))
+
+
+@triton.jit
+def squares_of_block(row, run, shapes, PLAN: tl.constexpr, WAY: tl.constexpr):
+    at = run.begin + tl.arange(0, BLOCK)
+    x = read(row, 1, at, at < run.end, shapes, PLAN.gradient, WAY).to(tl.float64)
+    return halved(x * x)
 
 
 @triton.jit

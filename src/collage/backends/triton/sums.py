@@ -1,4 +1,4 @@
-"""The monitor's sums: of a block while it is stepped, and of a tensor's blocks."""
+"""Sums: the monitor's of a block while it is stepped, and of a tensor's blocks."""
 
 import triton
 import triton.language as tl
@@ -59,3 +59,15 @@ def add_up(sums, first, totals):
         total += tl.load(at, mask=lane < 5, other=0.0)
         at += 5
     tl.store(totals + tensor * 5 + lane, total, mask=lane < 5)
+
+
+@triton.jit
+def add_up_halved(sums, first, totals):
+    """totals[tensor] <- the sums of its blocks: again in blocks, halved pairwise, and these one after another."""
+    tensor = tl.program_id(0)
+    begin, end = tl.load(first + tensor), tl.load(first + tensor + 1)
+    total = tl.zeros([1], tl.float64)
+    for k in range(tl.cdiv(end - begin, 1024)):
+        at = begin + k * 1024 + tl.arange(0, 1024)
+        total += halved(tl.load(sums + at, mask=at < end, other=0.0))
+    tl.store(totals + tensor + tl.arange(0, 1), total)
