@@ -14,7 +14,7 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"rounding", "mcf", "rng", "accumulators", "layout", "formats", "strategies"}
 STEP = NUMBERS | {"rules", "backends", "sharding", "unwrapping", "monitor"}
-LIBRARY = STEP | {"saying", "optimizers", "casting", "owners", "checkpoint", "lending", "ema", "floors"}
+LIBRARY = STEP | {"saying", "optimizers", "casting", "owners", "checkpoint", "lending", "ema", "floors", "gradients"}
 ALLOWED = {
     "rounding": set(),
     "mcf": {"rounding"},
@@ -34,6 +34,7 @@ ALLOWED = {
     "casting": {"sharding", "optimizers"},
     "lending": {"optimizers", "saying", "sharding"},
     "ema": STEP | {"optimizers", "lending", "owners", "checkpoint"},
+    "gradients": STEP | {"optimizers", "owners"},
     "owners": STEP | {"optimizers"},
     "checkpoint": STEP | {"optimizers", "owners", "saying"},
     "collage": LIBRARY,

@@ -4,6 +4,9 @@ from collage import mcf
 from collage.casting import to_bf16, to_fp16
 from collage.checkpoint import high_precision_state_dict, load_high_precision_state_dict
 from collage.ema import EMA
+from collage.gradients.accumulate import GradientAccumulator
+from collage.gradients.clip import clip_grad_norm_
+from collage.gradients.release import release_gradients
 from collage.monitor import monitor
 from collage.optimizers.adam import Adam
 from collage.optimizers.adamw import AdamW
@@ -19,12 +22,15 @@ __all__ = [
     "STRATEGIES",
     "Adam",
     "AdamW",
+    "GradientAccumulator",
     "Lion",
     "Strategy",
+    "clip_grad_norm_",
     "high_precision_state_dict",
     "load_high_precision_state_dict",
     "mcf",
     "monitor",
+    "release_gradients",
     "to_bf16",
     "to_fp16",
 ]

@@ -65,6 +65,13 @@ def placed(tensor: Any, param: Any) -> Any:
     return tensor if tensor.placements == placements or not placements else tensor.redistribute(mesh, placements)
 
 
+def alike(tensor: Any, other: Any) -> Any:
+    """A DTensor, placed as another; plain tensors are as they are."""
+    if not any_dtensor([tensor]) or tensor.placements == other.placements:
+        return tensor
+    return tensor.redistribute(other.device_mesh, other.placements)
+
+
 def _placements_of(tensor: Any, param: Any) -> tuple[Any, ...]:
     """Where the parts of a parameter's gradient or state lie; of a plane with words for blocks of its rows, likewise.
 
@@ -126,6 +133,37 @@ def cut_rows(param: Any, block: int | None) -> int | None:
         if parts[dim] > 1 and (dim > 1 or block is None or run % block):
             return dim
     return None
+
+
+def summed(values: Tensor, tensors: Sequence[Any], largest: bool = False) -> Tensor:
+    """Numbers of the local parts of tensors, one row each, added up over all parts; or the largest of these.
+
+    A collective where one is a DTensor; one of each kind, for all tensors of a mesh that lie along the same dimensions
+    of it. The same bits on every rank. Replicas count once.
+    """
+    if not any_dtensor(tensors):
+        return values
+    kinds: dict[tuple[Any, int], list[int]] = {}
+    for k, tensor in enumerate(tensors):
+        for dim, placement in enumerate(getattr(tensor, "placements", ())):
+            if not placement.is_replicate():
+                kinds.setdefault((tensor.device_mesh, dim), []).append(k)
+    result, ops = values.clone(), torch.distributed.ReduceOp
+    for (mesh, dim), rows in kinds.items():
+        part = result[rows]
+        torch.distributed.all_reduce(part, ops.MAX if largest else ops.SUM, group=mesh.get_group(dim))
+        result[rows] = part
+    return result
+
+
+def on_any_rank(flag: Tensor) -> Tensor:
+    """Whether a 0-d flag is not 0 on any rank of the default process group, if there is one. A collective then."""
+    distributed: Any = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return flag
+    found = flag.to(torch.int32)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return found
 
 
 def reshard(model: nn.Module) -> None:

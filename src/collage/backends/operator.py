@@ -72,6 +72,20 @@ def carry_out(batch: Batch, backend: str, capturable: bool = False) -> None:
         chosen.step(whole.take(positions[kind]))
 
 
+def squares(grads: Sequence[Tensor]) -> Tensor:
+    """[grads] float64, on the first one's device: the sum of the squares of each. Finite exactly if all of it is."""
+    if not grads:
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
+    result = torch.zeros(len(grads), dtype=torch.float64, device=grads[0].device)
+    for (device, dtype), positions in _by_kind(grads).items():
+        backend = choose("auto" if dtype.itemsize in (2, 4) else "reference", device)
+        found = backend.squares([grads[k] for k in positions]).to(result.device)
+        if len(positions) == len(grads):
+            return found
+        result[list(positions)] = found
+    return result
+
+
 def _by_kind(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], Sequence[int]]:
     """Positions of the parameters of one device and gradient dtype."""
     devices, dtypes = list(map(_device, grads)), list(map(_dtype, grads))

@@ -52,6 +52,12 @@ class _Books:
             for tally in (self.parameters.setdefault(parameter.name, Tally()), group, self.total):
                 tally.edited += count
 
+    def add_skipped(self, parameters: Iterable[Placed]) -> None:
+        of_groups = {parameter.group_index for parameter in parameters}
+        own = [self.parameters.setdefault(parameter.name, Tally()) for parameter in parameters]
+        for tally in (*own, *(self.groups.setdefault(index, Tally()) for index in of_groups), self.total):
+            tally.skipped += 1
+
     def add_sampled(self, sampled: Mapping[str, Sampled], group_of: Mapping[str, int], step: int) -> None:
         for name, sample in sampled.items():
             self.parameters[name].sample(sample, step)
@@ -137,6 +143,11 @@ class Monitor:
         for parameter in parameters:
             for books in (self._all, self._window):
                 books.add_edited(parameter, changed.get(parameter.name, 0))
+
+    def skipped(self, parameters: Iterable[Placed]) -> None:
+        """Called for a step that was skipped, with those whose gradients were not finite."""
+        for books in (self._all, self._window):
+            books.add_skipped(parameters)
 
     def report(self) -> Report:
         """Everything since creation or `reset`."""

@@ -22,6 +22,7 @@ class Quality:
         lost: share of the non-zero updates that changed no plane.
         nonzero: how many updates were not zero.
         edited: how many weights lost their low components because others changed them, or to `resync`.
+        skipped: steps that ``skip_nonfinite`` skipped because of its gradients. They are in no other number.
         v_ratio: mean of the second moment over its shadow's, at the last monitored step.
         m_error: |m - shadow's m| / |shadow's m|, at the last monitored step.
         edq_shadow: as edq_ratio, against the update that undamaged float32 moments would have made.
@@ -34,6 +35,7 @@ class Quality:
     lost: float | None
     nonzero: int
     edited: int = 0
+    skipped: int = 0
     v_ratio: float | None = None
     m_error: float | None = None
     edq_shadow: float | None = None
@@ -56,6 +58,7 @@ class Tally:
     nonzero: int = 0
     lost: int = 0
     edited: int = 0
+    skipped: int = 0
     sampled: Sampled = field(default_factory=Sampled)
     step: int = -1  # that was added to last, its dot and norm2 so far, and when it was sampled
     under_way: tuple[float, float] = (0.0, 0.0)
@@ -104,6 +107,7 @@ class Tally:
             lost=_ratio(self.lost, self.nonzero),
             nonzero=self.nonzero,
             edited=self.edited,
+            skipped=self.skipped,
             v_ratio=_ratio(s.v, s.v_shadow),
             m_error=None if not s.m_shadow2 else math.sqrt(s.m_error2 / s.m_shadow2),
             edq_shadow=_ratio(s.dot, s.norm2),

@@ -61,7 +61,8 @@ class Adam(Moments):
     where theta, m and v are each held in the format that ``strategy`` gives them.
 
     Args:
-        params, lr, betas, eps, amsgrad, strategy, cast, maximize, seed, capturable, backend: as `AdamW`'s.
+        params, lr, betas, eps, amsgrad, strategy, cast, maximize, seed, skip_nonfinite, capturable, backend:
+            as `AdamW`'s.
         weight_decay: an L2 penalty: it enters the gradient, and so the moments.
 
     Raises:
@@ -92,9 +93,11 @@ class Adam(Moments):
         cast: bool = False,
         maximize: bool = False,
         seed: int = 0,
+        skip_nonfinite: bool = False,
         capturable: bool = False,
         backend: str = "auto",
         **dropped: Any,
     ) -> None:
-        settings = {"amsgrad": amsgrad, "maximize": maximize, "seed": seed, "capturable": capturable}
+        settings = {"amsgrad": amsgrad, "maximize": maximize, "seed": seed}
+        settings |= {"skip_nonfinite": skip_nonfinite, "capturable": capturable}
         super().__init__(params, lr, betas, eps, weight_decay, strategy, settings, backend, cast, dropped)

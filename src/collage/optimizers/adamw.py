@@ -35,6 +35,9 @@ class AdamW(Moments):
             what the cast cuts off goes to their low components. Their gradients are dropped.
         maximize: ascend instead of descend.
         seed: of stochastic rounding.
+        skip_nonfinite: whether a step whose gradients hold NaN or Inf, on any rank of the default process group (all
+            of which have to step then), changes nothing; ``opt.skipped_steps`` counts them, and a monitor says whose
+            gradients it was.
         capturable: for CUDA graphs: counts steps on the parameters' device, and reads them and a tensor lr there.
         backend: "auto" (the fastest for the parameters' device), "cpu" (compiled kernels), "triton" (GPU kernels) or
             "reference" (plain torch).
@@ -67,9 +70,11 @@ class AdamW(Moments):
         cast: bool = False,
         maximize: bool = False,
         seed: int = 0,
+        skip_nonfinite: bool = False,
         capturable: bool = False,
         backend: str = "auto",
         **dropped: Any,
     ) -> None:
-        settings = {"amsgrad": amsgrad, "maximize": maximize, "seed": seed, "capturable": capturable}
+        settings = {"amsgrad": amsgrad, "maximize": maximize, "seed": seed}
+        settings |= {"skip_nonfinite": skip_nonfinite, "capturable": capturable}
         super().__init__(params, lr, betas, eps, weight_decay, strategy, settings, backend, cast, dropped)

@@ -12,10 +12,10 @@ from collage import backends
 from collage.backends.batch import cut, folded
 from collage.layout import Planes
 from collage.optimizers import admission, edits, loading, planes
+from collage.optimizers.guarded import Guarded
 from collage.optimizers.parameters import Group, Parameter, named, require_unique
 from collage.optimizers.plan import require_whole_blocks
 from collage.optimizers.settings import checked_seed, without_foreign
-from collage.optimizers.stepping import Stepping
 from collage.rules import Setting
 from collage.sharding import as_bytes, placed
 from collage.strategies import Strategy, is_small
@@ -24,7 +24,7 @@ ROUNDED = 1e-12  # what a schedule may end below 0 (LinearLR to end_factor=0, by
 LR = Setting("lr", least=-ROUNDED)
 
 
-class PrecisionOptimizer(Stepping):
+class PrecisionOptimizer(Guarded):
     """What all optimizers here share. A subclass names its rules and its settings."""
 
     foreign: ClassVar[tuple[str, ...]] = ("foreach", "fused", "differentiable")  # torch's, which are not kept here
@@ -97,6 +97,7 @@ class PrecisionOptimizer(Stepping):
 
     def _validate(self, group: Group) -> None:
         """Raise, naming the setting, for one out of range; numbers of other kinds (NumPy's) become Python's."""
+        super()._validate(group)
         rule = self.rule_of(group)
         for setting in (LR, *rule.settings):
             group[setting.name] = setting.checked(group[setting.name])

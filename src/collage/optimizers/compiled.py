@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,19 @@ def numbers(settings: Sequence[float | Tensor]) -> Tensor:
     return torch.tensor(list(map(float, settings)), dtype=torch.float64, device="cpu")
 
 
-def require_compilable(planes: Sequence[Tensor], monitored: bool, scaled: bool) -> None:
-    """Raise RuntimeError for a step that torch.compile would get wrong."""
-    if scaled:
-        raise RuntimeError("GradScaler: a compiled step takes no grad_scale; call scaler.step(opt) uncompiled")
-    if monitored:
-        raise RuntimeError("monitor: it measures in Python, outside a compiled step; call opt.step() uncompiled")
+UNCOMPILED = {
+    "GradScaler": "a compiled step takes no grad_scale; call scaler.step(opt) uncompiled",
+    "monitor": "it measures in Python, outside a compiled step; call opt.step() uncompiled",
+    "skip_nonfinite": "it looks at gradients outside a compiled step; call opt.step() uncompiled",
+    "release_gradients": "parameters step in backward; call opt.step() uncompiled",
+}
+
+
+def require_compilable(planes: Sequence[Tensor], asked: Mapping[str, bool]) -> None:
+    """Raise RuntimeError for a step that torch.compile would get wrong. asked: of UNCOMPILED, what is."""
+    for name, reason in UNCOMPILED.items():
+        if asked[name]:
+            raise RuntimeError(f"{name}: {reason}")
     if any_dtensor(planes):
         raise RuntimeError("params: a compiled step takes no DTensors; call opt.step() uncompiled")
     storages = [plane.untyped_storage().data_ptr() for plane in planes if plane.numel()]
@@ -55,6 +62,7 @@ class Traced(torch.optim.Optimizer):
 
     backend: str
     monitors: list[Any]
+    in_backward: Any = None  # who has gradients used as they arrive; `finish` uses those that are left
     _fresh: list[Tensor]
 
     def rule_of(self, group: Group) -> Rule:
@@ -123,7 +131,15 @@ class Traced(torch.optim.Optimizer):
         if not params:
             return "", ""
         columns, own = self._look(group, first, kind, params, given)
-        require_compilable([*columns.params, *columns.held], len(self.monitors) > 0, scaled)
+        require_compilable(
+            [*columns.params, *columns.held],
+            {
+                "GradScaler": scaled,
+                "monitor": len(self.monitors) > 0,
+                "skip_nonfinite": group["skip_nonfinite"],
+                "release_gradients": self.in_backward is not None,
+            },
+        )
         edits.traced(columns.thetas, columns.seen)
         tensors += columns.planes
         grads += own

@@ -25,7 +25,7 @@ class Lion(PrecisionOptimizer):
     moves by lr at every step, so a tenth of AdamW's lr and ten times its decay are usual.
 
     Args:
-        params, lr, strategy, cast, maximize, seed, capturable, backend: as `AdamW`'s.
+        params, lr, strategy, cast, maximize, seed, skip_nonfinite, capturable, backend: as `AdamW`'s.
         betas: of the interpolation, and of the momentum, in [0, 1).
         weight_decay: decoupled.
 
@@ -54,13 +54,14 @@ class Lion(PrecisionOptimizer):
         cast: bool = False,
         maximize: bool = False,
         seed: int = 0,
+        skip_nonfinite: bool = False,
         capturable: bool = False,
         backend: str = "auto",
         **dropped: Any,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "weight_decay": weight_decay, "strategy": strategy, "maximize": maximize,
-            "seed": seed, "capturable": capturable,
+            "seed": seed, "skip_nonfinite": skip_nonfinite, "capturable": capturable,
         }  # fmt: skip
         super().__init__(params, defaults, backend, cast, dropped)
 

@@ -38,10 +38,10 @@ def strategies_for(group: Group) -> tuple[Strategy, Strategy, Strategy]:
 Chosen = tuple[list[Tensor], list[Tensor]]  # parameters, and their gradients
 
 
-def chosen(group: Group) -> tuple[Chosen, Chosen, Chosen]:
-    """The group's parameters of each kind that have a gradient."""
-    params = [param for param in group["params"] if param.grad is not None]
-    grads = [param.grad for param in params]
+def chosen(group: Group, params: Sequence[Tensor] | None = None) -> tuple[Chosen, Chosen, Chosen]:
+    """The group's parameters of each kind that have a gradient; or of some of its parameters."""
+    params = [param for param in (group["params"] if params is None else params) if param.grad is not None]
+    grads: list[Any] = [param.grad for param in params]
     own, small, _ = strategies_for(group)
     mixed, parted = own.dtype != torch.float32 and torch.float32 in set(map(_dtype, params)), own is not small
     if not mixed and not parted:
@@ -148,6 +148,7 @@ class Columns:
     def __init__(self, first: int, plans: Sequence[Plan]) -> None:
         self.plans, self.first = plans, first
         self.rule, self.strategy = plans[0].rule, plans[0].strategy
+        self.group = plans[0].parameter.group
         self.formats = planes.kept(self.rule, self.strategy).formats
         self.params = [plan.parameter.tensor for plan in plans]
         self.states = [plan.state for plan in plans]

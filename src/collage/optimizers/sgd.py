@@ -25,7 +25,7 @@ class SGD(PrecisionOptimizer):
     where theta and b are each held in the format that ``strategy`` gives to weights and to first moments.
 
     Args:
-        params, lr, strategy, cast, maximize, seed, capturable, backend: as `AdamW`'s.
+        params, lr, strategy, cast, maximize, seed, skip_nonfinite, capturable, backend: as `AdamW`'s.
         momentum: what is kept of b, >= 0. 0: there is no b, and no state for it.
         dampening: what is not taken of the gradient into b.
         weight_decay: an L2 penalty: it enters the gradient.
@@ -58,13 +58,15 @@ class SGD(PrecisionOptimizer):
         cast: bool = False,
         maximize: bool = False,
         seed: int = 0,
+        skip_nonfinite: bool = False,
         capturable: bool = False,
         backend: str = "auto",
         **dropped: Any,
     ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
-            "strategy": strategy, "maximize": maximize, "seed": seed, "capturable": capturable,
+            "strategy": strategy, "maximize": maximize, "seed": seed, "skip_nonfinite": skip_nonfinite,
+            "capturable": capturable,
         }  # fmt: skip
         super().__init__(params, defaults, backend, cast, dropped)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Stepping(compiled.Traced):
     def _forget(self) -> None:
         """Check every tensor anew at the next step."""
         self._fresh: list[Tensor] = []  # whose states the step under way has made
-        self._columns: dict[tuple[int, int], Columns] = {}  # by group and kind
+        self._columns: dict[tuple[int, int, int], Columns] = {}  # by group, kind and first parameter: all others apart
         self._plans: dict[int, Plan] = {}
         self._named: dict[int, Named] = {}
         self._told: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # of which an edit was, but for those planned
@@ -98,30 +98,46 @@ class Stepping(compiled.Traced):
         """Whether a GradScaler has found a gradient that is not finite. On a GPU the step itself looks."""
         found_inf: Tensor | int | None = getattr(self, "found_inf", None)  # 0 where it found no gradient at all
         if isinstance(found_inf, Tensor) and found_inf.device.type != "cpu":
-            for group in self.param_groups:
-                group["capturable"] = True  # a skipped step is not counted, so the counters must be where that is known
-            for param, values in self.state.items():
-                values.update((key, x.to(param.device)) for key, x in values.items() if key == "step")
+            self._count_on_device()
             return False
         return found_inf is not None and bool(found_inf)
 
+    def _count_on_device(self) -> None:
+        """Have the step counters where it is known whether a step is skipped, which is not counted."""
+        for group in self.param_groups:
+            group["capturable"] = True
+        for param, values in self.state.items():
+            values.update((key, x.to(param.device)) for key, x in values.items() if key == "step")
+
     def _advance(self) -> None:
         """Check everything, then make the step."""
-        todo: list[tuple[Columns, Batch]] = []
-        self._fresh, first = [], 0
+        self._prepare()
+        todo = self._looked(dict.fromkeys(range(len(self.param_groups))))
+        if not todo:
+            warn_once("step(): no parameter has a gradient, so nothing was updated; call backward() first")
+        self._make(todo)
+
+    def _prepare(self) -> None:
+        """Check what a step, or all parts of one, go by."""
         self._drop_the_gone()
         if self.backend not in BACKENDS:  # "auto", or another since it was made
             require(self.backend)
         for group in self.param_groups:
             self._validate(group)
-        for group in self.param_groups:
-            for kind, (params, grads) in enumerate(chosen(group)):
+
+    def _looked(self, of_groups: Mapping[int, Sequence[Tensor] | None]) -> list[tuple[Columns, Batch]]:
+        """What is to be done for these parameters of each group that have a gradient; None: for all of the group."""
+        todo: list[tuple[Columns, Batch]] = []
+        self._fresh, first = [], 0
+        for index, group in enumerate(self.param_groups):
+            for kind, (params, grads) in enumerate(chosen(group, of_groups[index]) if index in of_groups else ()):
                 if params:
                     columns, own = self._look(group, first, kind, params, grads)
                     todo.append((columns, self._batch(group, columns, own)))
             first += len(group["params"])
-        if not todo:
-            warn_once("step(): no parameter has a gradient, so nothing was updated; call backward() first")
+        return todo
+
+    def _make(self, todo: Sequence[tuple[Columns, Batch]]) -> None:
         if self.monitors:
             self._step_measured(todo)
         else:
@@ -132,10 +148,10 @@ class Stepping(compiled.Traced):
     def _drop_the_gone(self) -> None:
         """Keep nothing of groups that were taken away."""
         present = set(map(id, self.param_groups))
-        if present.issuperset(self._named) and present.issuperset(key for key, _ in self._columns):
+        if present.issuperset(self._named) and present.issuperset(at[0] for at in self._columns):
             return
         self._named = {key: found for key, found in self._named.items() if key in present}
-        self._columns = {key: columns for key, columns in self._columns.items() if key[0] in present}
+        self._columns = {at: columns for at, columns in self._columns.items() if at[0] in present}
         params = {id(param) for group in self.param_groups for param in group["params"]}
         self._plans = {key: plan for key, plan in self._plans.items() if key in params}
 
@@ -180,7 +196,7 @@ class Stepping(compiled.Traced):
         """(parameters that step together as columns, their gradients). Raises before anything is changed."""
         rule, strategy = self.rule_of(group), strategies_for(group)[kind]
         grads = local_gradients(params, grads)
-        columns = self._columns.get((id(group), kind))
+        columns = self._columns.get((id(group), kind, id(params[0])))
         if not (
             columns
             and columns.holds(rule, strategy, first, params, self.state)
@@ -199,9 +215,7 @@ class Stepping(compiled.Traced):
         grads: list[Tensor],
     ) -> Columns:
         """Look at a group's parameters anew. Raises what is wrong with them, and then leaves no state behind."""
-        before = self._columns.pop((id(group), kind), None)
-        if before:
-            before.settle()
+        self._let_go(params)
         wide: list[int] = []
 
         def look(parameter: Parameter, grad: Tensor) -> None:
@@ -214,17 +228,29 @@ class Stepping(compiled.Traced):
             self._fresh += started(*under, params, self.state, group["capturable"])
             plans = renewed(self._those_of(group, params), *under, grads, self.state, self._plans, look)
         except BaseException:
-            for param in self._fresh:
-                self.state.pop(param, None)
+            self._drop_fresh()
             raise
         self._keep(plans)
-        columns = self._columns[id(group), kind] = Columns(first, plans)
+        columns = self._columns[id(group), kind, id(params[0])] = Columns(first, plans)
         if wide:
             self._count_float32(wide[0])
         fresh = set(map(id, self._fresh))
         lost = [p.parameter.name for p in plans if p.stayed and id(p.parameter.tensor) in fresh]
         admission.warn_of_cleared(under[1], lost)
         return columns
+
+    def _drop_fresh(self) -> None:
+        """Leave no state behind of a step that is not made."""
+        for param in self._fresh:
+            self.state.pop(param, None)
+
+    def _let_go(self, params: Sequence[Tensor]) -> None:
+        """Drop all columns that any of these parameters is in; what was seen of them stays in their plans."""
+        own = set(map(id, params))
+        for at, columns in list(self._columns.items()):
+            if not own.isdisjoint(map(id, columns.params)):
+                columns.settle()
+                del self._columns[at]
 
     def _keep(self, plans: Sequence[Plan]) -> None:
         """Remember them, and forget those of parameters that are gone."""

@@ -1,0 +1,41 @@
+"""Parameters whose small gradients wait for one another, because a call for each costs more than what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+BYTES = 1 << 20  # of gradients, with which they wait no longer
+
+
+def on_arrival(param: Tensor, hook: Callable[[Tensor], None]) -> Any:
+    """Call the hook whenever backward has left a gradient in a parameter. Returns a handle with ``remove()``."""
+    untyped: Any = param
+    return untyped.register_post_accumulate_grad_hook(hook)
+
+
+class Together:
+    """Collects parameters with gradients until these have a megabyte, and then uses them."""
+
+    def __init__(self, use: Callable[[Sequence[Tensor]], None]) -> None:
+        self._use, self._waiting, self._bytes = use, list[Tensor](), 0
+
+    def add(self, param: Tensor) -> None:
+        assert param.grad is not None
+        self._waiting.append(param)
+        self._bytes += param.grad.numel() * param.grad.itemsize
+        if self._bytes >= BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Use those that wait."""
+        waiting = self.drop()
+        if waiting:
+            self._use(waiting)
+
+    def drop(self) -> list[Tensor]:
+        """Let them go, unused."""
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        return waiting

@@ -1,0 +1,85 @@
+"""Steps whose gradients are not all finite: skipped as a whole, on all ranks, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from collage.backends import Batch
+from collage.backends.operator import squares
+from collage.optimizers.parameters import Group
+from collage.optimizers.parts import InParts
+from collage.optimizers.plan import Columns
+from collage.sharding import on_any_rank, summed
+
+
+class Guarded(InParts):
+    """What ``skip_nonfinite`` asks of a step."""
+
+    _skipped: Tensor | int = 0
+
+    @property
+    def skips_nonfinite(self) -> bool:
+        """Whether any group asks for it."""
+        return any(group["skip_nonfinite"] for group in self.param_groups)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``skip_nonfinite`` has skipped since this optimizer was made. Waits for the device."""
+        return int(self._skipped)
+
+    def _validate(self, group: Group) -> None:
+        if not isinstance(group.setdefault("skip_nonfinite", False), bool):
+            raise TypeError(f"skip_nonfinite: needs True or False, got {group['skip_nonfinite']!r}")
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        if self.skips_nonfinite and self._device().type != "cpu":
+            self._count_on_device()
+
+    def _make(self, todo: Sequence[tuple[Columns, Batch]]) -> None:
+        if not self.skips_nonfinite:
+            super()._make(todo)
+            return
+        looked = [(columns, batch) for columns, batch in todo if columns.group["skip_nonfinite"]]
+        broken = [~squares(batch.grads).isfinite() for _, batch in looked]
+        found = on_any_rank(_any(broken, self._device()))
+        if not found.is_cpu and not self.monitors:  # nothing waits for the device: the step itself looks
+            self._skipped = self._skipped + found.long()
+            super()._make([(columns, replace(batch, skip=_either(batch.skip, found))) for columns, batch in todo])
+        elif bool(found):
+            self._drop_fresh()
+            self.count_skipped([columns.params for columns, _ in looked], broken)
+        else:
+            super()._make(todo)
+
+    def count_skipped(self, params: Sequence[Sequence[Tensor]], broken: Sequence[Tensor]) -> None:
+        """Count a step as skipped, and tell the monitors because of whose gradients.
+
+        A collective where parameters are sharded, since another rank may have seen it.
+        """
+        self._skipped = self._skipped + 1
+        if not self.monitors:
+            return
+        ids = set[int]()
+        for own, flags in zip(params, broken, strict=True):
+            ids.update(map(id, compress(own, (summed(flags.double(), own) > 0).tolist())))
+        for monitor in self.monitors:
+            monitor.skipped([parameter for parameter in self.parameters() if id(parameter.tensor) in ids])
+
+    def _device(self) -> torch.device:
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+
+
+def _any(flags: Sequence[Tensor], device: torch.device) -> Tensor:
+    """0-d uint8: whether one is set."""
+    each = [own.any().to(device, torch.uint8) for own in flags]
+    return torch.stack(each).amax() if each else torch.zeros((), dtype=torch.uint8, device=device)
+
+
+def _either(skip: Tensor | None, found: Tensor) -> Tensor:
+    return found if skip is None else torch.maximum(skip.to(found.dtype), found)
