@@ -13,6 +13,8 @@ from collage.formats import format_of
 from collage.harness.bench import contestants
 from collage.harness.bench.command import TIMING, shapes_of
 from collage.harness.bench.contestants import KINDS, limit, ours
+from collage.harness.bench.gradients import accumulate, clip, release
+from collage.harness.bench.gradients.peak import peak_of
 from collage.harness.bench.rows import EXTRA, arrived
 from collage.harness.cli import main
 from collage.layout import zeros
@@ -101,3 +103,39 @@ def test_accuracy_takes_no_flag_of_a_timing(name: str, capsys: pytest.CaptureFix
     error = capsys.readouterr().err
     assert f"{flag}: means nothing to --accuracy" in error
     assert "leave it out" in error
+
+
+def test_gradients_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(accumulate, "NUMEL", 20_000)
+    monkeypatch.setattr(clip, "NUMEL", 1000)
+    monkeypatch.setattr(release, "SHAPES", {"three": (3, 1 << 20)})
+    assert main(["bench", "--gradients", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "gradients.json").read_text())
+    sums = result["accumulate"]
+    assert sums["bf16: autograd"]["error"] > 1000 * sums["bf16x2: two components"]["error"]
+    assert sums["bf16x2: two components"]["error"] > 100 * sums["fp32: GradientAccumulator"]["error"] > 0
+    more = [row["bytes_more"] for row in sums.values()]
+    assert more == pytest.approx([2, 6, 2, 2], abs=0.01)  # the gradient, or also a cast of it; and some scalars
+    ours, torchs = (result["clip"][f"{where}.clip_grad_norm_"]["error"] for where in ("collage", "torch.nn.utils"))
+    assert ours < 1e-7 < torchs
+    (row,) = result["release"].values()
+    assert (row["alive_after"], row["alive_inside"]) == pytest.approx((1.0, 1 / 3), abs=1e-4)  # and some scalars
+    assert "release_gradients" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--params 4K", "--accuracy", "--strategies bf16", "--no-others", "--threads 1"])
+def test_gradients_refuse_what_means_nothing_to_them(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--gradients", *flag.split()]) != 0
+    assert "--gradients" in capsys.readouterr().err
+
+
+def test_the_peak_counts_what_is_alive_at_once() -> None:
+    def call() -> None:
+        kept = torch.zeros(1000)
+        for _ in range(3):
+            kept.add_(torch.ones(1000) * 2.0)  # two of them, beside what is kept
+        kept.view(10, 100).mul_(2.0)
+
+    assert peak_of(call) == 12_000

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from collage.harness.bench.accuracy import moments
+from collage.harness.bench.gradients import accumulate, clip, release
 from collage.harness.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,9 @@ def in_a_folder_with_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("STEADY", "DROPPED"):  # of `collage bench --accuracy`
         monkeypatch.setattr(moments, name, 0.1)
+    monkeypatch.setattr(accumulate, "NUMEL", 1000)
+    monkeypatch.setattr(clip, "NUMEL", 1000)
+    monkeypatch.setattr(release, "SHAPES", {"two": (2, 1000)})
     save_file({"layers.0.norm.weight": torch.ones(64), "layers.0.mlp.weight": torch.randn(8, 8)}, "model.safetensors")
     save_file({"w": torch.ones(4)}, "MODEL.safetensors")
     Path("my.txt").write_text("It is a truth universally acknowledged. " * 500, encoding="utf-8")
@@ -63,8 +67,9 @@ def test_a_command_runs(command, capsys):
         argv += shlex.split("--strategies bf16,fp32-master") if argv[0] == "compare" and len(command) > 20 else []
         argv += shlex.split("--seeds 2") if "--seeds" in argv else []
     if argv[0] == "bench":
-        argv += shlex.split("--strategies collage-plus --no-others")
-        argv += [] if "--accuracy" in argv else shlex.split("--params 4K --rounds 2")
+        argv += [] if "--gradients" in argv else shlex.split("--strategies collage-plus --no-others")
+        argv += [] if {"--accuracy", "--gradients"} & {*argv} else shlex.split("--params 4K")
+        argv += [] if "--accuracy" in argv else shlex.split("--rounds 2")
     if any(name.startswith(BIG) for name in argv):
         argv = ["train", "--help"]
         with pytest.raises(SystemExit, match="0"):

@@ -16,6 +16,7 @@ from collage.backends import fastest, missing
 from collage.harness.bench import plot
 from collage.harness.bench.accuracy import command as accuracy
 from collage.harness.bench.contestants import KINDS, Row, Shapes
+from collage.harness.bench.gradients import command as gradients
 from collage.harness.bench.measure import measure
 from collage.harness.bench.rows import DEFAULT, rows
 from collage.harness.bench.shown import show, show_plan
@@ -61,11 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "minutes); takes --strategies, --no-others and --out",
     )
     add(
+        "--gradients",
+        action="store_true",
+        help="instead measure accumulating, clipping and releasing gradients; takes --rounds and --out",
+    )
+    add(
         "--out",
         type=Path,
         default=Path("runs/bench"),
         metavar="DIR",
-        help="bench.json, bench.png, or accuracy.json, accuracy.png (default: %(default)s)",
+        help="bench.json, bench.png; accuracy.json, accuracy.png; gradients.json (default: %(default)s)",
     )
 
 
@@ -86,12 +92,21 @@ TIMING: dict[str, tuple[Any, str]] = {
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Defaults for what was not given. Raises ValueError, naming the flag, for one that means nothing to --accuracy."""
+    """Defaults for what was not given.
+
+    Raises ValueError, naming the flag, for one that means nothing to --accuracy or to --gradients.
+    """
     for name, (default, why) in TIMING.items():
         given = getattr(args, name)
         if args.accuracy and given is not None and given is not False:
             raise ValueError(f"{flag_of(name)}: means nothing to --accuracy, because {why}; leave it out")
+        if args.gradients and name != "rounds" and given is not None and given is not False:
+            raise ValueError(f"{flag_of(name)}: means nothing to --gradients, whose tensors are its own; leave it out")
         setattr(args, name, default if given is None else given)
+    if args.gradients and (args.accuracy or args.strategies is not None or args.no_others):
+        raise ValueError("--gradients: takes --rounds and --out alone; leave --accuracy, --strategies, --no-others out")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds: needs at least 1, got {args.rounds}")
 
 
 def count(text: str) -> int:
@@ -109,6 +124,8 @@ def count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure what was asked for, print it, write the JSON and the picture. Returns the exit status."""
     settle(args)
+    if args.gradients:
+        return gradients.run(args)
     names = [] if args.strategies is None else [name.strip() for name in args.strategies.split(",")]
     strategies = [Strategy.parse(name) for name in names]
     return accuracy.run(strategies, args) if args.accuracy else time(names or DEFAULT, args)
@@ -116,8 +133,6 @@ def run(args: argparse.Namespace) -> int:
 
 def time(names: Sequence[str], args: argparse.Namespace) -> int:
     """Time every row. Returns the exit status."""
-    if args.rounds < 1:
-        raise ValueError(f"--rounds: needs at least 1, got {args.rounds}")
     most = os.cpu_count() or 1
     if args.threads is not None and not 1 <= args.threads <= most:
         raise ValueError(f"--threads: needs 1 to {most}, the cores of this machine, got {args.threads}")
