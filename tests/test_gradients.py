@@ -9,6 +9,7 @@ from helpers import REGIMES, assert_same_bits, numbers
 from torch import nn
 
 import collage
+from collage.optimizers.guarded import Guarded
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -221,6 +222,23 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer, backend):
     assert [name for name, quality in report.by_parameter.items() if quality.skipped] == ["1.weight"]
 
 
+def test_on_a_gpu_the_step_itself_looks(monkeypatch):
+    """As there, on tensors of the CPU: Triton's interpreter reads the finding, and the host never does."""
+    monkeypatch.setattr(Guarded, "_looks_in_the_step", lambda *_: True)
+    net = model()
+    opt = collage.AdamW(net.named_parameters(), skip_nonfinite=True, capturable=True, backend="triton")
+    for bad in (False, True, False):
+        before = [p.detach().clone() for p in net.parameters()]
+        loss(net, 0).backward()
+        if bad:
+            net[0].bias.grad[0] = torch.nan
+        opt.step()
+        opt.zero_grad()
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)) == bad
+    assert opt.skipped_steps == 1
+    assert {int(opt.state[p]["step"]) for p in net.parameters()} == {2}
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 def test_only_what_is_not_finite_is_skipped(regime):
     for dtype in (torch.bfloat16, torch.float32):
@@ -273,3 +291,35 @@ def test_a_compiled_step_says_what_it_cannot():
             collage.release_gradients(net, opt)
         with pytest.raises(Exception, match=what):
             torch.compile(opt.step, backend="eager", fullgraph=True)()
+
+
+def test_under_accelerate():
+    from accelerate import Accelerator
+
+    results = []
+    for prepared in (False, True):
+        net = model()
+        opt = collage.AdamW(net.named_parameters(), lr=1e-2)
+        accelerator = Accelerator(gradient_accumulation_steps=4)
+        made, stepper = accelerator.prepare(net, opt) if prepared else (net, opt)
+        accumulator = collage.GradientAccumulator(made)
+        for micro in range(8):
+            if prepared:
+                with accelerator.accumulate(made), accumulator:
+                    accelerator.backward(loss(made, micro))
+                    if accelerator.sync_gradients:
+                        accumulator.finish()
+                        collage.clip_grad_norm_(made.parameters(), 0.1)
+                    stepper.step()
+                    stepper.zero_grad()
+            else:
+                with accumulator:
+                    (loss(made, micro) / 4).backward()
+                if micro % 4 == 3:
+                    accumulator.finish()
+                    collage.clip_grad_norm_(made.parameters(), 0.1)
+                    opt.step()
+                    opt.zero_grad()
+        results.append([p.detach() for p in net.parameters()])
+    for k, (one, other) in enumerate(zip(*results, strict=True)):
+        assert_same_bits(str(k), one, other)

@@ -1,6 +1,7 @@
 """Clipping, accumulation, release and skipped steps over ranks: FSDP2 and DDP on gloo."""
 
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -184,9 +185,27 @@ def skipped() -> None:
         assert [name.endswith("0.weight") for name in names] == [True]
 
 
+def within_ddp() -> None:
+    """A model that DDP averages, given without it, is refused before ranks go apart."""
+    made = in_ddp()
+    opt = optimizer(made)
+    released = collage.release_gradients(made.module, opt)
+    with patch("collage.gradients.together.BYTES", 0):  # as for large weights
+        loss(made, 0).backward()
+    with pytest.raises(RuntimeError, match="Is it in DistributedDataParallel"):
+        opt.step()
+    released.remove()
+    made = in_ddp()
+    accumulator = collage.GradientAccumulator(made.module)
+    with accumulator, patch("collage.gradients.together.BYTES", 0):
+        loss(made, 0).backward()
+    with pytest.raises(RuntimeError, match="is the model in DistributedDataParallel"):
+        accumulator.finish()
+
+
 def rank() -> None:
     dist.init_process_group("gloo")
-    for check in (clipped, released, released_in_ddp, accumulated, skipped):
+    for check in (clipped, released, released_in_ddp, accumulated, skipped, within_ddp):
         check()
     dist.destroy_process_group()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from collage.backends import Batch, choose
-from collage.gradients.replicas import anywhere, average_, no_sync, replicas
+from collage.gradients.replicas import anywhere, average_, no_sync, replicas, replicated
 from collage.gradients.together import Together, on_arrival
 from collage.rules.accumulate import ACCUMULATE
 from collage.sharding import alike, local
@@ -39,7 +39,8 @@ class GradientAccumulator:
             reduce-scattered, and the shards are added up.
 
     Raises:
-        RuntimeError: a torch without ``Tensor.grad_dtype``; a model that another accumulator has.
+        RuntimeError: a torch without ``Tensor.grad_dtype``; a model that another accumulator has, or that is within a
+            DistributedDataParallel which was not given.
 
     >>> model = torch.nn.Linear(1, 1, bias=False).bfloat16()
     >>> accumulator = GradientAccumulator(model)
@@ -83,6 +84,7 @@ class GradientAccumulator:
     def finish(self) -> None:
         """Leave the sums in ``param.grad``, averaged over the ranks of DDP. Before clipping and the step."""
         self._together.flush()
+        self._require_alone()
         for module in replicas(self._model):
             own = [p for p in module.parameters() if p in self._dtypes]
             for p, some in zip(own, anywhere([id(p) in self._begun for p in own], module), strict=True):
@@ -93,6 +95,16 @@ class GradientAccumulator:
             if id(p) in self._begun:
                 p.grad = self._sums[p]
         self._begun = set()
+
+    def _require_alone(self) -> None:
+        """Raise RuntimeError where somebody else leaves gradients: DDP around a model that was given without it."""
+        held = replicated(self._model)
+        found = [p for p in self._sums if p not in held and id(p) in self._begun and p.grad is not None]
+        if found:
+            raise RuntimeError(
+                f"model: a weight of shape {tuple(found[0].shape)} has a gradient beside its sum, which would not be "
+                "averaged over ranks; is the model in DistributedDataParallel? Give that to GradientAccumulator"
+            )
 
     def remove(self) -> None:
         """Leave gradients to autograd again; sums that are not finished are dropped."""

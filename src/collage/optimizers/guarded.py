@@ -48,7 +48,7 @@ class Guarded(InParts):
         looked = [(columns, batch) for columns, batch in todo if columns.group["skip_nonfinite"]]
         broken = [~squares(batch.grads).isfinite() for _, batch in looked]
         found = on_any_rank(_any(broken, self._device()))
-        if not found.is_cpu and not self.monitors:  # nothing waits for the device: the step itself looks
+        if self._looks_in_the_step(found):
             self._skipped = self._skipped + found.long()
             super()._make([(columns, replace(batch, skip=_either(batch.skip, found))) for columns, batch in todo])
         elif bool(found):
@@ -70,6 +70,10 @@ class Guarded(InParts):
             ids.update(map(id, compress(own, (summed(flags.double(), own) > 0).tolist())))
         for monitor in self.monitors:
             monitor.skipped([parameter for parameter in self.parameters() if id(parameter.tensor) in ids])
+
+    def _looks_in_the_step(self, found: Tensor) -> bool:
+        """Whether the step reads the finding where it is, so that nothing waits for the device."""
+        return not found.is_cpu and not self.monitors
 
     def _device(self) -> torch.device:
         return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))

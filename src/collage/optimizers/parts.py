@@ -49,7 +49,8 @@ class InParts(Stepping):
             name = next(parameter.name for parameter in self.parameters() if id(parameter.tensor) in again)
             raise RuntimeError(
                 f"param '{name}': it has stepped, and has another gradient before opt.step(). A second backward, or a "
-                "checkpointed part that uses it twice? Accumulate: inside `with released.paused():` gradients stay"
+                "checkpointed part that uses it twice? Inside `with released.paused():` gradients stay and accumulate. "
+                "Is it in DistributedDataParallel? Give that to release_gradients"
             )
 
     def _advance(self) -> None:
