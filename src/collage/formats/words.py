@@ -17,7 +17,7 @@ from torch import Tensor
 from collage.accumulators import Accumulator, Register
 from collage.formats.format import Format
 from collage.layout import Plane, Planes
-from collage.rounding import FLOATS
+from collage.rounding import FLOATS, code_of
 
 F32 = torch.float32
 INTEGERS = {8: torch.int8, 16: torch.int16}
@@ -112,18 +112,7 @@ class Word(Remainder):
         x, f, b = number.value, FLOATS[self.dtype], self.bits
         scale = self._scales(x) if self.scaled else None
         a = (x.abs() if scale is None else x.abs() * ((254 - scale.int()) << 23).view(F32)[:, None]).view(torch.int32)
-        exponent = (a >> 23).clamp(min=1)
-        significand = torch.where(a < HIDDEN, a, (a & (HIDDEN - 1)) | HIDDEN)
-        dropped = 23 - self._wide + (self._first - exponent).clamp(min=0)
-        shift = dropped.clamp(max=30)
-        significand = significand >> (dropped - shift).clamp(max=31)  # rounding reaches no further down
-        if random is None:
-            add = (1 << (shift - 1)) - 1 + ((significand >> shift) & 1)
-        else:
-            wide = (shift - 16).clamp(min=0)
-            add = torch.where(wide > 0, (random << wide) + ((1 << wide) >> 1), random >> (16 - shift).clamp(min=0))
-        w = ((significand + add) >> shift) + ((exponent - self._first).clamp(min=0) << self._wide)
-        w = w.clamp(max=(f.max_code << b) + (1 << (b - 1)) - 1)
+        w = code_of(a, self._wide + 1, f.emin, random).clamp(max=(f.max_code << b) + (1 << (b - 1)) - 1)
         hi = (w + (1 << (b - 1))) >> b
         lo = w - (hi << b)
         inf = x.isinf() if scale is not None else x.abs() >= _OVERFLOW[self.dtype]
