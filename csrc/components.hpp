@@ -106,6 +106,23 @@ struct BF16 {
   }
 };
 
+// The code that a magnitude rounds to in a float of so many significand bits without the hidden one: to nearest even, or
+// stochastically. Codes have no end: who calls this has to set one. `shift` bits are dropped, and as many random ones are
+// added to them first; where they are more than the 16 that there are, half of the last of these goes with them, so that
+// it stays unbiased.
+template <int significand_bits, int emin, bool stochastic>
+inline Mask code_of(Mask magnitude, Mask random) {
+  constexpr int least = 127 + emin;  // exponent field, in float32, of the smallest normal number
+  const Mask exponent = larger(magnitude >> 23, 1);
+  const Mask dropped = 23 - significand_bits + larger(least - exponent, 0), shift = smaller(dropped, 30);
+  const Mask whole = (magnitude & 0x7FFFFF) | (magnitude < 0x800000 ? Mask{} : Mask{} + 0x800000);
+  const Mask significand = whole >> smaller(dropped - shift, 31);  // rounding reaches no further down
+  const Mask one = Mask{} + 1, more = larger(shift - 16, 0);
+  const Mask stretched = more > 0 ? (random << more) + ((one << more) >> 1) : random >> larger(16 - shift, 0);
+  const Mask added = stochastic ? stretched : (one << (shift - 1)) - 1 + ((significand >> shift) & 1);
+  return ((significand + added) >> shift) + (larger(exponent - least, 0) << significand_bits);
+}
+
 struct FP16 {
   static constexpr Name name{"fp16"};
   static constexpr int BYTES = 2, SIGNIFICAND = 10, EMIN = -14, MAX_CODE = 0x7BFF, INF_CODE = 0x7C00, NAN_CODE = 0x7E00;
@@ -139,23 +156,9 @@ struct FP16 {
 #endif
   static F32 code(F32 x) { return x; }  // `write` rounds
 
-  // Stochastically, for finite x: `shift` bits are dropped, and as many random ones are added to them first; where they
-  // are more than the 16 that there are, half of the last of these goes with them, so that it stays unbiased.
-  static F32 stochastic_code(F32 x, U32 random) {
-    const U32 bits = (U32)magnitude(x);
-    const U32 exponent = (Mask)(bits >> 23) > 1 ? bits >> 23 : U32{} + 1;
-    const U32 whole = (bits & 0x7FFFFF) | ((Mask)bits < 0x800000 ? U32{} : U32{} + 0x800000);
-    const Mask below = 113 - (Mask)exponent, above = (Mask)exponent - 113;
-    const Mask dropped = 13 + (below > 0 ? below : Mask{});
-    const Mask beyond = dropped - 30;  // the random bits reach no further down
-    const U32 significand = beyond > 0 ? whole >> (U32)(beyond < 31 ? beyond : Mask{} + 31) : whole;
-    const U32 shift = (U32)(dropped < 30 ? dropped : Mask{} + 30);
-    const U32 few = random >> ((16 - shift) & 31);
-    const U32 many = (random << ((shift - 16) & 31)) + ((U32{} + 1) << ((shift - 17) & 31));
-    const U32 sum = significand + ((Mask)shift <= 16 ? few : many);
-    const U32 rounded = (sum >> shift) + ((U32)(above > 0 ? above : Mask{}) << 10);
-    const U32 code = (Mask)rounded > 0x7BFF ? U32{} + 0x7BFF : rounded;
-    return with_sign_of(x, widened(code));
+  static F32 stochastic_code(F32 x, U32 random) {  // for finite x
+    const Mask code = code_of<SIGNIFICAND, EMIN, true>((Mask)magnitude(x), (Mask)random);
+    return with_sign_of(x, widened((U32)smaller(code, MAX_CODE)));
   }
   static F32 careful_stochastic_code(F32 x, U32 random) { return stochastic_code(x, random); }
 

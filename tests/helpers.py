@@ -23,6 +23,7 @@ from collage.strategies import STRATEGIES, Strategy
 
 SIZES = (1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 1023, 1024, 1025, 2049, 40_001)
 REGIMES = ("normal", "subnormal", "huge", "tiny", "zeros", "infinite", "nan", "bits")
+ONES = 0xFFFF  # the largest random bits
 NUMBERS = {"betas": (0.9, 0.999), "eps": (1e-8,), "weight_decay": (0.1,), "momentum": (0.9,), "dampening": (0.3,)}
 NUMBERS |= {"decay": (0.99,), "weight": (0.25,)}  # the usual settings
 
@@ -47,6 +48,22 @@ def numbers(regime: str, n: int, seed: int) -> torch.Tensor:
     if regime == "bits":
         return torch.randint(-(2**31), 2**31, (n,), generator=g, dtype=torch.int64).to(torch.int32).view(torch.float32)
     return x
+
+
+def random_bits(x: Tensor, seed: int = 9) -> Tensor:
+    """For a stochastic encoding, some of them the smallest and the largest."""
+    g = torch.Generator().manual_seed(seed)
+    bits = torch.randint(0, 1 << 16, x.shape, generator=g, dtype=torch.int32)
+    kind = torch.randint(0, 8, x.shape, generator=g)
+    return torch.where(kind == 0, 0, torch.where(kind == 1, ONES, bits))
+
+
+def drawn(name: str, x: Tensor) -> Iterator[Tensor | None]:
+    """What an encoding may be given: nothing, or the smallest, the largest and other bits."""
+    yield None
+    if format_of(name).stochastic:
+        yield from (torch.full(x.shape, k, dtype=torch.int32) for k in (0, ONES))
+        yield random_bits(x)
 
 
 class Case(NamedTuple):

@@ -1,12 +1,11 @@
 """Moments in 8 bits: a code per element and a scale for 128 elements of a row. int8/128 and uint8/128."""
 
-from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 import torch
-from helpers import assert_each, assert_same_bits
+from helpers import assert_each, assert_same_bits, drawn, random_bits
 from oracle import codes, fractions, from_codes, random_patterns, spread
 from torch import Tensor
 from words import FP32, TWO, form_of
@@ -17,7 +16,6 @@ from collage.formats import FORMATS, Companded, format_of, split
 NAMES = [name for name, fmt in FORMATS.items() if isinstance(fmt, Companded)]
 STOCHASTIC = [name for name in NAMES if FORMATS[name].stochastic]
 WIDTHS = (1, 127, 128, 129, 300)
-ONES = 0xFFFF
 every_format = pytest.mark.parametrize("name", NAMES)
 every_width = pytest.mark.parametrize("columns", WIDTHS)
 
@@ -54,22 +52,6 @@ def at_a_scale(columns: int) -> Tensor:
     rows[-1], rows[-2, ::2], rows[-3], rows[-4, 0] = torch.nan, -torch.inf, 2.0**-149, 2.0**-149
     rows[-5, ::3], rows[-5, 1::3] = torch.nan, -0.0
     return rows
-
-
-def random_bits(x: Tensor) -> Tensor:
-    """Some of them the smallest and the largest."""
-    g = torch.Generator().manual_seed(9)
-    bits = torch.randint(0, 1 << 16, x.shape, generator=g, dtype=torch.int32)
-    kind = torch.randint(0, 8, x.shape, generator=g)
-    return torch.where(kind == 0, 0, torch.where(kind == 1, ONES, bits))
-
-
-def drawn(name: str, x: Tensor) -> Iterator[Tensor | None]:
-    """What an encoding may be given: nothing, or the smallest, the largest and other bits."""
-    yield None
-    if FORMATS[name].stochastic:
-        yield from (torch.full(x.shape, k, dtype=torch.int32) for k in (0, ONES))
-        yield random_bits(x)
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(1, 200), (127, 40), (128, 40), (129, 40), (300, 200)])

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import assert_each, assert_same_bits
+from helpers import ONES, assert_each, assert_same_bits, drawn, random_bits
 from oracle import SPECS, codes, ended, every, fractions, from_codes, half_ulp, random_patterns, spread
 from torch import Tensor
 from words import FP32, TWO, form_of
@@ -19,7 +19,6 @@ NAMES = [name for name, fmt in FORMATS.items() if isinstance(fmt, Cut | Word)]
 NEAREST = [name for name in NAMES if not FORMATS[name].stochastic]
 SCALED = [name for name in NAMES if not FORMATS[name].elementwise]
 every_format = pytest.mark.parametrize("name", NAMES)
-ONES = 0xFFFF
 
 BORDERS = [
     *(0x00000000, 0x00000080, 0x00008000, 0x007FFFFF, 0x00800000),  # subnormals
@@ -57,22 +56,6 @@ def at_a_scale() -> Tensor:
         rows[4 + k, :3] = top[6 + k] * torch.tensor([1.0, -0.5, 2.0**-30])
         rows[4 + k, 3:] = 0.0
     return rows
-
-
-def random_bits(x: Tensor, seed: int = 9) -> Tensor:
-    """Some of them the smallest and the largest."""
-    g = torch.Generator().manual_seed(seed)
-    bits = torch.randint(0, 1 << 16, x.shape, generator=g, dtype=torch.int32)
-    kind = torch.randint(0, 8, x.shape, generator=g)
-    return torch.where(kind == 0, 0, torch.where(kind == 1, ONES, bits))
-
-
-def drawn(name: str, x: Tensor) -> Iterator[Tensor | None]:
-    """What an encoding may be given: nothing, or the smallest, the largest and other bits."""
-    yield None
-    if FORMATS[name].stochastic:
-        yield from (torch.full(x.shape, k, dtype=torch.int32) for k in (0, ONES))
-        yield random_bits(x)
 
 
 @every_format

@@ -230,6 +230,20 @@ def test_shards_by_rows_are_encoded_as_the_whole(name, columns, backend):
 
 
 @pytest.mark.parametrize("name", SHARED)
+def test_the_scales_of_rows_without_elements_stay(name, backend):
+    """With the bits of others in the same call, or alone."""
+    values = [torch.zeros(3, 0), torch.ones(2, 5), torch.zeros(2, 0, 4)]
+    for given in (values, values[:1]):
+        values_there = [x.to(device_of(backend)) for x in given]
+        planes = [zeros(format_of(name), x) for x in values_there]
+        for own in planes:
+            own[-1].fill_(7)
+        backend.encode(name, values_there, planes)
+        for x, own in zip(given, planes, strict=True):
+            assert x.numel() or (own[-1] == 7).all()
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_new_planes_are_decoded_to_zeros(name, backend):
     out = torch.full((3, 300), 5.0, device=device_of(backend))
     backend.decode(name, [zeros(format_of(name), out)], [out])

@@ -181,16 +181,17 @@ def test_elements_beyond_32_bits(triton, monkeypatch):
     case, before = case_of("collage-plus-sr"), 2**32
     row = row_of(case, "normal", 2100)._replace(sums=None)
     ours, theirs = copy_of(row), copy_of(row)._replace(region=Region((2100,), (before,), (1,)))
-    tables, whole = sys.modules["collage.backends.triton.tables"], triton.rows_of
+    tables = import_module("collage.backends.triton.tables")
+    launching = import_module("collage.backends.triton.launching")
 
     def shifted(layout, fronts, which):
-        rows = whole(layout, fronts, which)
+        rows = tables.rows_of(layout, fronts, which)
         rows[:, tables.ADDRESSES :] -= torch.tensor([p.element_size() for p in (*fronts, *batch.planes)]) * before
         rows[:, tables.NUMEL] += before
         rows[:, tables.FIRST] -= before // tables.BLOCK
         return rows
 
-    monkeypatch.setattr(triton, "rows_of", shifted)
+    monkeypatch.setattr(launching, "rows_of", shifted)
     batch = batch_of(case, [ours])
     triton.step(batch)
     reference.step(batch_of(case, [theirs]))
@@ -248,8 +249,8 @@ def test_folding_on_the_device(name, narrow, triton):
         on_host = replace(batch, lr=lr, steps=steps, keys=keys, seed=2**63 + 5)
         counters = [torch.tensor(step) for step in steps]
         on_device = replace(on_host, lr=torch.tensor(lr, dtype=torch.float64), steps=(), counters=counters)
-        wanted, streams, _ = triton._folded(on_host, cpu)
-        found, their_streams, which = triton._fold(on_device, cpu)
+        wanted, streams, _ = triton.folded_on_host(on_host, cpu)
+        found, their_streams, which = triton.folded_on_device(on_device, cpu)
         assert list(which) == [0, 1, 2, 3, 4]
         assert_same_bits(f"lr {lr}, {hyper}", found, wanted)
         assert_same_bits("streams", their_streams, streams)

@@ -20,21 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from collage import formats
-from collage.backends.triton import (
-    BLOCK,
-    FORMATS,
-    _plan,
-    _plan_of_all,
-    _plan_of_gradients,
-    _plan_of_one,
-    _unit,
-    rules,
-    sums,
-    walk,
-    warps,
-)
+from collage.backends.triton import FORMATS, _plan, _plan_of_all, _plan_of_gradients, _plan_of_one, rules, sums, walk
 from collage.backends.triton import planes as of_planes
 from collage.backends.triton.fold import fold
+from collage.backends.triton.launching import unit_of, warps
+from collage.backends.triton.tables import BLOCK
 from collage.backends.triton.walk import MASKED, STRIDED
 from collage.rules import RULES
 from collage.strategies import Strategy
@@ -89,7 +79,8 @@ class Case(NamedTuple):
     def shape(self, strided: bool) -> dict:
         """Of the table."""
         columns = walk.ADDRESSES.value + 1 + sum(len(FORMATS[name].words) for name in self.formats)
-        return {"columns": columns, "rest": (STRIDED if strided else MASKED).value, "by_rows": _unit(self.formats) > 1}
+        by_rows = unit_of(self.formats) > 1
+        return {"columns": columns, "rest": (STRIDED if strided else MASKED).value, "by_rows": by_rows}
 
 
 TABLES = {"table": "*i64", "owners": "*i32", "shapes": "*i64"}

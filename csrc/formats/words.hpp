@@ -76,16 +76,10 @@ struct Wide {
 
   static F32 visible(Mask hi) { return value(hi, Mask{}, splat(1.0f)); }
 
-  // Rounded to nearest even, or stochastically: as FP16::stochastic_code, to the words. size: |x| over the scale.
+  // Rounded to nearest even, or stochastically. size: |x| over the scale.
   template <bool stochastic>
   static Lanes<2> codes(F32 x, F32 size, U32 random, Mask overflows) {
-    const Mask a = (Mask)size, exponent = larger(a >> 23, 1);
-    const Mask dropped = 23 - FULL + larger(FIRST - exponent, 0), shift = smaller(dropped, 30);
-    const Mask whole = (a & 0x7FFFFF) | (a < 0x800000 ? Mask{} : Mask{} + 0x800000);
-    const Mask significand = whole >> smaller(dropped - shift, 31);  // rounding reaches no further down
-    const Mask added = stochastic ? stretched((Mask)random, shift) : below_half(significand, shift);
-    const Mask rounded = ((significand + added) >> shift) + (larger(exponent - FIRST, 0) << FULL);
-    const Mask word = smaller(rounded, LARGEST), nan = x != x;
+    const Mask word = smaller(code_of<FULL, Hi::EMIN, stochastic>((Mask)size, (Mask)random), LARGEST), nan = x != x;
     const Mask hi = (word + (1 << (BITS - 1))) >> BITS, code = overflows ? Mask{} + Hi::INF_CODE : hi;
     const Mask sign = ((Mask)x >> 31) & ~MAGNITUDE;
     return {{(F32)(nan ? Mask{} + Hi::NAN_CODE : code | sign), (F32)((word - (hi << BITS)) & ~(nan | overflows))}};
@@ -101,15 +95,6 @@ struct Wide {
     const Mask code = hi & MAGNITUDE;
     const F32 nan = splat(__builtin_nanf("")), inf = hi < 0 ? splat(-__builtin_inff()) : splat(__builtin_inff());
     return code <= Hi::MAX_CODE ? x : code == Hi::INF_CODE && Hi::INF_CODE != Hi::NAN_CODE ? inf : nan;
-  }
-
-  static Mask stretched(Mask random, Mask shift) {
-    const Mask more = larger(shift - 16, 0);
-    return more > 0 ? (random << more) + (((Mask{} + 1) << more) >> 1) : random >> larger(16 - shift, 0);
-  }
-
-  static Mask below_half(Mask significand, Mask shift) {
-    return ((Mask{} + 1) << (shift - 1)) - 1 + ((significand >> shift) & 1);
   }
 };
 

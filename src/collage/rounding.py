@@ -27,7 +27,7 @@ FLOATS: dict[torch.dtype, Float] = {
     torch.float8_e4m3fn: Float(4, -6, 0x7E, 0x7E, 0x7F, 0x7F, torch.int8),
 }
 
-_MAGNITUDE, _INF = 0x7FFFFFFF, 0x7F800000
+_MAGNITUDE, _HIDDEN, _INF = 0x7FFFFFFF, 0x800000, 0x7F800000
 
 
 def rn(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,17 +78,29 @@ def sr(x: Tensor, random: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor
         code -= (((code & 0x7FFF) == f.inf_code) & x.isfinite()).to(torch.int32)  # back from Inf
         return code.masked_fill_(x.isnan(), f.nan_code).to(f.storage).view(dtype)
     magnitude = bits & _MAGNITUDE
-    exponent = (magnitude >> 23).clamp(min=1)
-    significand = torch.where(magnitude < 1 << 23, magnitude, (magnitude & 0x7FFFFF) | (1 << 23))
-    least = 127 + f.emin - 1  # of the exponents that are this format's subnormals in float32
-    dropped = (24 - f.precision) + (least + 1 - exponent).clamp(min=0)
-    shift = dropped.clamp(max=30)
-    significand = significand >> (dropped - shift).clamp(max=31)  # the random bits reach no further down
-    wide = (shift - 16).clamp(min=0)
-    stretched = (random << wide) + torch.where(wide > 0, (1 << wide) >> 1, 0)
-    code = (significand + torch.where(wide > 0, stretched, random >> (16 - shift).clamp(min=0))) >> shift
-    code = (code + ((exponent - least - 1).clamp(min=0) << (f.precision - 1))).clamp(max=f.max_code)
+    code = code_of(magnitude, f.precision, f.emin, random).clamp(max=f.max_code)
     return _pack(code, bits, magnitude, f).view(dtype)
+
+
+def code_of(magnitude: Tensor, precision: int, emin: int, random: Tensor | None = None) -> Tensor:
+    """The code that a magnitude rounds to, in a float of any precision below 24: to nearest even, or up at `random`.
+
+    magnitude: bits of float32, without the sign. Codes have no end: who calls this has to set one, and to mind Inf and
+    NaN. random: as in `sr`.
+    """
+    least = 127 + emin  # exponent field, in float32, of the smallest normal number
+    exponent = (magnitude >> 23).clamp(min=1)
+    significand = torch.where(magnitude < _HIDDEN, magnitude, (magnitude & (_HIDDEN - 1)) | _HIDDEN)
+    dropped = (24 - precision) + (least - exponent).clamp(min=0)
+    shift = dropped.clamp(max=30)
+    significand = significand >> (dropped - shift).clamp(max=31)  # rounding reaches no further down
+    if random is None:
+        added = (1 << (shift - 1)) - 1 + ((significand >> shift) & 1)
+    else:
+        wide = (shift - 16).clamp(min=0)
+        stretched = (random << wide) + ((1 << wide) >> 1)
+        added = torch.where(wide > 0, stretched, random >> (16 - shift).clamp(min=0))
+    return ((significand + added) >> shift) + ((exponent - least).clamp(min=0) << (precision - 1))
 
 
 def _pack(code: Tensor, bits: Tensor, magnitude: Tensor, f: Float) -> Tensor:

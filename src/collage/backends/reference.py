@@ -69,6 +69,8 @@ def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], nois
     """planes[k] <- values[k], float32, rounded to nearest, or stochastically with noise."""
     fmt = format_of(format)
     for k, (own, x) in enumerate(zip(planes, values, strict=True)):
+        if x.numel() == 0:
+            continue  # its rows have scales nevertheless, which stay
         drawn = [noise.of(k, x.shape, x.device)] if noise and fmt.stochastic else []
         for piece in aligned([fmt], [own], [x, *drawn], PIECE):
             for plane, value in zip(piece, split(fmt, *piece[len(own) :]), strict=False):

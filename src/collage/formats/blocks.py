@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collage.accumulators import Accumulator, Register
-from collage.formats.format import Format
+from collage.accumulators import Accumulator
+from collage.formats.format import InRegister
+from collage.formats.scales import factors, finite_sizes, inverses, scales
 from collage.layout import Plane, Planes
 
 F32 = torch.float32
-MAGNITUDE, FRACTION, INF = 0x7FFFFFFF, 0x7FFFFF, 0x7F800000
 
 
 @dataclass(frozen=True)
-class Companded(Format):
+class Companded(InRegister):
     """int8 (|m| ~ k**4) and uint8 (v ~ k**8) codes, with a scale (E8M0) for a block; the largest one never saturates.
 
     The scale is a pure function of the new numbers: no history. A positive number never becomes 0 in uint8, because a
@@ -64,25 +64,20 @@ class Companded(Format):
         """Exponent of the value of code 2**n: below it codes are linear, 2**n to that value."""
         return -19 if self.signed else -39
 
-    def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
-        return Register(self.value(planes))
-
     def value(self, planes: Planes) -> Tensor:
         codes, scale = planes[0].int(), planes[1]
         k = codes.abs().float()
-        companded = (((k.view(torch.int32) - _bits(2.0**self._n)) << self._n) + _bits(2.0**self._linear)).view(F32)
+        companded = (((k.view(torch.int32) - _power(self._n)) << self._n) + _power(self._linear)).view(F32)
         x = torch.where(k < 2**self._n, k * 2.0 ** (self._linear - self._n), companded)
-        x = self._rows(self._blocks(x) * (scale.int() << 23).view(F32)[..., None], codes.shape[1])
+        x = self._rows(self._blocks(x) * factors(scale)[..., None], codes.shape[1])
         return torch.where(codes == self._nan, torch.nan, torch.where(codes < 0, -x, x))
 
     def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
         x = number.value
-        size = x.abs()
-        scale = self._scales(size.view(torch.int32))
-        factor = torch.where(scale == 254, 0x00400000, (254 - scale.int()) << 23).view(F32)  # 2**(127 - E)
-        y = self._rows(self._blocks(size) * factor[..., None], x.shape[1])
-        j0 = _bits(2.0**self._linear)
-        shifted = ((y.view(torch.int32) - j0 + (1 << (self._n - 1))) >> self._n) + _bits(2.0**self._n)
+        scale = self._scales(x)
+        y = self._rows(self._blocks(x.abs()) * inverses(scale)[..., None], x.shape[1])
+        j0 = _power(self._linear)
+        shifted = ((y.view(torch.int32) - j0 + (1 << (self._n - 1))) >> self._n) + _power(self._n)
         code = torch.where(y.view(torch.int32) >= j0, shifted.view(F32), y * 2.0 ** (self._n - self._linear))
         fixed = torch.where(x.isfinite(), code * 65536.0, 0.0).round().int()  # 16 bits of fraction; to nearest even
         k = ((fixed + (0x7FFF + ((fixed >> 16) & 1) if random is None else random)) >> 16).clamp(max=self._top)
@@ -92,17 +87,14 @@ class Companded(Format):
             k = torch.where(x > 0, k.clamp(min=1), k).masked_fill(~x.isfinite() | (x < 0), self._nan)
         return k.to(self.dtype), scale
 
-    def components(self, planes: Planes) -> Planes:
-        return (self.value(planes),)
-
     def broken(self, planes: Planes) -> Tensor:
         return torch.zeros_like(planes[0], dtype=torch.bool)
 
-    def _scales(self, magnitudes: Tensor) -> Tensor:
-        """uint8 [rows, blocks] of int32 [rows, columns]: of each block's largest finite number."""
-        largest = self._blocks(torch.where(magnitudes < INF, magnitudes, 0)).amax(2)
+    def _scales(self, x: Tensor) -> Tensor:
+        """uint8 [rows, blocks] of [rows, columns]."""
+        largest = self._blocks(finite_sizes(x)).amax(2)
         least = 22 if self.signed else 43  # with it the smallest code is a normal float32
-        return ((largest >> 23) + ((largest & FRACTION) > self._limit).int()).clamp(least, 254).to(torch.uint8)
+        return scales(largest, 0, self._limit, least, 254)
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[rows, columns] -> [rows, blocks, block], zeros after the end of a row."""
@@ -113,5 +105,6 @@ class Companded(Format):
         return x.flatten(1)[:, :columns]
 
 
-def _bits(x: float) -> int:
-    return int(torch.tensor(x, dtype=F32, device="cpu").view(torch.int32))
+def _power(exponent: int) -> int:
+    """The bits of the float32 2**exponent."""
+    return (127 + exponent) << 23

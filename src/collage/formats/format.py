@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collage.accumulators import Accumulator
+from collage.accumulators import Accumulator, Register
 from collage.layout import Plane, Planes
 
 
@@ -56,3 +56,13 @@ class Format:
     def elementwise(self) -> bool:
         """Whether every plane has a word per element."""
         return all(plane.per == 1 for plane in self.planes)
+
+
+class InRegister(Format):
+    """What is one float32 register once it is decoded, in any arithmetic."""
+
+    def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
+        return Register(self.value(planes))
+
+    def components(self, planes: Planes) -> Planes:
+        return (self.value(planes),)

@@ -14,27 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collage.accumulators import Accumulator, Register
-from collage.formats.format import Format
+from collage.accumulators import Accumulator
+from collage.formats.format import InRegister
+from collage.formats.scales import factors, finite_sizes, inverses, scales
 from collage.layout import Plane, Planes
-from collage.rounding import FLOATS
+from collage.rounding import FLOATS, code_of
 
 F32 = torch.float32
 INTEGERS = {8: torch.int8, 16: torch.int16}
-MAGNITUDE, HIDDEN, INF = 0x7FFFFFFF, 0x800000, 0x7F800000
 
 
-class Remainder(Format):
-    """The verbs of a number that is one word."""
+class Remainder(InRegister):
+    """A number that is one word."""
 
     bits: int  # of the remainder
     shows_edits = False
-
-    def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:
-        return Register(self.value(planes))
-
-    def components(self, planes: Planes) -> Planes:
-        return (self.value(planes),)
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ class Word(Remainder):
         normal = ((w + ((self._first - 1) << self._wide)) << (23 - self._wide)).view(F32)
         x = torch.where(w >> self._wide > 0, normal, w.float() * 2.0 ** (f.emin - self._wide))
         if self.scaled:
-            x = x * (planes[2].int() << 23).view(F32)[:, None]
+            x = x * factors(planes[2])[:, None]
         elif f.inf_code != f.nan_code:
             x = torch.where(magnitude == f.inf_code, torch.inf, x)
         x = torch.where(magnitude > f.max_code + (f.inf_code != f.nan_code), torch.nan, x)
@@ -111,19 +105,8 @@ class Word(Remainder):
     def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
         x, f, b = number.value, FLOATS[self.dtype], self.bits
         scale = self._scales(x) if self.scaled else None
-        a = (x.abs() if scale is None else x.abs() * ((254 - scale.int()) << 23).view(F32)[:, None]).view(torch.int32)
-        exponent = (a >> 23).clamp(min=1)
-        significand = torch.where(a < HIDDEN, a, (a & (HIDDEN - 1)) | HIDDEN)
-        dropped = 23 - self._wide + (self._first - exponent).clamp(min=0)
-        shift = dropped.clamp(max=30)
-        significand = significand >> (dropped - shift).clamp(max=31)  # rounding reaches no further down
-        if random is None:
-            add = (1 << (shift - 1)) - 1 + ((significand >> shift) & 1)
-        else:
-            wide = (shift - 16).clamp(min=0)
-            add = torch.where(wide > 0, (random << wide) + ((1 << wide) >> 1), random >> (16 - shift).clamp(min=0))
-        w = ((significand + add) >> shift) + ((exponent - self._first).clamp(min=0) << self._wide)
-        w = w.clamp(max=(f.max_code << b) + (1 << (b - 1)) - 1)
+        a = (x.abs() if scale is None else x.abs() * inverses(scale)[:, None]).view(torch.int32)
+        w = code_of(a, self._wide + 1, f.emin, random).clamp(max=(f.max_code << b) + (1 << (b - 1)) - 1)
         hi = (w + (1 << (b - 1))) >> b
         lo = w - (hi << b)
         inf = x.isinf() if scale is not None else x.abs() >= _OVERFLOW[self.dtype]
@@ -141,9 +124,9 @@ class Word(Remainder):
 
     def _scales(self, x: Tensor) -> Tensor:
         """uint8 per row."""
-        a = x.view(torch.int32) & MAGNITUDE
-        largest = torch.where(a < INF, a, 0).amax(1) if x.shape[1] else a.new_zeros(len(a))
-        return ((largest >> 23) - 8 + ((largest & (HIDDEN - 1)) > 0x600000).int()).clamp(26, 246).to(torch.uint8)
+        sizes = finite_sizes(x)
+        largest = sizes.amax(1) if x.shape[1] else sizes.new_zeros(len(x))
+        return scales(largest, 8, 0x600000, 26, 246)
 
 
 _OVERFLOW = {torch.float16: 65520.0}  # what rounding to nearest sends to Inf

@@ -22,7 +22,7 @@ from collage.rules import Rule
 from collage.sharding import cut_rows, in_rows, local
 from collage.strategies import Strategy
 
-SMALL = 1 << 16  # elements: temporaries of some megabytes, between states that stay, would leave holes in memory
+CHUNK = 1 << 16  # elements: temporaries of some megabytes, between states that stay, would leave holes in memory
 
 
 class Kept(NamedTuple):
@@ -140,7 +140,7 @@ def cast(rule: Rule, strategy: Strategy, param: Tensor, state: State, capturable
 def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> int:
     """Derive theta's other planes from the parameter as it is now. Returns how many elements that changed."""
     theta, changed = theta_of(rule, strategy, param, state), 0
-    for planes in pieces(theta, SMALL) if len(theta) > 1 else ():
+    for planes in pieces(theta, CHUNK) if len(theta) > 1 else ():
         before = [plane.clone() for plane in planes[1:]]
         visible = torch.empty_like(planes[0])  # written to instead of the parameter, which has it already
         backend_of(planes).encode(strategy.param, [planes[0].float()], [[visible, *planes[1:]]])

@@ -6,103 +6,45 @@ Under TRITON_INTERPRET=1 the same kernels run on tensors of the CPU, which is ho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from collage.backends import reference
-from collage.backends.batch import Batch, Noise, Region
+from collage.backends.batch import Batch, Noise
 from collage.backends.reference import written
 from collage.backends.triton import planes as of_planes
 from collage.backends.triton import walk
 from collage.backends.triton.arithmetic import bf16, same
-from collage.backends.triton.fold import fold
 from collage.backends.triton.format import BF16, FP16, FP32
 from collage.backends.triton.formats import FORMATS
 from collage.backends.triton.language import static
+from collage.backends.triton.launching import (
+    OPTIONS,
+    Launch,
+    current,
+    folded_on_device,
+    folded_on_host,
+    launch_of,
+    scalar,
+    to_device,
+    unit_of,
+    warps,
+)
 from collage.backends.triton.rules import RULES
 from collage.backends.triton.sums import add_up, add_up_halved
-from collage.backends.triton.tables import BLOCK, Layout, bases_of, layout_of, owners_of, rows_of, table_of
-from collage.backends.triton.walk import MASKED, STRIDED, Plan, Slot
-from collage.formats import format_of
+from collage.backends.triton.tables import bases_of, layout_of, table_of
+from collage.backends.triton.walk import Plan, Slot
 from collage.layout import Planes
-from collage.rng import draw_of, mix64, signed
+from collage.rng import draw_of
 from collage.rules import Rule
-from collage.rules.folding import row
 
 FOLDS_ON_DEVICE = True
 count_up = reference.count_up
 WORDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
-WARP = 64 if torch.version.hip else 32
-OPTIONS = {"num_warps": BLOCK // WARP // 8, "enable_fp_fusion": False}  # 8 elements a thread: 16 bytes of bfloat16
-
-
-@cache
-def warps(formats: tuple[str, ...], plain: bool, warp: int = WARP) -> int:
-    """Of a step's program. A thread has 8 elements, or 16 where planes of one byte prevail and registers suffice.
-
-    They do not where a step is not plain, but measured or strided, nor with AMD's 64 threads to a warp.
-    """
-    sizes = [plane.dtype.itemsize for name in formats for plane in format_of(name).planes if plane.per == 1]
-    many = plain and warp == 32 and 2 * sizes.count(1) >= len(sizes)
-    return BLOCK // warp // (16 if many else 8)
-
-
-class Launch(NamedTuple):
-    """Tensors on the device, and how many programs there are."""
-
-    layout: Layout
-    device: torch.device
-    width: int  # planes of a tensor
-    unit: int  # elements of a row that are not parted
-
-    @property
-    def blocks(self) -> int:
-        return self.layout.first[-1]
-
-    @property
-    def in_order(self) -> bool:
-        """Whether every element lies, and draws the bits, where its index says."""
-        return len(self.layout.shapes) == 1
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """What a kernel's plan has to know of them."""
-        rest = MASKED if self.in_order else STRIDED
-        return {"columns": self.layout.rows.shape[1], "rest": rest.value, "by_rows": self.unit > 1}
-
-    def tables(self, fronts: Sequence[Tensor], which: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor]:
-        """(table, owners, shapes)"""
-        rows, shapes = rows_of(self.layout, fronts, which), self.layout.shapes
-        return _to(self.device, rows), self._owners(), _to(self.device, shapes)
-
-    def _owners(self) -> Tensor:
-        """Kept; but what a capture makes belongs to its graph."""
-        if _capturing(self.device):
-            return _to(self.device, owners_of(self.layout))
-        if self.layout.owners is None:
-            self.layout.owners = _to(self.device, owners_of(self.layout))
-        return self.layout.owners
-
-
-def _launch(
-    formats: tuple[str, ...], planes: Sequence[Tensor], fronts: Sequence[Tensor], regions: Sequence[Region] = (),
-    kept: dict[str, Any] | None = None, unit: int | None = None,
-) -> Launch:  # fmt: skip
-    width = sum(len(FORMATS[name].words) for name in formats)
-    unit = unit or _unit(formats)
-    return Launch(layout_of(planes, fronts, width, regions, unit, kept), planes[0].device, width, unit)
-
-
-@cache
-def _unit(formats: tuple[str, ...], summed: bool = False) -> int:
-    """How many elements of a row go together: those that share a word and, where some do, those that are summed."""
-    unit = max(FORMATS[name].unit for name in formats)
-    return max(unit, BLOCK) if summed and unit > 1 else unit
 
 
 def step(batch: Batch) -> None:
@@ -111,23 +53,23 @@ def step(batch: Batch) -> None:
     if not batch.planes:
         return
     measured = bool(batch.sums) and batch.rule.has_delta
-    unit = _unit(batch.formats, measured)
-    launch = _launch(batch.formats, batch.planes, batch.grads, batch.regions, batch.kept, unit)
+    unit = unit_of(batch.formats, measured)
+    launch = launch_of(batch.formats, batch.planes, batch.grads, batch.regions, batch.kept, unit)
     if launch.blocks == 0:
         return
     increment_version(written(batch))  # as any in-place operation would
     device = launch.device
     sums = torch.empty(launch.blocks if measured else 0, 5, dtype=torch.float64, device=device)
-    constants, streams, which = _fold(batch, device) if batch.counters else _folded(batch, device)
+    constants, streams, which = folded_on_device(batch, device) if batch.counters else folded_on_host(batch, device)
     tables = launch.tables(batch.grads, which)
-    scale = _scalar(batch.scale, torch.float32, device) if _scaled(batch) else constants
-    skip = constants if batch.skip is None else _scalar(batch.skip, torch.float32, device)
+    scale = scalar(batch.scale, torch.float32, device) if _scaled(batch) else constants
+    skip = constants if batch.skip is None else scalar(batch.skip, torch.float32, device)
     plan = _plan(
         batch.rule, batch.formats, batch.register, batch.grads[0].dtype if batch.grads else None, **launch.shape,
         maximize=batch.maximize, scaled=_scaled(batch), skips=batch.skip is not None, measured=measured,
     )  # fmt: skip
     options = OPTIONS | {"num_warps": warps(batch.formats, launch.in_order and not measured)}
-    with _current(device):
+    with current(device):
         walk.step[(launch.blocks,)](*tables, constants, streams, scale, skip, sums, PLAN=plan, **options)
     if measured:
         _add_up(sums, launch, batch.sums)
@@ -151,9 +93,9 @@ def _scaled(batch: Batch) -> bool:
 def _add_up(sums: Tensor, launch: Launch, totals: Sequence[Tensor]) -> None:
     """Waits for the device."""
     device = launch.device
-    on_device = _to(device, torch.stack(list(totals)))
-    with _current(device):
-        add_up[(len(totals),)](sums, _to(device, table_of(launch.layout.first)), on_device)
+    on_device = to_device(device, torch.stack(list(totals)))
+    with current(device):
+        add_up[(len(totals),)](sums, to_device(device, table_of(launch.layout.first)), on_device)
     for own, total in zip(totals, on_device.cpu(), strict=True):
         own.copy_(total)
 
@@ -195,19 +137,19 @@ def _plan_of_one(format: str, random: bool, salt: int, part: int, **others: Any)
 def decode(format: str, planes: Sequence[Planes], out: Sequence[Tensor]) -> None:
     """out[k] <- the float32 number that planes[k] stand for."""
     flat = [plane for own in planes for plane in own]
-    launch = _launch((format,), flat, out) if flat else None
+    launch = launch_of((format,), flat, out) if flat else None
     if launch is None or launch.blocks == 0:
         return
     increment_version(list(out))
     plan = _plan_of_one(format, False, 0, 0, **launch.shape)
-    with _current(launch.device):
+    with current(launch.device):
         of_planes.decode[(launch.blocks,)](*launch.tables(out), PLAN=plan, **OPTIONS)
 
 
 def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], noise: Noise | None = None) -> None:
     """planes[k] <- values[k], float32, rounded to nearest, or stochastically with noise."""
     flat = [plane for own in planes for plane in own]
-    launch = _launch((format,), flat, values, noise.regions if noise else ()) if flat else None
+    launch = launch_of((format,), flat, values, noise.regions if noise else ()) if flat else None
     if launch is None or launch.blocks == 0:
         return
     increment_version(flat)
@@ -215,9 +157,9 @@ def encode(format: str, values: Sequence[Tensor], planes: Sequence[Planes], nois
     streams = bases_of(noise.seed, noise.steps, noise.keys) if noise and random else table_of([0])
     salt, part = draw_of(noise.prefix) if noise and random else (0, 0)
     plan = _plan_of_one(format, random, salt, part, **launch.shape)
-    tables, streams = launch.tables(values), _to(launch.device, streams)
+    tables, streams = launch.tables(values), to_device(launch.device, streams)
     tops = torch.zeros(launch.blocks if FORMATS[format].whole_rows else 0, dtype=torch.int32, device=launch.device)
-    with _current(launch.device):
+    with current(launch.device):
         if FORMATS[format].whole_rows:
             of_planes.maxima[(launch.blocks,)](*tables, tops, PLAN=plan, **OPTIONS)
         of_planes.encode[(launch.blocks,)](*tables, streams, tops, PLAN=plan, **OPTIONS)
@@ -228,12 +170,12 @@ def broken(format: str, thetas: Sequence[Planes]) -> int:
     flat = [plane for own in thetas for plane in own]
     if FORMATS[format].broken is None or not flat:
         return 0  # one plane cannot disagree
-    launch = _launch((format,), flat, ())
+    launch = launch_of((format,), flat, ())
     if launch.blocks == 0:
         return 0
     plan = _plan_of_one(format, True, 0, 0, **launch.shape)
     counts = torch.empty(launch.blocks, dtype=torch.int32, device=launch.device)
-    with _current(launch.device):
+    with current(launch.device):
         of_planes.broken[(launch.blocks,)](*launch.tables(()), counts, PLAN=plan, **OPTIONS)
     return int(counts.sum())
 
@@ -257,8 +199,8 @@ def _squares(grads: Sequence[Tensor]) -> Tensor:
         return totals
     sums = torch.empty(launch.blocks, dtype=torch.float64, device=launch.device)
     plan = _plan_of_gradients(grads[0].dtype, **launch.shape)
-    first = _to(launch.device, table_of(launch.layout.first))
-    with _current(launch.device):
+    first = to_device(launch.device, table_of(launch.layout.first))
+    with current(launch.device):
         of_planes.squares[(launch.blocks,)](*launch.tables(()), sums, PLAN=plan, **OPTIONS)
         add_up_halved[(len(grads),)](sums, first, totals)
     return totals
@@ -271,12 +213,12 @@ def _plan_of_gradients(dtype: torch.dtype, **others: Any) -> Plan:
 
 def stream(formats: tuple[str, ...], planes: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Read and write all planes without arithmetic."""
-    launch = _launch(formats, planes, grads, unit=1)
+    launch = launch_of(formats, planes, grads, unit=1)
     plan = _plan_of_all(formats, grads[0].dtype, **launch.shape)
     table, owners, _ = launch.tables(grads)
     zero = torch.zeros(1, dtype=torch.int32, device=launch.device)
     options = OPTIONS | {"num_warps": warps(formats, True)}
-    with _current(launch.device):
+    with current(launch.device):
         of_planes.stream[(launch.blocks,)](table, owners, zero, PLAN=plan, **options)
 
 
@@ -287,59 +229,3 @@ def _plan_of_all(formats: tuple[str, ...], gradient: torch.dtype, **others: Any)
         slots.append(static(Slot(static(FORMATS[name]), first)))
         first += len(FORMATS[name].words)
     return Plan(slots=tuple(slots), gradient=WORDS[gradient], **others)
-
-
-def _folded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Sequence[int]]:
-    """(constants of every distinct step, streams of random bits, which constants each tensor takes)."""
-    distinct = {step: k for k, step in enumerate(dict.fromkeys(batch.steps))}
-    constants = torch.tensor([row(batch.constants(step)) for step in distinct], dtype=torch.float32, device="cpu")
-    streams = bases_of(batch.seed, batch.steps, batch.keys) if batch.keys else table_of([0])
-    which = [distinct[step] for step in batch.steps] if len(distinct) > 1 else ()
-    return _to(device, constants), _to(device, streams), which
-
-
-def _fold(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Sequence[int]]:
-    """The same, folded on the device from its own step and lr."""
-    n, rule = len(batch.counters), RULES[batch.rule.name]
-    constants = torch.empty(n, rule.columns, dtype=torch.float32, device=device)
-    streams = torch.empty(n if batch.keys else 0, dtype=torch.int64, device=device)
-    tables = (
-        table_of([counter.data_ptr() for counter in batch.counters]),
-        table_of(list(map(signed, batch.keys))),
-        table_of([signed(mix64(batch.seed))]),
-        _scalar(batch.lr, torch.float64, device),
-        torch.tensor(list(batch.hyper), dtype=torch.float64, device="cpu"),
-    )
-    with _current(device):
-        fold[(n,)](
-            *(_to(device, table) for table in tables), constants, streams, RULE=rule, SETTINGS=len(batch.hyper),
-            NARROW=batch.register == torch.bfloat16, RANDOM=bool(batch.keys), **OPTIONS,
-        )  # fmt: skip
-    return constants, streams, range(n)
-
-
-def _scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    return _to(device, x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype, device="cpu"))
-
-
-def _current(device: torch.device) -> Any:
-    """Triton launches on torch's current GPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-_kept: list[Tensor] = []  # what captured graphs read again at every replay
-
-
-def _to(device: torch.device, table: Tensor) -> Tensor:
-    """On the device, without waiting for it."""
-    if device.type != "cuda" or table.device.type != "cpu":
-        return table.to(device)
-    pinned = table.pin_memory()
-    if _capturing(device):
-        _kept.append(pinned)
-    return pinned.to(device, non_blocking=True)

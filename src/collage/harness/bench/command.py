@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--accuracy",
         action="store_true",
-        help="instead measure what every format loses, and optimi's and torchao's where they are installed (about two "
-        "minutes); takes --strategies, --no-others and --out",
+        help="instead measure what every format loses, and optimi's and torchao's where they are installed (a "
+        "minute or two; half a minute with --no-others); takes --strategies, --no-others and --out",
     )
     add(
         "--gradients",
