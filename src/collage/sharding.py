@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,40 @@ def cut_rows(param: Any, block: int | None) -> int | None:
         if parts[dim] > 1 and (dim > 1 or block is None or run % block):
             return dim
     return None
+
+
+class Spread(NamedTuple):
+    """The ranks that hold the parts of a tensor: those along these dimensions of a mesh. Along others are replicas."""
+
+    mesh: Any
+    dims: tuple[int, ...]
+
+
+def spreads_of(tensors: Sequence[Any]) -> list[Spread | None]:
+    """Who holds the parts of each; None: this rank holds the whole."""
+    return [layout and _spread_of(*layout) for layout in layouts_of(tensors)]
+
+
+def _spread_of(mesh: Any, placements: Sequence[Any]) -> Spread | None:
+    dims = tuple(k for k, p in enumerate(placements) if not p.is_replicate() and mesh.size(k) > 1)
+    return Spread(mesh, dims) if dims else None
+
+
+def layouts_of(tensors: Sequence[Any]) -> list[tuple[Any, tuple[Any, ...]] | None]:
+    """(mesh, placements) of each, by which two layouts are told apart; None: a plain tensor."""
+    if not any_dtensor(tensors):
+        return [None] * len(tensors)
+    return [(t.device_mesh, t.placements) if any_dtensor([t]) else None for t in tensors]
+
+
+def summed(part: Tensor, spread: Spread) -> Tensor:
+    """The sum of what the ranks of a spread give, on the CPU. A collective: on all, of the same shape."""
+    from torch import distributed
+
+    total = part.to(spread.mesh.device_type)
+    for dim in spread.dims:
+        distributed.all_reduce(total, group=spread.mesh.get_group(dim))
+    return total.to("cpu")
 
 
 def reshard(model: nn.Module) -> None:
