@@ -33,6 +33,15 @@ def locals_of(tensors: list[Any]) -> list[Tensor]:
     return list(map(local, tensors)) if any_dtensor(tensors) else tensors
 
 
+def versions_of(tensors: Sequence[Any], parts: Sequence[Tensor]) -> list[int]:
+    """How often each was written to; parts: their local ones.
+
+    A DTensor counts what is written through it, its local part what is written to that: neither moves the other's.
+    """
+    pairs = zip(tensors, parts, strict=True)
+    return [part._version if part is whole else part._version + whole._version for whole, part in pairs]
+
+
 def local_gradients(params: Sequence[Any], grads: list[Any]) -> list[Tensor]:
     """The local part of each gradient, placed as its parameter is: a partial one is reduced, another redistributed.
 

@@ -27,12 +27,13 @@ class Books:
         self.groups: dict[int, Tally] = {}
         self.parameters: dict[str, Tally] = {}
         self.beside: dict[str, Tally] = {}
+        self._positions: dict[str, int] = {}
 
     def add(self, measured: Measured) -> None:
         """Add a step, or a further part of that which was added last."""
         step, of_groups = measured.step, dict[int, list[Sequence[float]]]()
         for parameter, sums in measured.rows:
-            self.parameters.setdefault(parameter.name, Tally()).add(sums, step)
+            self._of(parameter).add(sums, step)
             of_groups.setdefault(parameter.group_index, []).append(sums)
         for index, rows in of_groups.items():
             self.groups.setdefault(index, Tally()).add(_total(rows), step)
@@ -56,16 +57,21 @@ class Books:
         """Add so many elements that others have changed."""
         if count:
             group = self.groups.setdefault(parameter.group_index, Tally())
-            for tally in (self.parameters.setdefault(parameter.name, Tally()), group, self.total):
+            for tally in (self._of(parameter), group, self.total):
                 tally.edited += count
 
+    def _of(self, parameter: Placed) -> Tally:
+        self._positions[parameter.name] = parameter.position
+        return self.parameters.setdefault(parameter.name, Tally())
+
     def report(self) -> Report:
-        """As they stand."""
+        """As they stand, parameters in the optimizer's order."""
+        parameters = {name: self.parameters[name] for name in sorted(self._positions, key=self._positions.__getitem__)}
         return Report(
             total=self.total.quality(),
             by_group=[self.groups[index].quality() for index in sorted(self.groups)],
-            by_parameter={name: tally.quality() for name, tally in self.parameters.items()},
-            frozen=[name for name, tally in self.parameters.items() if tally.frozen],
+            by_parameter={name: tally.quality() for name, tally in parameters.items()},
+            frozen=[name for name, tally in parameters.items() if tally.frozen],
             beside={name: tally.quality() for name, tally in self.beside.items()},
         )
 
