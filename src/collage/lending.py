@@ -53,8 +53,7 @@ class _Loan:
         self.show()
 
     def show(self) -> None:
-        whole = self.param.detach()
-        part = local(whole)
+        part = local(self.param).detach()
         LENT_AT.discard(self.address)
         self.address = part.data_ptr()
         if self.lenders:
@@ -65,13 +64,16 @@ class _Loan:
             del LENT[id(self.param)], _LOANS[id(self.param)]
             if part.shape == self.own.shape:
                 part.copy_(self.own)
-        self.versions = versions_of([whole], [part])
+        self.versions = self.count()
+
+    def count(self) -> list[int]:
+        """Of writes to it."""
+        return versions_of([self.param], [local(self.param)])
 
     def tell_of_writes(self) -> None:
         """Say what is dropped: a warning where most of it was written to, as by load_state_dict."""
-        whole = self.param.detach()
-        part = local(whole)
-        if (self.address, self.versions) == (part.data_ptr(), versions_of([whole], [part])):
+        part = local(self.param).detach()
+        if (self.address, self.versions) == (part.data_ptr(), self.count()):
             return
         expected = torch.empty_like(self.own)
         self.last(expected)
