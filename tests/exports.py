@@ -126,11 +126,25 @@ def restored(run: Run) -> None:
     run.step(3)
 
 
+def refused(run: Run) -> None:
+    """A number that one rank alone cannot take: no rank takes any."""
+    run.step(0)
+    before = run.found()
+    full = {name: numbers(name, 7, torch.float32) for name in SHAPES}
+    full["long"][4000] = 3e38 if run.dtype == torch.float16 else 3.4e38
+    placed = {name: run.lay(name, value) for name, value in full.items()}
+    if run.dtype != torch.float32:
+        with pytest.raises(ValueError, match=r"is beyond|another rank refuses its part|cut their low bits"):
+            collage.load_high_precision_state_dict(run.model, run.opt, placed)
+    for name, value in run.found().items():
+        assert_same_bits(name, value, before[name])
+
+
 def _cloned(planes: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     return {name: [plane.clone() for plane in own] for name, own in planes.items()}
 
 
-TASKS = (trained, edited, edited_in_part, resynced, lent, restored)
+TASKS = (trained, edited, edited_in_part, resynced, lent, restored, refused)
 
 
 def done(task, strategy: str, lay) -> dict[str, Tensor]:

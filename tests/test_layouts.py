@@ -11,6 +11,9 @@ from ranks import launch
 
 from collage.strategies import STRATEGIES
 
+QUICK = (2, ("collage-8bit",)), (4, ("collage-plus-sr",))
+SOME = [tuple(STRATEGIES)[k : k + 4] for k in range(0, len(STRATEGIES), 4)]
+
 
 def rank(steps: str, *strategies: str) -> None:
     warnings.simplefilter("ignore")  # of edits
@@ -21,16 +24,16 @@ def rank(steps: str, *strategies: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world", "strategies"), [(2, ["fp32-master"]), (4, ["collage-plus-sr", "collage-8bit"])])
+@pytest.mark.parametrize(("world", "strategies"), QUICK)
 def test_ranks_report_and_export_what_one_process_does(world, strategies):
-    launch(__file__, world, "6", *strategies)
+    launch(__file__, world, str(reports.SHORT), *strategies)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_ranks_report_and_export_what_one_process_does_under_every_strategy(strategy, world):
-    launch(__file__, world, "50", strategy)
+@pytest.mark.parametrize("strategies", SOME)
+def test_ranks_report_and_export_what_one_process_does_under_every_strategy(strategies, world):
+    launch(__file__, world, "50", *strategies, seconds=1200)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -161,14 +162,48 @@ def layouts_of(tensors: Sequence[Any]) -> list[tuple[Any, tuple[Any, ...]] | Non
     return [(t.device_mesh, t.placements) if any_dtensor([t]) else None for t in tensors]
 
 
-def summed(part: Tensor, spread: Spread) -> Tensor:
-    """The sum of what the ranks of a spread give, on the CPU. A collective: on all, of the same shape."""
+def totals(parts: Sequence[Tensor], spreads: Sequence[Spread | None]) -> list[Tensor]:
+    """Each vector added up over the ranks of its spread, at once for all of one spread; as it is where there is none.
+
+    A collective of the ranks of every spread, which all give vectors of the same sizes in the same order.
+    """
+    found = list(parts)
+    for spread in dict.fromkeys(spreads):
+        if spread is not None:
+            alike = [k for k, other in enumerate(spreads) if other == spread]
+            whole = torch.split(_summed(torch.cat([parts[k] for k in alike]), spread), [len(parts[k]) for k in alike])
+            for k, total in zip(alike, whole, strict=True):
+                found[k] = total
+    return found
+
+
+def _summed(part: Tensor, spread: Spread) -> Tensor:
     from torch import distributed
 
     total = part.to(spread.mesh.device_type)
     for dim in spread.dims:
         distributed.all_reduce(total, group=spread.mesh.get_group(dim))
-    return total.to("cpu")
+    return total.to(part.device)
+
+
+@contextmanager
+def together(tensors: Iterable[Any], what: str) -> Iterator[None]:
+    """What one rank refuses inside (ValueError), every rank with another part of one of these tensors refuses too.
+
+    A collective where any is sharded; inside there must be none. what: of this rank's part, for the message.
+    """
+    error: ValueError | None = None
+    try:
+        yield
+    except ValueError as raised:
+        error = raised
+    spreads = list(dict.fromkeys(spreads_of(list(tensors))))
+    flag = torch.tensor([error is not None], dtype=torch.float64, device="cpu")
+    refused = any(map(bool, totals([flag] * len(spreads), spreads)))
+    if error is not None:
+        raise error
+    if refused:
+        raise ValueError(f"{what} could be taken, but another rank refuses its part, and says why; nothing is changed")
 
 
 def reshard(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from collage.monitor.books import Measured
 from collage.monitor.quality import Tally
 from collage.monitor.shadow import Beside, Placed, Sampled
-from collage.sharding import Spread, spreads_of, summed
+from collage.sharding import Spread, spreads_of, totals
 
 Of = TypeVar("Of")  # what it is the share of: a parameter, or the name of a strategy beside the run
 
@@ -97,17 +97,11 @@ class Shares:
 
     def gather(self) -> None:
         """Add them up over ranks, at once for all parameters that lie alike. A collective, if any is sharded."""
-        alike: dict[Spread, list[Share[Any]]] = {}
-        beside = sorted(self._beside.items(), key=lambda own: own[0][0])
-        found: list[tuple[Spread | None, Share[Any]]] = [(key[1], share) for key, share in self._in_order()]
-        for spread, share in (*found, *((key[1], share) for key, share in beside)):
-            if spread is not None:
-                alike.setdefault(spread, []).append(share)
-        for spread, shares in alike.items():
-            parts = [share.numbers() for share in shares]
-            whole = torch.split(summed(torch.cat(parts), spread), list(map(len, parts)))
-            for share, numbers in zip(shares, whole, strict=True):
-                share.take(numbers)
+        parameters, beside = self._in_order(), sorted(self._beside.items(), key=lambda own: own[0][0])
+        shares: list[Share[Any]] = [*(share for _, share in parameters), *(share for _, share in beside)]
+        spreads = [spread for (_, spread), _ in (*parameters, *beside)]
+        for share, numbers in zip(shares, totals([share.numbers() for share in shares], spreads), strict=True):
+            share.take(numbers)
 
     def _in_order(self) -> list[tuple[tuple[str, Spread | None], Share[Placed]]]:
         return sorted(self._parameters.items(), key=lambda own: own[1].of.position)
