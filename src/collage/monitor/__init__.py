@@ -154,7 +154,8 @@ def monitor(
         strategies: others (or one) to run beside it on those elements, to see what they would lose on this very run.
 
     Returns:
-        A Monitor: ``report()`` has ``.total``, ``.by_group``, ``.by_parameter``, ``.frozen`` and ``.to_dict()``.
+        A Monitor: ``report()`` has ``.total``, ``.by_group``, ``.by_parameter``, ``.frozen`` and ``.to_dict()``. Where
+        parameters are sharded, it is called on every rank.
 
     Raises:
         TypeError: another optimizer.
