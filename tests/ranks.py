@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def launch(file: str, world: int, *arguments: str) -> None:
+def launch(file: str, world: int, *arguments: str, seconds: int = 120) -> None:
     """Run ``python file ARGUMENTS`` as every rank of a world; fail with what they said if one of them does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -21,5 +21,5 @@ def launch(file: str, world: int, *arguments: str) -> None:
         )
         for k in range(world)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    errors = [process.communicate(timeout=seconds)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0] * world, "\n".join(error[-1500:] for error in errors)

@@ -28,7 +28,7 @@ ALLOWED = {
     "backends": NUMBERS | {"rules"},
     "sharding": {"backends"},
     "unwrapping": set(),
-    "monitor": NUMBERS | {"rules", "backends", "unwrapping"},
+    "monitor": NUMBERS | {"rules", "backends", "sharding", "unwrapping"},
     "saying": set(),
     "optimizers": STEP | {"saying"},
     "casting": {"sharding", "optimizers"},

@@ -18,7 +18,7 @@ from collage.optimizers.parameters import dtype_of
 from collage.optimizers.planes import require_finite
 from collage.owners import Optimizers, Owner, number_of, owners
 from collage.saying import several
-from collage.sharding import any_dtensor, local, placed, reshard
+from collage.sharding import any_dtensor, local, placed, reshard, together
 
 log = logging.getLogger("collage")
 
@@ -135,7 +135,8 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
 
     The way to start from a float32 checkpoint: ``model.bfloat16()`` alone throws the low 16 bits away. Tied weights
     may be there under one of their names, as Hugging Face's ``save_pretrained`` stores them. A sharded model takes
-    whole tensors (the same on every rank) as well as DTensors. Frozen weights are rounded to their own dtype.
+    whole tensors (the same on every rank) as well as DTensors, and is loaded on every rank: what one refuses, all do.
+    Frozen weights are rounded to their own dtype.
 
     Args:
         model: whose weights are loaded.
@@ -155,10 +156,11 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
     whole = _with_tied(own, state_dict)
     _require_same(own, whole)
     values = OrderedDict((key, _at(tensor, whole[key])) for key, tensor in own.items())
-    _require_lossless(own, values, owned)
-    for key, tensor in own.items():
-        if isinstance(tensor, Tensor) and tensor in owned:
-            require_finite(key, local(values[key]), tensor.dtype)
+    with together(own.values(), "state_dict: this rank's part of the weights"):
+        _require_lossless(own, values, owned)
+        for key, tensor in own.items():
+            if isinstance(tensor, Tensor) and tensor in owned:
+                require_finite(key, local(values[key]), tensor.dtype)
     _copy_versions(state_dict, values)
     model.load_state_dict(values, strict=True)
     for key, tensor in own.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from collage.optimizers.edits import LENT, LENT_AT
 from collage.saying import warn
-from collage.sharding import local, reshard
+from collage.sharding import any_dtensor, local, reshard, versions_of
 
 log = logging.getLogger("collage")
 
@@ -25,7 +25,7 @@ class _Loan:
     def __init__(self, name: str, param: nn.Parameter) -> None:
         self.name, self.param, self.own = name, param, local(param.detach()).clone()
         self.lenders: dict[object, Write] = {}
-        self.address = self.version = 0  # of what was written last
+        self.address, self.versions = 0, [0]  # of what was written last
 
     @property
     def last(self) -> Write:
@@ -53,7 +53,7 @@ class _Loan:
         self.show()
 
     def show(self) -> None:
-        part = local(self.param.detach())
+        part = local(self.param).detach()
         LENT_AT.discard(self.address)
         self.address = part.data_ptr()
         if self.lenders:
@@ -64,17 +64,22 @@ class _Loan:
             del LENT[id(self.param)], _LOANS[id(self.param)]
             if part.shape == self.own.shape:
                 part.copy_(self.own)
-        self.version = part._version
+        self.versions = self.count()
+
+    def count(self) -> list[int]:
+        """Of writes to it."""
+        return versions_of([self.param], [local(self.param)])
 
     def tell_of_writes(self) -> None:
         """Say what is dropped: a warning where most of it was written to, as by load_state_dict."""
-        part = local(self.param.detach())
-        if (self.address, self.version) == (part.data_ptr(), part._version):
+        part = local(self.param).detach()
+        if (self.address, self.versions) == (part.data_ptr(), self.count()):
             return
         expected = torch.empty_like(self.own)
         self.last(expected)
         count = int((part != expected).sum()) if part.shape == expected.shape else part.numel()
-        text = f"param '{self.name}': {count} of its {part.numel()} weights were written to inside averaged()"
+        whose = "this rank's" if any_dtensor([self.param]) else "its"
+        text = f"param '{self.name}': {count} of {whose} {part.numel()} weights were written to inside averaged()"
         if 2 * count > part.numel():
             warn(f"{text}; this is dropped, its own are back")
         elif count:

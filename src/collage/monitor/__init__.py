@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-from collage.backends.reference import SUMS
-from collage.monitor.quality import Report, Tally
-from collage.monitor.shadow import Placed, Sampled, Shadow, Stepping
+from collage.monitor.books import Books, Measured
+from collage.monitor.quality import Report
+from collage.monitor.shadow import Placed, Shadow, Stepping
+from collage.monitor.shares import Shares
+from collage.sharding import any_dtensor, spreads_of
 from collage.strategies import Strategy
 from collage.unwrapping import unwrapped
 
@@ -24,62 +26,6 @@ class Monitored(Protocol):
     """What a monitor needs of an optimizer."""
 
     monitors: list[Monitor]
-
-
-class _Books:
-    """The tallies of one stretch of the run."""
-
-    def __init__(self) -> None:
-        self.total = Tally()
-        self.groups: dict[int, Tally] = {}
-        self.parameters: dict[str, Tally] = {}
-        self.beside: dict[str, Tally] = {}
-
-    def add(self, stepping: Sequence[Stepping], step: int) -> None:
-        of_groups: dict[int, list[list[float]]] = {}
-        every = [pair for parameters, batch in stepping for pair in zip(parameters, batch.sums, strict=True)]
-        for parameter, sums in sorted(every, key=lambda pair: pair[0].position):
-            row = sums.tolist()
-            self.parameters.setdefault(parameter.name, Tally()).add(row, step)
-            of_groups.setdefault(parameter.group_index, []).append(row)
-        for index, rows in of_groups.items():
-            self.groups.setdefault(index, Tally()).add(_total(rows), step)
-        self.total.add(_total(row for rows in of_groups.values() for row in rows), step)
-
-    def add_edited(self, parameter: Placed, count: int) -> None:
-        if count:
-            group = self.groups.setdefault(parameter.group_index, Tally())
-            for tally in (self.parameters.setdefault(parameter.name, Tally()), group, self.total):
-                tally.edited += count
-
-    def add_skipped(self, parameters: Iterable[Placed]) -> None:
-        of_groups = {parameter.group_index for parameter in parameters}
-        own = [self.parameters.setdefault(parameter.name, Tally()) for parameter in parameters]
-        for tally in (*own, *(self.groups.setdefault(index, Tally()) for index in of_groups), self.total):
-            tally.skipped += 1
-
-    def add_sampled(self, sampled: Mapping[str, Sampled], group_of: Mapping[str, int], step: int) -> None:
-        for name, sample in sampled.items():
-            self.parameters[name].sample(sample, step)
-        for index in set(group_of.values()):
-            self.groups[index].sample(sum((s for n, s in sampled.items() if group_of[n] == index), Sampled()), step)
-        self.total.sample(sum(sampled.values(), Sampled()), step)
-
-    def report(self) -> Report:
-        return Report(
-            total=self.total.quality(),
-            by_group=[self.groups[index].quality() for index in sorted(self.groups)],
-            by_parameter={name: tally.quality() for name, tally in self.parameters.items()},
-            frozen=[name for name, tally in self.parameters.items() if tally.frozen],
-            beside={name: tally.quality() for name, tally in self.beside.items()},
-        )
-
-
-def _total(rows: Iterable[Sequence[float]]) -> list[float]:
-    total = [0.0] * len(SUMS)
-    for row in rows:
-        total = [a + b for a, b in zip(total, row, strict=True)]
-    return total
 
 
 class Monitor:
@@ -92,7 +38,8 @@ class Monitor:
         self._coming = self._now  # the same with the call under way, which may yet be refused
         self._new_shadow = partial(Shadow, shadow, tuple(dict.fromkeys(strategies))) if shadow else lambda: None
         self._shadow = self._new_shadow()
-        self._all, self._window = _Books(), _Books()
+        self._all, self._window = Books(), Books()
+        self._shares = Shares()  # what is to be added up over ranks before it goes into the books
 
     @property
     def due(self) -> bool:
@@ -131,31 +78,59 @@ class Monitor:
         sampled, beside = self._shadow.after(stepping, self.due) if self._shadow else ({}, {})
         if not self.due:
             return
-        group_of = {parameter.name: parameter.group_index for parameters, _ in stepping for parameter in parameters}
+        every = [pair for parameters, batch in stepping for pair in zip(parameters, batch.sums, strict=True)]
+        rows = [(p, sums.tolist()) for p, sums in sorted(every, key=lambda pair: pair[0].position)]
+        if self._shares or any_dtensor([parameter.tensor for parameter, _ in rows]):
+            self._shares.add(Measured(step, rows, sampled, ()), beside)
+        else:
+            self._enter(Measured(step, rows, sampled, [(name, *own) for (name, _), own in beside.items()]))
+
+    def _enter(self, measured: Measured) -> None:
         for books in (self._all, self._window):
-            books.add(stepping, step)
-            books.add_sampled(sampled, group_of, step)
-            for name, (sums, sample) in beside.items():
-                books.beside.setdefault(name, Tally()).add(sums, step, sample)
+            books.add(measured)
 
     def edited(self, parameters: Iterable[Placed], changed: Mapping[str, int]) -> None:
-        """Called when other components were derived anew: how many elements of each parameter."""
-        for parameter in parameters:
-            for books in (self._all, self._window):
-                books.add_edited(parameter, changed.get(parameter.name, 0))
+        """Called when other components were derived anew: how many elements of each parameter (of this rank's part)."""
+        those = list(parameters)
+        for parameter, spread in zip(those, spreads_of([p.tensor for p in those]), strict=True):
+            count = changed.get(parameter.name, 0)
+            if spread is not None:
+                self._shares.of(parameter, spread).add_edited(count)  # of all, as other ranks may have changed ones
+            elif count:
+                self._enter_edited(parameter, count)
 
-    def skipped(self, parameters: Iterable[Placed]) -> None:
+    def _enter_edited(self, parameter: Placed, count: int) -> None:
+        for books in (self._all, self._window):
+            books.add_edited(parameter, count)
+
+    def _settle(self) -> None:
+        """Bring the books up to date with what ranks have of parameters that they share."""
+        shares, self._shares = self._shares, Shares()
+        shares.gather()
+        for measured in shares.measured():
+            self._enter(measured)
+        for parameter, count in shares.edited():
+            self._enter_edited(parameter, count)
+
+    def skipped(self, parameters: Sequence[Placed]) -> None:
         """Called for a step that was skipped, with those whose gradients were not finite."""
         for books in (self._all, self._window):
             books.add_skipped(parameters)
 
     def report(self) -> Report:
-        """Everything since creation or `reset`."""
+        """Everything since creation or `reset`.
+
+        Where parameters are sharded (FSDP2, tensor parallelism) a collective, to be called on every rank: it has the
+        sums over all of them, and so is the same on each, and that of one process. Until then a rank keeps 24 bytes for
+        each sharded parameter and measured step.
+        """
+        self._settle()
         return self._all.report()
 
     def window(self) -> Report:
-        """Everything since the last call of `window`: one point of a curve."""
-        books, self._window = self._window, _Books()
+        """Everything since the last call of `window`: one point of a curve. On every rank, as `report`."""
+        self._settle()
+        books, self._window = self._window, Books()
         return books.report()
 
     def meet_anew(self) -> None:
@@ -164,7 +139,8 @@ class Monitor:
 
     def reset(self) -> None:
         """Forget the sums so far; the shadow goes on."""
-        self._all, self._window = _Books(), _Books()
+        self._all, self._window = Books(), Books()
+        self._shares = Shares()
 
 
 def monitor(
@@ -183,7 +159,8 @@ def monitor(
         strategies: others (or one) to run beside it on those elements, to see what they would lose on this very run.
 
     Returns:
-        A Monitor: ``report()`` has ``.total``, ``.by_group``, ``.by_parameter``, ``.frozen`` and ``.to_dict()``.
+        A Monitor: ``report()`` has ``.total``, ``.by_group``, ``.by_parameter``, ``.frozen`` and ``.to_dict()``. Where
+        parameters are sharded, it is called on every rank.
 
     Raises:
         TypeError: another optimizer.

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from collage.backends import Batch, choose, reference
-from collage.backends.batch import cut
-from collage.formats import Format, format_of, split
+from collage.backends import Batch, Row, reference
+from collage.formats import Format, format_of
 from collage.layout import Planes
+from collage.monitor.following import Following, carry_out
 from collage.monitor.sampling import Sampling
 from collage.rules import Rule
-from collage.rules.folding import tensors
-from collage.strategies import STRATEGIES, Strategy, is_small
+from collage.sharding import Spread, layouts_of, spreads_of
+from collage.strategies import STRATEGIES, Strategy
 
 
 class Placed(Protocol):
-    """A parameter: its name, its group's and its own place, and itself, unsharded or a DTensor."""
+    """A parameter: its name, the key of its random bits, its group's and its own place, and itself, maybe a DTensor."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def key(self) -> int: ...
 
     @property
     def group_index(self) -> int: ...
@@ -57,109 +60,52 @@ class Sampled:
         return Sampled(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
-def intended(batch: Batch, slots: Sequence[Planes], g: Tensor) -> Tensor:
-    """The update that a batch's rule makes of these planes and gradients in its first step, before it is rounded."""
-    constants = tensors(batch.constants(batch.steps[0]), batch.register, g.device)
-    formats = map(format_of, batch.formats)
-    numbers = tuple(fmt.load(planes, batch.register) for fmt, planes in zip(formats, slots, strict=True))
-    delta = batch.rule.update(numbers, reference.gradient(batch, g), constants).delta
-    assert delta is not None, f"rule '{batch.rule.name}' has no theta"
-    return delta
+# What a strategy beside the run lost of the parameters whose parts the same ranks hold: its SUMS, and its moments.
+Beside = dict[tuple[str, Spread | None], tuple[list[float], Sampled]]
 
 
-Beside = dict[str, tuple[list[float], Sampled]]
+class _Met(NamedTuple):
+    """A parameter as it was met: what tells it apart from another of its name, and what is followed of it."""
 
-
-class _Run:
-    """One strategy on the sampled elements. Parameters that step together lie in one tensor."""
-
-    def __init__(self, strategy: Strategy) -> None:
-        self.strategy = strategy
-        self._small: dict[str, bool] = {}
-        self._planes: dict[str, list[Tensor]] = {}  # of each parameter: views of those below, once it has stepped
-        self._joined: dict[tuple[str, ...], list[Tensor]] = {}
-
-    def formats(self, name: str, rule: Rule) -> tuple[str, ...]:
-        return (self.strategy.small if self._small[name] else self.strategy).formats(rule.roles)
-
-    def meet(self, name: str, small: bool, rule: Rule, values: Sequence[Tensor]) -> None:
-        """Start a parameter at these numbers of theta and the rule's other slots, sampled."""
-        self._small[name] = small
-        pairs = zip(map(format_of, self.formats(name, rule)), values, strict=True)
-        self._joined = {names: planes for names, planes in self._joined.items() if name not in names}
-        self._planes[name] = [plane for fmt, x in pairs for plane in split(fmt, x)]
-
-    def follow(self, name: str, theta: Tensor) -> None:
-        """Go on from these weights; the other slots stay."""
-        for plane, value in zip(self._planes[name], split(format_of(self.strategy.param), theta), strict=False):
-            plane.copy_(value)
-
-    def planes(self, names: tuple[str, ...]) -> list[Tensor]:
-        """The planes of every slot, of all these parameters in one."""
-        if names not in self._joined:
-            self._join(names)
-        return self._joined[names]
-
-    def _join(self, names: tuple[str, ...]) -> None:
-        sizes = [len(self._planes[name][0]) for name in names]
-        joined = [torch.cat(parts) for parts in zip(*map(self._planes.__getitem__, names), strict=True)]
-        for name, *parts in zip(names, *(torch.split(plane, sizes) for plane in joined), strict=True):
-            self._planes[name] = parts
-        self._joined = {others: planes for others, planes in self._joined.items() if not set(others) & set(names)}
-        self._joined[names] = joined
-
-    def values(self, names: tuple[str, ...], rule: Rule) -> list[Tensor]:
-        """The numbers that the planes stand for, float32."""
-        formats = self.formats(names[0], rule)
-        return [format_of(f).value(own) for f, own in zip(formats, cut(formats, self.planes(names)), strict=True)]
-
-    def batch(self, names: tuple[str, ...], like: Batch, g: Tensor, key: int, sums: Sequence[Tensor] = ()) -> Batch:
-        """The step that an optimizer of this strategy would make where that of the run makes its own."""
-        return Batch(
-            like.rule, self.formats(names[0], like.rule), self.strategy.register, like.lr, like.hyper, like.maximize,
-            like.seed, self.planes(names), [g], like.steps[:1], [key], (), sums, scale=like.scale,
-        )  # fmt: skip
-
-    def intended(self, batch: Batch) -> Tensor:
-        """The update that a batch of `batch` will make, before it is rounded into theta."""
-        return intended(batch, cut(batch.formats, batch.planes), batch.grads[0])
-
-
-def _step(batch: Batch) -> None:
-    choose("auto", batch.grads[0].device).step(batch)
+    of: tuple[Any, ...]
+    sampling: Sampling
+    spread: Spread | None
 
 
 class Shadow:
-    """Follows one element in ``stride`` of every parameter (its rank's part), as `Sampling` takes them."""
+    """Follows one element in ``stride`` of every parameter (of this rank's part), as `Sampling` takes them."""
 
     def __init__(self, stride: int, strategies: Sequence[Strategy]) -> None:
         self.stride = stride
-        self._exact = _Run(STRATEGIES["fp32"])
-        self._beside = [_Run(strategy) for strategy in strategies]
-        self._met: dict[str, tuple[Sampling, Rule]] = {}
+        self._exact = Following(STRATEGIES["fp32"])
+        self._beside = [Following(strategy) for strategy in strategies]
+        self._met: dict[str, _Met] = {}
         self._before: list[Planes] = []  # theta's components in each batch of a measured step
 
     def before(self, stepping: Sequence[Stepping], due: bool, changed: Container[str] = ()) -> None:
         """Meet new parameters, follow those that others changed, remember theta if the step is to be measured."""
         for parameters, batch in stepping:
-            for parameter, row in zip(parameters, batch.rows(), strict=True):
-                sampling = Sampling(row.shape, is_small(parameter.tensor.shape), self.stride)
-                own, met = [parameter.name], self._met.get(parameter.name) == (sampling, batch.rule)
-                self._met[parameter.name] = sampling, batch.rule
-                if not met:
-                    pairs = zip(batch.formats, row.slots, strict=True)
-                    values = [self._value(own, name, [planes]) for name, planes in pairs]
-                    for run in (self._exact, *self._beside):
-                        run.meet(parameter.name, sampling.small, batch.rule, values)
+            layouts = layouts_of([parameter.tensor for parameter in parameters])
+            for parameter, layout, row in zip(parameters, layouts, batch.rows(), strict=True):
+                met, of = self._met.get(parameter.name), (row.shape, layout, batch.rule)
+                if met is None or met.of != of:
+                    self._meet(parameter, of, batch, row)
                 elif parameter.name in changed:
-                    for run in (self._exact, *self._beside):
-                        run.follow(parameter.name, self._value(own, batch.formats[0], [row.slots[0]]))
+                    for one in (self._exact, *self._beside):
+                        one.follow(parameter.name, self._value([parameter.name], batch.formats[0], [row.slots[0]]))
         if due:
             self._before = [self._components(*alike) for alike in self._alike(stepping)]
 
+    def _meet(self, parameter: Placed, of: tuple[Any, ...], batch: Batch, row: Row) -> None:
+        sampling, name = Sampling(parameter.tensor, self.stride), parameter.name
+        self._met[name] = _Met(of, sampling, spreads_of([parameter.tensor])[0])
+        values = [self._value([name], fmt, [own]) for fmt, own in zip(batch.formats, row.slots, strict=True)]
+        for one in (self._exact, *self._beside):
+            one.meet(name, parameter.key, sampling, batch.rule, values)
+
     def _joined(self, names: Sequence[str], tensors: Iterable[Tensor], per: int | None = 1) -> Tensor:
         """These parameters' planes, or gradients, sampled, in one."""
-        return torch.cat([self._met[name][0].take(own, per) for name, own in zip(names, tensors, strict=True)])
+        return torch.cat([self._met[name].sampling.take(own, per) for name, own in zip(names, tensors, strict=True)])
 
     def _planes(self, names: Sequence[str], fmt: Format, slots: Sequence[Planes]) -> list[Tensor]:
         """A slot's planes, sampled, of all these parameters in one."""
@@ -181,22 +127,22 @@ class Shadow:
         sampled: dict[str, Sampled] = {}
         beside: Beside = {}
         for k, (parameters, batch) in enumerate(self._alike(stepping)):
-            names, key = tuple(p.name for p in parameters), parameters[0].group_index
+            names = tuple(parameter.name for parameter in parameters)
             g = self._joined(names, batch.grads).float()
-            exact = self._exact.batch(names, batch, g, key)
+            exact = self._exact.batch(names, batch, g)
             delta = self._exact.intended(exact) if due else None
-            _step(exact)
+            carry_out(exact)
             if delta is not None:
                 sampled |= self._compare(parameters, batch, delta, self._before[k])
-            for run in self._beside:
-                sums = torch.zeros(1, len(reference.SUMS), dtype=torch.float64, device="cpu")
-                _step(run.batch(names, batch, g, key, list(sums) if due else ()))
+            for one in self._beside:
+                own = one.batch(names, batch, g, due)
+                carry_out(own)
                 if due:
-                    old, sample = beside.get(str(run.strategy), ([0.0] * len(reference.SUMS), Sampled()))
-                    values = run.values(names, batch.rule)
-                    moments = Sampled(*self._moments(values, names, batch.rule).flatten(1).sum(1).tolist())
-                    total = [a + b for a, b in zip(old, sums[0].tolist(), strict=True)]
-                    beside[str(run.strategy)] = total, sample + moments
+                    key = str(one.strategy), self._met[names[0]].spread
+                    sums, sample = beside.get(key, ([0.0] * len(reference.SUMS), Sampled()))
+                    moments = self._moments(one.values(names, batch.rule), names, batch.rule)
+                    total = [a + b for a, b in zip(sums, torch.stack([*own.sums]).sum(0).tolist(), strict=True)]
+                    beside[key] = total, sample + Sampled(*moments.flatten(1).sum(1).tolist())
         self._before = []
         return sampled, beside
 
@@ -211,8 +157,8 @@ class Shadow:
         values = [self._value(names, name, [row.slots[k] for row in rows]) for k, name in enumerate(batch.formats)]
         terms = [self._moments(values, names, batch.rule)]
         terms.append(torch.stack([delta.double() * arrived, delta.double() * delta.double()]))
-        sizes = [self._met[name][0].take(row.slots[0][0]).numel() for name, row in zip(names, rows, strict=True)]
-        owner = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device=delta.device))
+        sizes = torch.tensor(self._exact.sizes(names), dtype=torch.int64, device=delta.device)
+        owner = torch.repeat_interleave(sizes)
         totals = torch.zeros(6, len(rows), dtype=torch.float64, device=delta.device)
         totals.index_add_(1, owner, torch.cat(terms).flatten(1))
         return {name: Sampled(*own) for name, own in zip(names, totals.T.tolist(), strict=True)}
@@ -230,11 +176,12 @@ class Shadow:
         return torch.stack([v, v_shadow, (m - m_shadow) ** 2, m_shadow**2])
 
     def _alike(self, stepping: Iterable[Stepping]) -> list[Stepping]:
-        """Parameters that share a batch, step number, device and width of runs can step as one tensor."""
+        """Parameters that share a batch, step number, device, ranks and width of runs can step as one tensor."""
         found: list[Stepping] = []
         for parameters, batch in stepping:
             kinds: dict[tuple[Any, ...], list[int]] = {}
             for k, (p, step, theta) in enumerate(zip(parameters, batch.steps, batch.visible(), strict=True)):
-                kinds.setdefault((step, theta.device, self._met[p.name][0].width), []).append(k)
+                met = self._met[p.name]
+                kinds.setdefault((step, theta.device, met.sampling.run, met.spread), []).append(k)
             found += [([parameters[k] for k in positions], batch.take(positions)) for positions in kinds.values()]
         return found

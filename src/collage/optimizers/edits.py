@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
@@ -19,6 +20,7 @@ from collage.layout import Plane, Planes, pieces
 from collage.optimizers.planes import kept
 from collage.rules import RULES
 from collage.saying import several, warn
+from collage.sharding import any_dtensor, versions_of
 from collage.strategies import Strategy
 
 log = logging.getLogger("collage")
@@ -35,6 +37,20 @@ LENT: dict[int, Callable[[], Tensor]] = {}
 LENT_AT: set[int] = set()  # where those parameters lie, which is all that a compiled step knows of them
 
 
+@dataclass(frozen=True)
+class Edit:
+    """Of one parameter that others changed: how many elements did not fit, of how many that this rank has."""
+
+    name: str
+    count: int
+    numel: int
+    shard: bool  # other ranks have more of it
+
+    def __str__(self) -> str:
+        whose = "this rank's " if self.shard else ""
+        return f"'{self.name}' ({self.count} of {whose}{self.numel} weights)"
+
+
 def adopt(
     planes: Sequence[Tensor],  # of every parameter in turn: those of theta, then of the rule's other slots
     seen: Tensor,  # [5, parameters] int64: the version that theta had after its last step; whether an edit was told
@@ -42,6 +58,7 @@ def adopt(
     format: str,  # theta's
     backend: str,
     every: bool = False,  # look at all parameters: some writes no counter sees
+    sharded: Sequence[Tensor] = (),  # the parameters, where any is a DTensor: it counts what is written through it
     compiled: bool = False,  # a compiled step counts versions up before it runs, by as much as `seen` says
 ) -> dict[int, int]:
     """Derive theta's other planes anew where they do not fit. Before a step; after it comes `advance`.
@@ -50,7 +67,8 @@ def adopt(
         Position of each parameter that was changed -> how many of its elements did not fit.
     """
     width = len(planes) // max(len(names), 1)
-    versions = list(map(_version, planes[::width])) if names else []
+    visible = planes[::width] if names else ()
+    versions = versions_of(sharded, visible) if sharded else list(map(_version, visible))
     expected = (seen[VERSION] + seen[AHEAD] if compiled else seen[VERSION]).tolist()
     if versions == expected and not every:
         if compiled:
@@ -66,7 +84,7 @@ def adopt(
             for plane, value in zip(piece[1:], fitted(fmt, piece)[0][1:], strict=True):
                 plane.copy_(value)
     new = [k for k, count in counts.items() if count and not seen[TOLD, k]]
-    tell([(names[k], counts[k], thetas[k][0].numel()) for k in new])
+    tell([Edit(names[k], counts[k], thetas[k][0].numel(), any_dtensor(sharded[k : k + 1])) for k in new])
     seen[TOLD, new] = 1
     if not fmt.shows_edits:
         _tell_of_remainders(format, names, [k for k in changed if expected[k] != UNSEEN and not seen[TOLD, k]], seen)
@@ -156,13 +174,13 @@ def decode(format: str, planes: Planes, out: Tensor) -> int:
     return misfits
 
 
-def tell(found: Sequence[tuple[str, int, int]]) -> None:
-    """Say which parameters were changed: (name, elements that did not fit, elements). A warning where most did not."""
+def tell(found: Sequence[Edit]) -> None:
+    """Say which parameters were changed. A warning where most of one did not fit."""
     if not found:
         return
-    shown = ", ".join(f"'{name}' ({count} of {numel} weights)" for name, count, numel in found[:3])
+    shown = ", ".join(map(str, found[:3]))
     text = f"changed outside the optimizer: {shown}" + (f" and {len(found) - 3} more parameters" if found[3:] else "")
-    if any(2 * count > numel for _, count, numel in found):
+    if any(2 * edit.count > edit.numel for edit in found):
         warn(
             f"{text}. These weights are taken as they are now, their low components derived anew; was another model "
             "loaded, or a model cast, after the optimizer's state?"

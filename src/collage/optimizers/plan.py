@@ -157,6 +157,7 @@ class Columns:
         self.steps = [plan.state["step"] for plan in plans]
         self.facts = plans[0].facts if len(plans) == 1 else Facts(self.params, self.planes, self.steps)
         self.thetas = self.facts.visible
+        self.sharded = self.params if any_dtensor(self.params) else ()
         self.names = [plan.parameter.name for plan in plans]
         random = stochastic(self.rule, self.formats)
         self.keys = [plan.parameter.key for plan in plans] if random else []

@@ -17,7 +17,7 @@ from collage.optimizers.parameters import Group, Named, Parameter
 from collage.optimizers.plan import WIDE, Columns, Plan, check, chosen, renewed, started, strategies_for
 from collage.rules import Rule
 from collage.saying import warn_once
-from collage.sharding import local_gradients
+from collage.sharding import any_dtensor, local_gradients
 from collage.strategies import Strategy
 
 
@@ -167,8 +167,8 @@ class Stepping(compiled.Traced):
 
     def _adopt(self, columns: Columns, every: bool = False) -> dict[int, int]:
         """Take the weights that others have changed as they are now."""
-        strategy = columns.strategy
-        return edits.adopt(columns.planes, columns.seen, columns.names, strategy.param, self.backend, every)
+        theta = columns.strategy.param
+        return edits.adopt(columns.planes, columns.seen, columns.names, theta, self.backend, every, columns.sharded)
 
     def _step(self, columns: Columns, batch: Batch) -> None:
         operator.carry_out(batch, self.backend, capturable=columns.plans[0].parameter.group["capturable"])
@@ -269,7 +269,7 @@ class Stepping(compiled.Traced):
         for parameter, count, numel in found:
             own = self._plans.get(id(parameter.tensor))
             if parameter.tensor not in self._told and not (own and own.told):
-                new.append((parameter.name, count, numel))
+                new.append(edits.Edit(parameter.name, count, numel, any_dtensor([parameter.tensor])))
             self._told[parameter.tensor] = True
             if own is not None:
                 own.told = 1

@@ -18,10 +18,10 @@ from transformers import TrainerCallback
 from collage.backends import Batch, Row
 from collage.formats import format_of
 from collage.monitor import Monitor
+from collage.monitor.following import intended
 from collage.monitor.sampling import Sampling
-from collage.monitor.shadow import Stepping, intended
+from collage.monitor.shadow import Stepping
 from collage.optimizers.base import PrecisionOptimizer
-from collage.strategies import is_small
 
 
 def bytes_by_slot(optimizer: PrecisionOptimizer) -> dict[str, int]:
@@ -146,9 +146,7 @@ class UpdateSizes(Monitor):
         if (self._coming[0] + 1) % self.every == 0:
             for parameters, batch in stepping:
                 for k, (parameter, row) in enumerate(zip(parameters, batch.rows(), strict=True)):
-                    self._count(
-                        batch.take([k]), row, Sampling(row.shape, is_small(parameter.tensor.shape), self._stride)
-                    )
+                    self._count(batch.take([k]), row, Sampling(parameter.tensor, self._stride))
 
     def _count(self, batch: Batch, row: Row, sampling: Sampling) -> None:
         slots = [
