@@ -168,18 +168,20 @@ class Operation {
   }
 
   // In the order of the blocks, whichever thread took them.
-  static void add_up(const double* blocks, int64_t first, int64_t end, double* sums) {
+  static void add_up(double* blocks, int64_t first, int64_t end, double* sums) {
     for (int64_t b = first; b < end; ++b)
       for (int k = 0; k < SUMS; ++k) sums[k] += blocks[b * SUMS + k];
   }
 
-  // One sum of each block: again in blocks, halved pairwise. The last is filled up with zeros.
-  static void add_up_halved(const double* blocks, int64_t first, int64_t end, double* sum) {
+  // One sum of each block: again in blocks, halved pairwise. What is not there is 0, and adds nothing.
+  static void add_up_halved(double* blocks, int64_t first, int64_t end, double* sum) {
     for (; first < end; first += BLOCK) {
-      double x[BLOCK] = {};
-      std::copy(blocks + first, blocks + std::min<int64_t>(first + BLOCK, end), x);
-      for (int half = BLOCK / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) x[i] += x[i + half];
+      double* const x = blocks + first;
+      int64_t count = std::min<int64_t>(BLOCK, end - first);
+      for (int64_t half = BLOCK / 2; half; half /= 2) {
+        for (int64_t i = 0; i + half < count; ++i) x[i] += x[i + half];
+        count = std::min(count, half);
+      }
       *sum += x[0];
     }
   }

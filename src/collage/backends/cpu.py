@@ -88,8 +88,15 @@ def squares(grads: Sequence[Tensor]) -> Tensor:
     sums = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
     places = range(sums.data_ptr(), sums.data_ptr() + 8 * len(grads), 8)
     for dtype in {grad.dtype for grad in grads}:
-        own = [(grad, place) for grad, place in zip(grads, places, strict=True) if grad.dtype == dtype]
-        _run("squares", (GRADIENTS[dtype],), [grad for grad, _ in own], sums=[place for _, place in own])
+        own = [grad for grad in grads if grad.dtype == dtype]
+        formats = (GRADIENTS[dtype],)
+        _operation("squares", formats, "", (), torch.float32).run(
+            numel=_each(Tensor.numel, own),
+            planes=_each(Tensor.data_ptr, own),
+            layouts=[] if all(map(Tensor.is_contiguous, own)) else _strides(_layout(formats), own, ()),
+            sums=[place for grad, place in zip(grads, places, strict=True) if grad.dtype == dtype],
+            threads=torch.get_num_threads(),
+        )
     return sums
 
 
