@@ -55,7 +55,7 @@ def assert_same(where: str, got: Quality, want: Quality) -> None:
         assert a == b or math.isclose(a, b, rel_tol=1e-12), f"{where}: {key} is {a}, not {b}"
 
 
-def assert_same_report(where: str, got: Report, want: Report, leave: tuple[str, ...]) -> None:
+def assert_same_report(where: str, got: Report, want: Report, leave: tuple[str, ...] = ()) -> None:
     assert got.frozen == want.frozen
     for kind in ("by_parameter", "beside"):
         mine, theirs = getattr(got, kind), getattr(want, kind)
