@@ -13,7 +13,7 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"rounding", "mcf", "rng", "accumulators", "layout", "formats", "strategies"}
-STEP = NUMBERS | {"rules", "backends", "sharding", "unwrapping", "monitor"}
+STEP = NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping", "monitor"}
 LIBRARY = STEP | {"saying", "optimizers", "casting", "owners", "checkpoint", "lending", "ema", "floors", "gradients"}
 ALLOWED = {
     "rounding": set(),
@@ -27,8 +27,9 @@ ALLOWED = {
     "rules": {"mcf", "accumulators"},
     "backends": NUMBERS | {"rules"},
     "sharding": {"backends"},
+    "collectives": {"sharding"},
     "unwrapping": set(),
-    "monitor": NUMBERS | {"rules", "backends", "sharding", "unwrapping"},
+    "monitor": NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping"},
     "saying": set(),
     "optimizers": STEP | {"saying"},
     "casting": {"sharding", "optimizers"},
@@ -61,12 +62,12 @@ HARNESS = {
 BELOW_HARNESS = LIBRARY | {"collage", "integrations"}
 ALLOWED |= {f"harness.{room}": BELOW_HARNESS | {f"harness.{r}" for r in rooms} for room, rooms in HARNESS.items()}
 
-# Module from outside -> the only rooms that may import it. `sharding` exists to know DTensor.
+# Module from outside -> the only rooms that may import it. `sharding` exists to know DTensor, `collectives` for ranks.
 ABOVE = ALLOWED.keys() - STEP
 EXTRAS = ("accelerate", "matplotlib", "rich", "safetensors", "tensorboard", "tokenizers", "transformers")
 RESERVED = {
     "torch.optim": ABOVE,
-    "torch.distributed": ABOVE | {"sharding"},
+    "torch.distributed": ABOVE | {"sharding", "collectives"},
     "logging": ABOVE,
     "triton": {"backends"},
     **{extra: {"integrations", *(f"harness.{room}" for room in HARNESS)} for extra in EXTRAS},

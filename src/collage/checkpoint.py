@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collage.backends import choose
+from collage.collectives import together
 from collage.formats import format_of
 from collage.layout import pieces
 from collage.optimizers import edits
@@ -18,7 +19,7 @@ from collage.optimizers.parameters import dtype_of
 from collage.optimizers.planes import require_finite
 from collage.owners import Optimizers, Owner, number_of, owners
 from collage.saying import several
-from collage.sharding import any_dtensor, local, placed, reshard, together
+from collage.sharding import any_dtensor, local, placed, reshard
 
 log = logging.getLogger("collage")
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from collage.backends import operator
-from collage.sharding import locals_of, placed, summed
+from collage.collectives import summed
+from collage.sharding import locals_of, placed
 
 
 @torch.no_grad()

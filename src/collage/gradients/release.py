@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from collage.collectives import summed
 from collage.gradients.accumulate import is_summed
 from collage.gradients.clip import coefficient, scale_, squares_of, total
 from collage.gradients.randomness import Randomness
@@ -16,7 +17,6 @@ from collage.gradients.replicas import replicated
 from collage.gradients.together import Together, on_arrival
 from collage.optimizers.base import PrecisionOptimizer
 from collage.owners import owners
-from collage.sharding import summed
 from collage.unwrapping import unwrapped
 
 OUTSIDE, MEASURING, UPDATING, SKIPPED = range(4)  # where an exact clip is between two steps

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+from collage.collectives import spreads_of
 from collage.monitor.books import Books, Measured
 from collage.monitor.quality import Report
 from collage.monitor.shadow import Placed, Shadow, Stepping
 from collage.monitor.shares import Shares
-from collage.sharding import any_dtensor, spreads_of
+from collage.sharding import any_dtensor
 from collage.strategies import Strategy
 from collage.unwrapping import unwrapped
 

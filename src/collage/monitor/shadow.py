@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from collage.backends import Batch, Row, reference
+from collage.collectives import Spread, spreads_of
 from collage.formats import Format, format_of
 from collage.layout import Planes
 from collage.monitor.following import Following, carry_out
 from collage.monitor.sampling import Sampling
 from collage.rules import Rule
-from collage.sharding import Spread, layouts_of, spreads_of
+from collage.sharding import layouts_of
 from collage.strategies import STRATEGIES, Strategy
 
 

@@ -10,10 +10,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from collage.collectives import Spread, spreads_of, totals
 from collage.monitor.books import Measured
 from collage.monitor.quality import Tally
 from collage.monitor.shadow import Beside, Placed, Sampled
-from collage.sharding import Spread, spreads_of, totals
 
 Of = TypeVar("Of")  # what it is the share of: a parameter, or the name of a strategy beside the run
 

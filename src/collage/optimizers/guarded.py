@@ -11,10 +11,10 @@ from torch import Tensor
 
 from collage.backends import Batch
 from collage.backends.operator import squares
+from collage.collectives import on_any_rank, summed
 from collage.optimizers.parameters import Group
 from collage.optimizers.parts import InParts
 from collage.optimizers.plan import Columns
-from collage.sharding import on_any_rank, summed
 
 
 class Guarded(InParts):
