@@ -57,6 +57,7 @@ HARNESS = {
     "compare": {"console", "machine", "options", "report", "tasks", "text", "train"},
     "preflight": {"console", "tasks", "text"},
     "bench": {"console", "machine", "options", "report", "tasks", "text"},
+    "plan": {"bench", "console", "options", "tasks", "text", "train"},
     "info": {"console", "text"},
 }
 BELOW_HARNESS = LIBRARY | {"collage", "integrations"}

@@ -35,6 +35,13 @@ COMMANDS = {
         "time a step of the optimizer against others and against the memory's limit",
         "collage bench\n  collage bench --params 1M --shapes small --no-others",
     ),
+    "plan": (
+        "plan.command",
+        "predict how much memory a training step takes under each strategy, and measure it",
+        "collage plan gpt2-xl --sequences 1 --length 512 --memory 24GB\n"
+        "  collage plan llama-3-8b --ranks 8 --memory 80GB\n"
+        "  collage plan tiny-llama --strategies collage-plus,fp32-master --measure",
+    ),
     "info": ("info", "show versions, backends and the table of strategies", "collage info"),
 }
 

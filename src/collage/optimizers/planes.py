@@ -6,7 +6,8 @@ Plane 0 of "param" is the parameter itself; every other plane is a tensor under 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -43,6 +44,11 @@ def kept(rule: Rule, strategy: Strategy) -> Kept:
         for plane in format_of(name).planes
     ]
     return Kept(formats, tuple(key for key, _ in keyed[1:]), tuple(plane for _, plane in keyed))
+
+
+def nbytes(rule: Rule, strategy: Strategy, shape: Sequence[int]) -> int:
+    """Bytes of all planes, the parameter's own among them, of a parameter (or a rank's part of it) of that shape."""
+    return sum(plane.dtype.itemsize * math.prod(plane.shape(shape)) for plane in kept(rule, strategy).planes)
 
 
 def dtypes(rule: Rule, strategy: Strategy) -> dict[str, torch.dtype]:

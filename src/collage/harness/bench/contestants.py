@@ -16,6 +16,7 @@ import collage
 from collage.backends import choose
 from collage.formats import Master, format_of
 from collage.optimizers.base import PrecisionOptimizer
+from collage.optimizers.planes import nbytes
 from collage.rules import Rule
 from collage.strategies import Strategy
 
@@ -44,13 +45,8 @@ class Kind(NamedTuple):
 
     def planes(self, strategy: Strategy, shapes: Shapes) -> int:
         """Bytes of all planes of parameters of these shapes, of which small ones have others."""
-        roles = self.rule.roles
-
-        def one(shape: tuple[int, ...]) -> int:
-            planes = [plane for name in strategy.of(shape).formats(roles) for plane in format_of(name).planes]
-            return sum(plane.dtype.itemsize * math.prod(plane.shape(shape)) for plane in planes)
-
-        return sum(many * one(shape) for shape, many in Counter(shapes).items())
+        rule = self.rule
+        return sum(many * nbytes(rule, strategy.of(shape), shape) for shape, many in Counter(shapes).items())
 
     def formats(self, strategy: Strategy) -> tuple[str, ...]:
         return strategy.formats(self.rule.roles)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -18,6 +17,7 @@ from transformers.utils import logging
 
 from collage.harness.tasks.masks import MaskedBlocks
 from collage.harness.train import checkpoints
+from collage.harness.train.computing import computed
 from collage.harness.train.config import RunConfig
 
 
@@ -25,7 +25,7 @@ class PrecisionTrainer(Trainer):
     """Computes in `compute_dtype`, whatever dtype the weights are stored in.
 
     The model stays the PreTrainedModel; forward and backward see a cast of its parameters, so gradients come back in
-    the parameters' dtype. Buffers are never cast: rotary frequencies in bf16 are off by radians.
+    the parameters' dtype.
     """
 
     def __init__(self, *args: Any, compute_dtype: torch.dtype, **kwargs: Any) -> None:
@@ -43,9 +43,8 @@ class PrecisionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of a batch. A tied parameter is cast once, and stays tied."""
-        parameters = {name: p.to(self.compute_dtype) for name, p in model.named_parameters()}
-        outputs = functional_call(model, parameters, args=(), kwargs=inputs, tie_weights=True)
+        """The loss of a batch."""
+        outputs = computed(model, inputs, self.compute_dtype)
         loss: Tensor = outputs["loss"]
         return (loss, outputs) if return_outputs else loss
 

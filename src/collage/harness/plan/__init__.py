@@ -1,0 +1,1 @@
+"""`collage plan`: how much memory a training step takes, before there is a machine to run it on."""

@@ -1,0 +1,19 @@
+"""Forward in a dtype, whatever dtype the weights are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+
+def computed(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """What the model returns if its parameters are cast. A tied parameter is cast once, and stays tied.
+
+    Buffers are never cast: rotary frequencies in bf16 are off by radians.
+    """
+    parameters = {name: p.to(dtype) for name, p in model.named_parameters()}
+    return functional_call(model, parameters, args=(), kwargs=dict(inputs), tie_weights=True)
