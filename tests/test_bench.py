@@ -14,9 +14,9 @@ from collage.harness.bench import contestants
 from collage.harness.bench.command import TIMING, shapes_of
 from collage.harness.bench.contestants import KINDS, limit, ours
 from collage.harness.bench.gradients import accumulate, clip, release
-from collage.harness.bench.gradients.peak import peak_of
 from collage.harness.bench.rows import EXTRA, arrived
 from collage.harness.cli import main
+from collage.harness.ledger import peak_of
 from collage.layout import zeros
 from collage.strategies import STRATEGIES
 

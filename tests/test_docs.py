@@ -70,6 +70,10 @@ def test_a_command_runs(command, capsys):
         argv += [] if "--gradients" in argv else shlex.split("--strategies collage-plus --no-others")
         argv += [] if {"--accuracy", "--gradients"} & {*argv} else shlex.split("--params 4K")
         argv += [] if "--accuracy" in argv else shlex.split("--rounds 2")
+    if argv[0] == "plan" and "--measure" in argv:
+        argv = shlex.split("plan tiny-gpt --sequences 1 --length 16 --strategies bf16 --measure --steps 1")
+    if argv[0] == "plan" and "--ranks" in argv:
+        argv += shlex.split("--sequences 0")
     if any(name.startswith(BIG) for name in argv):
         argv = ["train", "--help"]
         with pytest.raises(SystemExit, match="0"):

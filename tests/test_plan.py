@@ -5,17 +5,19 @@ import sys
 
 import pytest
 import torch
+from ranks import launch
 from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import init_device_mesh
 
 import collage
 from collage.harness.cli import main
+from collage.harness.ledger import ACTIVATIONS, KINDS, TEMPORARY, WEIGHTS, Ledger
 from collage.harness.plan import measure as measuring
-from collage.harness.plan.ledger import ACTIVATIONS, KINDS, TEMPORARY, WEIGHTS, Ledger
 from collage.harness.plan.models import KNOWN, find
 from collage.harness.plan.predict import predict, state_bytes
-from collage.harness.plan.simulation import Work, loss_of, share, simulate, watch
+from collage.harness.plan.simulation import Work, loss_of, shard, share, simulate, watch
 from collage.harness.plan.trial import Trial, run
 from collage.harness.tasks.recipes import RECIPES, build
 from collage.harness.train.trainer import quiet
@@ -144,6 +146,30 @@ def test_ranks_share_weights_gradients_and_states(ranks):
     one = state_bytes(ADAMW, STRATEGIES["collage-8bit"], [tuple(p.shape) for p in twin.parameters()])
     assert one / ranks < told.states < one / ranks * 1.05  # rows that do not divide, and counters
     assert told.at_peak["copies"] > 0
+
+
+def as_a_rank(told, release):
+    """A rank's part of the test below."""
+    torch.distributed.init_process_group("gloo")
+    with quiet():
+        model = find("tiny-llama").build("cpu", torch.bfloat16)
+    shard(model, init_device_mesh("cpu", (2,)), torch.bfloat16, torch.bfloat16)
+    ledger, ids = Ledger(), torch.zeros(1, 16, dtype=torch.long)
+    watch(model, ledger, release)
+    with ledger.watching_sizes(), ledger, ledger.saving():
+        loss = loss_of(model, ids, None)
+        loss.backward()
+    if torch.distributed.get_rank() == 0:
+        assert ledger.peak == told, (ledger.peak, told)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_the_peak_of_a_rank_is_that_of_a_real_one(release):
+    with quiet():
+        twin = find("tiny-llama").build("meta", torch.float32)
+    told = simulate(twin, torch.bfloat16, Work(1, 16, ranks=2), release).peak
+    launch(__file__, 2, json.dumps(told), str(int(release)))
 
 
 def test_a_plan_for_ranks_makes_no_process_group_beside_another():
@@ -299,3 +325,7 @@ def test_a_wrong_configuration_is_named(text, said, tmp_path, capsys):
     code, out = plan(capsys, str(tmp_path))
     assert code == 2
     assert said in out
+
+
+if __name__ == "__main__":
+    as_a_rank(json.loads(sys.argv[1]), bool(int(sys.argv[2])))

@@ -56,8 +56,9 @@ HARNESS = {
     "train": {"console", "options", "tasks", "text"},
     "compare": {"console", "machine", "options", "report", "tasks", "text", "train"},
     "preflight": {"console", "tasks", "text"},
-    "bench": {"console", "machine", "options", "report", "tasks", "text"},
-    "plan": {"bench", "console", "options", "tasks", "text", "train"},
+    "ledger": set(),
+    "bench": {"console", "ledger", "machine", "options", "report", "tasks", "text"},
+    "plan": {"bench", "console", "ledger", "options", "tasks", "text", "train"},
     "info": {"console", "text"},
 }
 BELOW_HARNESS = LIBRARY | {"collage", "integrations"}

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -41,7 +41,7 @@ def measure(model: str, optimizer: str, prediction: Prediction, work: Work, step
         model=model, optimizer=optimizer, strategy=prediction.strategy, released=prediction.released,
         sequences=work.sequences, length=work.length, compute=str(work.compute).removeprefix("torch."), steps=steps,
     )  # fmt: skip
-    strict = _run(trial, RETURNING)
+    strict = _run(replace(trial, steps=1), RETURNING)
     lax = _run(trial, {}) if isinstance(strict, Measured) else strict
     if isinstance(strict, Measured) and isinstance(lax, Measured):
         return Beside(prediction, strict, lax)

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from collage.harness.console import print_table, say
-from collage.harness.plan.ledger import COPIES
+from collage.harness.ledger import COPIES
 from collage.harness.plan.measure import Beside
 from collage.harness.plan.predict import Prediction
 from collage.harness.plan.simulation import Work
@@ -123,9 +123,13 @@ def _measured_row(beside: Beside) -> dict[str, Any]:
     assert strict is not None
     assert lax is not None
     return {
-        "predicted": predicted, "measured": strict.peak, "off": predicted / strict.peak, "lax": lax.peak,
-        "seconds": lax.seconds, "optimizer": lax.optimizer_seconds,
-    }  # fmt: skip
+        "predicted": predicted,
+        "measured": strict.peak,
+        "off": predicted / strict.peak if strict.peak > 0 else None,
+        "lax": lax.peak,
+        "seconds": lax.seconds,
+        "optimizer": lax.optimizer_seconds,
+    }
 
 
 def to_dict(plan: Plan, beside: Sequence[Beside]) -> dict[str, Any]:

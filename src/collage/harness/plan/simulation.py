@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from collage.harness.plan.ledger import ACTIVATIONS, COPIES, GRADIENTS, WEIGHTS, Ledger
+from collage.harness.ledger import ACTIVATIONS, COPIES, GRADIENTS, WEIGHTS, Ledger
 from collage.harness.train.computing import computed
 from collage.sharding import local
 
@@ -59,7 +59,7 @@ def simulate(model: nn.Module, dtype: torch.dtype, work: Work, release: bool = F
         stack.enter_context(_unpacked())
         place(twin, dtype)
         if mesh is not None:
-            _shard(twin, mesh, dtype, work.compute)
+            shard(twin, mesh, dtype, work.compute)
             stack.enter_context(ledger.watching_sizes())
         watch(twin, ledger, release)
         weights, held = ledger.live[WEIGHTS], [local(param) for param in twin.parameters() if param.requires_grad]
@@ -181,7 +181,7 @@ def _pretended(ranks: int) -> Iterator[Any]:
         distributed.destroy_process_group()
 
 
-def _shard(model: nn.Module, mesh: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
+def shard(model: nn.Module, mesh: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
     """FSDP2 over the blocks that transformers names, and over the rest."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

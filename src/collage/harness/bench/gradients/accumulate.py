@@ -15,7 +15,7 @@ from collage.backends import Batch, choose
 from collage.formats import format_of
 from collage.gradients.accumulate import GradientAccumulator
 from collage.gradients.together import on_arrival
-from collage.harness.bench.gradients.peak import peak_of
+from collage.harness.ledger import peak_of
 from collage.rules.accumulate import ACCUMULATE
 
 MICRO, NUMEL = 64, 1 << 22

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from collage.casting import to_bf16
 from collage.gradients.release import release_gradients
-from collage.harness.bench.gradients.peak import peak_of
+from collage.harness.ledger import peak_of
 from collage.optimizers.adamw import AdamW
 
 SHAPES = {  # what a model is made of: (how many tensors, elements of each)

@@ -1,16 +1,16 @@
-"""What is in memory while a model trains, counted as it is allocated and freed. It needs none: fake tensors will do."""
+"""What tensors have in memory, counted as they are made and freed. It needs none: fake tensors will do."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,8 +34,8 @@ class _Entry:
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that are alive, by what they are for; `peak` is a copy from when they were most.
 
-    It sees what operations return while it is entered, and what it is told of. Kinds: saved for backward under
-    `saving`, the others by `note`; TEMPORARY is all that nobody claimed.
+    It sees what operations make while it is entered, and what it is told of. Kinds: saved for backward under `saving`,
+    the others by `note`; TEMPORARY is all that nobody claimed.
     """
 
     def __init__(self) -> None:
@@ -46,9 +46,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._enter(leaf)
+        made = _tensors(out)
+        given = {_key(tensor) for tensor in _tensors((args, kwargs))} if made else set()
+        for tensor in made:
+            if _key(tensor) not in given:  # no view of what was there before
+                self._enter(tensor)
         return out
 
     def note(self, tensor: Tensor, kind: str) -> None:
@@ -86,8 +88,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
 
     def _enter(self, tensor: Tensor) -> _Entry:
-        storage = local(tensor).untyped_storage()
-        key = storage._cdata
+        storage, key = local(tensor).untyped_storage(), _key(tensor)
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = _Entry(TEMPORARY, storage.nbytes())
@@ -105,7 +106,17 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak = dict(self.live)
 
 
-def note_model(ledger: Ledger, model: nn.Module) -> None:
-    """Its parameters and buffers are weights."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        ledger.note(tensor, WEIGHTS)
+def peak_of(call: Callable[[], Any]) -> int:
+    """Bytes that a call has alive at once, beside what there was before."""
+    with Ledger() as ledger:
+        call()
+    return sum(ledger.peak.values())
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _key(tensor: Tensor) -> int:
+    key: int = local(tensor).untyped_storage()._cdata
+    return key
