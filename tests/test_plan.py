@@ -123,6 +123,24 @@ def test_weights_that_are_cast_are_there_twice():
     assert plain.weights < cast.peak["copies"] <= 2 * plain.weights
 
 
+class Routed(nn.Module):
+    """As mixtures of experts are: how many tokens an expert has depends on what they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4, device="meta"))
+
+    def forward(self, input_ids, labels):
+        chosen = self.weight[input_ids % 4]
+        return {"loss": chosen[chosen > 0].sum()}
+
+
+def test_shapes_that_depend_on_values_are_refused():
+    with pytest.raises(ValueError, match="use --sequences 0"):
+        simulate(Routed(), torch.bfloat16, Work(1, 8))
+    assert simulate(Routed(), torch.bfloat16, Work(0, 0)).gradients == 32
+
+
 def test_the_model_stays_as_it_is():
     with quiet():
         twin = find("tiny-gpt").build("meta", torch.float32)
