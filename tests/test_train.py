@@ -323,7 +323,7 @@ def test_resume_is_bit_exact(text: str, tmp_path: Path, strategy: str) -> None:
     training.run(straight, corpus)
     resumed = config(text, tmp_path / "resumed", strategy=strategy, steps=6, save_every=3, resume=True, every=5)
     shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
-    start, skipped = checkpoints.newest_complete(resumed.out)
+    start, skipped = checkpoints.newest_whole(resumed.out)
     assert start is not None
     assert skipped == []
     training.run(resumed, corpus, resume=start)
@@ -374,7 +374,8 @@ def checkpoint(run: Path, step: int) -> Path:
     staged.mkdir(parents=True)
     for name in checkpoints.REQUIRED:
         (staged / name).write_text(f"{name} of step {step}")
-    return checkpoints.publish(staged, run)
+    (staged / "rng_state.pth").write_text("random")
+    return checkpoints.publish(staged, run, {"processes": 1})
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ def test_an_incomplete_checkpoint_is_set_aside(tmp_path: Path, name: str, proble
     for step in (5, 10, 100):
         checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-100" / name).unlink()
-    start, skipped = checkpoints.newest_complete(tmp_path)
+    start, skipped = checkpoints.newest_whole(tmp_path)
     assert start == tmp_path / "checkpoint-10"
     assert len(skipped) == 1
     assert skipped[0].startswith(f"skipped checkpoint-100: {problem}")
@@ -403,7 +404,9 @@ def test_a_truncated_file_and_a_damaged_manifest_are_found(tmp_path: Path) -> No
     assert checkpoints.problem_of(whole) == "optimizer.pt has 1 bytes instead of 22"
     (whole / "complete.json").write_text("[]")
     assert checkpoints.problem_of(whole) == "its complete.json cannot be read"
-    assert checkpoints.newest_complete(tmp_path)[0] is None
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole .checkpoint-1: its complete.json cannot be read"):
+        checkpoints.newest_whole(tmp_path)
+    assert whole.exists()  # not set aside: nothing would be left
 
 
 def test_an_unfinished_write_is_neither_resumed_from_nor_counted(text: str, tmp_path: Path) -> None:
@@ -411,7 +414,7 @@ def test_an_unfinished_write_is_neither_resumed_from_nor_counted(text: str, tmp_
     left = run.out / checkpoints.STAGING / "checkpoint-9"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_text("half")
-    assert checkpoints.newest_complete(run.out) == (None, [])
+    assert checkpoints.newest_whole(run.out) == (None, [])
     training.run(run)
     assert [path.name for path in checkpoints.all_in(run.out)] == ["checkpoint-3", "checkpoint-4"]
     assert not left.parent.exists()
