@@ -404,7 +404,9 @@ def test_a_truncated_file_and_a_damaged_manifest_are_found(tmp_path: Path) -> No
     assert checkpoints.problem_of(whole) == "optimizer.pt has 1 bytes instead of 22"
     (whole / "complete.json").write_text("[]")
     assert checkpoints.problem_of(whole) == "its complete.json cannot be read"
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole .checkpoint-1: its complete.json cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .* is whole \(checkpoint-1: its complete.json cannot be read"
+    ):
         checkpoints.newest_whole(tmp_path)
     assert whole.exists()  # not set aside: nothing would be left
 

@@ -93,7 +93,7 @@ def _other_world(config: RunConfig, corpus: Corpus, start: Path, origin: Mapping
             f"not whole steps of {config.batch_size}, so that their epochs end differently. Start {before}"
         )
     same = before == now and origin["sharded"] == config.shard
-    made = f"{before} processes" + (", sharded" if origin["sharded"] else "")
+    made = f"{before} process{'es' if before > 1 else ''}" + (", sharded" if origin["sharded"] else "")
     return "" if same else f"; it was made by {made}: the curve goes on, with other last bits"
 
 

@@ -84,13 +84,21 @@ class PrecisionTrainer(Trainer):
 
     def begin(self) -> None:
         """What is set once Trainer has prepared all: how gradients are averaged, and the loss not yet logged."""
-        if isinstance(self.model_wrapped, DistributedDataParallel):
-            self.model_wrapped.register_comm_hook(None, _mean_in_float32)
+        if world.size() > 1 and not self.sharded:
+            assert isinstance(self.model_wrapped, DistributedDataParallel), "gradients would not be averaged"
+            self.model_wrapped.register_comm_hook(None, lambda _, bucket: _mean_in_float32(bucket))
         if self._progress is not None:
             own = self._progress["loss"]  # one for each process; of another number of them their mean goes on
             loss = own[self.args.process_index] if len(own) == self.args.world_size else sum(own) / len(own)
             self._tr_loss.fill_(loss)
             self._globalstep_last_logged = self._progress["logged"]
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Trainer's. An evaluation has marked the model as prepared: DDP would be left out, in silence."""
+        if training and not self.sharded:
+            model._is_accelerate_prepared = False  # type: ignore[assignment]
+        wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
+        return wrapped
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
@@ -139,7 +147,7 @@ class PrecisionTrainer(Trainer):
             return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        state = shards.whole(self.optimizer.state_dict())
+        state = shards.whole_state(self.optimizer)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -160,7 +168,7 @@ class PrecisionTrainer(Trainer):
         return norm.full_tensor() if any_dtensor([norm]) else norm
 
 
-def _mean_in_float32(_: None, bucket: Any) -> Any:
+def _mean_in_float32(bucket: Any) -> Any:
     """DDP's mean of the processes' gradients, rounded to their dtype once, not at every addition."""
     total = bucket.buffer().float() / world.size()
     reduced = torch.distributed.all_reduce(total, async_op=True).get_future()
@@ -207,7 +215,6 @@ def arguments(config: RunConfig, report_to: str, eval_batch: int) -> TrainingArg
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # no step changes one
         seed=config.seed,
         data_seed=config.seed,
         report_to=report_to,

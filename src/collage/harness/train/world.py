@@ -30,9 +30,11 @@ def joined() -> Iterator[None]:
     if size() == 1:
         yield
         return
+    was_there = torch.distributed.is_initialized()
     state = PartialState(cpu=not torch.cuda.is_available())
     yield
-    state.destroy_process_group()  # not after an error: the others may still be in a collective, and would wait
+    if not was_there:  # and not after an error: the others may still be in a collective, and would wait
+        state.destroy_process_group()
 
 
 def first_does(act: Callable[[], T]) -> T:
