@@ -43,6 +43,7 @@ def texts(folder: Path) -> None:
 def begun(folder: Path, source: str, name: str, step: int = 3) -> None:
     """A run that was interrupted after one checkpoint of another."""
     shutil.copytree(folder / source / f"checkpoint-{step}", folder / name / f"checkpoint-{step}")
+    shutil.copy(folder / source / "metrics.jsonl", folder / name)
 
 
 def on_every_rank(folder: Path) -> None:
@@ -143,8 +144,8 @@ def test_resume_is_bit_exact(runs: Any, how: str) -> None:
     folder, _ = runs
     assert_same(state(folder / f"{how}-resumed", 6), state(folder / how, 6))
     assert_same(weights(folder / f"{how}-resumed"), weights(folder / how))
-    after = [record for record in records(folder / how) if record["step"] > 3]
-    assert records(folder / f"{how}-resumed") == after
+    metrics = [(folder / run / "metrics.jsonl").read_bytes() for run in (f"{how}-resumed", how)]
+    assert metrics[0] == metrics[1]
 
 
 def test_a_checkpoint_goes_into_shards_bit_for_bit(runs: Any) -> None:

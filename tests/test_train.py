@@ -7,9 +7,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -336,36 +333,6 @@ def arguments_of(text: str, out: Path) -> list[str]:
         "--batch-size", "4", "--seq-len", "16", "--save-every", "3", "--every", "4", "--eval-every", "7",
         "--data", f"{text}/train.txt", "--validation", f"{text}/validation.txt",
     ]  # fmt: skip
-
-
-def test_killed_and_resumed_is_the_run_that_was_not(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A masked model over eight epochs: SIGKILL in the middle, `--resume` in a new process."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert main(arguments_of(text, straight)) == 0
-    command = [sys.executable, "-m", "collage", *arguments_of(text, killed)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not (killed / "checkpoint-12").exists():
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
-    assert not (killed / "checkpoint-40").exists()
-    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "going on from checkpoint-" in resumed.stdout
-    assert_identical(tensors(straight / "checkpoint-40"), tensors(killed / "checkpoint-40"))
-    finals = [{e.name: e.tensor for e in read(out / "weights.safetensors")} for out in (straight, killed)]
-    assert {tensor.dtype for tensor in finals[0].values()} == {torch.float32}
-    assert_identical(*finals)
-    told = [
-        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (straight, killed)
-    ]
-    evaluated, again = [[r for r in records if r["kind"] == "eval"] for records in told]
-    assert evaluated == again
-    assert sorted(path.name for path in killed.glob("*checkpoint-*")) == ["checkpoint-39", "checkpoint-40"]
-    assert "validation loss" in capsys.readouterr().out
 
 
 def checkpoint(run: Path, step: int) -> Path:
