@@ -98,7 +98,7 @@ def problem_of(checkpoint: Path) -> str | None:
         sealed = content.pop("crc32", None) == _seal(content)
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not written to its end"
-    except (ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return f"its {MANIFEST} cannot be read"
     if not sealed:
         return f"its {MANIFEST} is damaged, or of a version of collage without checksums"
@@ -123,8 +123,11 @@ def _problem_of_files(checkpoint: Path, listed: Mapping[str, Any], processes: in
         size, expected = (checkpoint / name).stat().st_size, listed[name]["size"]
         if size != expected:
             return f"{name} has {size} bytes instead of {expected}"
-        if _crc32(checkpoint / name) != listed[name]["crc32"]:
-            return f"{name} has other contents than were written"
+        try:
+            if _crc32(checkpoint / name) != listed[name]["crc32"]:
+                return f"{name} has other contents than were written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
