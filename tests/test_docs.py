@@ -112,7 +112,7 @@ def test_the_trainer_example_runs(page, tmp_path):
 
 @pytest.mark.parametrize("code", list(python_examples()))
 def test_an_example_runs(code, capsys):
-    others = re.findall(r"^(?:import|from) (lightning|peft)", code, re.M)
+    others = re.findall(r"^(?:import|from) (lightning|peft|torchtitan)", code, re.M)
     for module in others:
         pytest.importorskip(module, reason="no dependency of this project: its examples were run by hand")
     with warnings.catch_warnings():

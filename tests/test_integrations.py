@@ -1,5 +1,5 @@
 """Optimizers as frameworks make, wrap, save and restore them: Trainer and Accelerate run here, Lightning's wrappers as
-stand-ins (docs/frameworks.md was run with Lightning itself, which is no dependency of the tests)."""
+stand-ins (Lightning itself runs in test_lightning.py)."""
 
 from __future__ import annotations
 
@@ -216,6 +216,20 @@ def test_a_resumed_trainer_has_the_bits_of_one_that_went_on(tmp_path: Path, stra
     resumed.add_callback(EDQCallback(every=1))  # a measured step would refuse weights that lost their components
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     require_equal(words(resumed.model, resumed.optimizer), words(whole.model, whole.optimizer))
+
+
+def test_a_resumed_run_measures_the_steps_of_the_whole(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6}
+    logs, steps = [], []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        edq = EDQCallback(every=3, shadow=None)
+        run = trainer(tmp_path, by_name("bf16"), model(), **settings)
+        run.add_callback(edq)
+        run.train(resume_from_checkpoint=resume)
+        logs.append([log["edq"] for log in run.state.log_history if "edq" in log])
+        steps.append(edq.report().total.steps)
+    assert logs[0] == logs[1]
+    assert steps == [3, 1]  # 1, 3, 6; then 6 alone
 
 
 def test_a_run_of_torchs_adamw_is_taken_over(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ ALLOWED |= {f"harness.{room}": BELOW_HARNESS | {f"harness.{r}" for r in rooms} f
 
 # Module from outside -> the only rooms that may import it. `sharding` exists to know DTensor, `collectives` for ranks.
 ABOVE = ALLOWED.keys() - STEP
-EXTRAS = ("accelerate", "matplotlib", "rich", "safetensors", "tensorboard", "tokenizers", "transformers")
+EXTRAS = ("accelerate", "lightning", "matplotlib", "rich", "safetensors", "tensorboard", "tokenizers", "transformers")
 RESERVED = {
     "torch.optim": ABOVE,
     "torch.distributed": ABOVE | {"sharding", "collectives"},

@@ -7,9 +7,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -323,7 +320,7 @@ def test_resume_is_bit_exact(text: str, tmp_path: Path, strategy: str) -> None:
     training.run(straight, corpus)
     resumed = config(text, tmp_path / "resumed", strategy=strategy, steps=6, save_every=3, resume=True, every=5)
     shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
-    start, skipped = checkpoints.newest_complete(resumed.out)
+    start, skipped = checkpoints.newest_whole(resumed.out)
     assert start is not None
     assert skipped == []
     training.run(resumed, corpus, resume=start)
@@ -338,43 +335,14 @@ def arguments_of(text: str, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_killed_and_resumed_is_the_run_that_was_not(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A masked model over eight epochs: SIGKILL in the middle, `--resume` in a new process."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert main(arguments_of(text, straight)) == 0
-    command = [sys.executable, "-m", "collage", *arguments_of(text, killed)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not (killed / "checkpoint-12").exists():
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
-    assert not (killed / "checkpoint-40").exists()
-    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "going on from checkpoint-" in resumed.stdout
-    assert_identical(tensors(straight / "checkpoint-40"), tensors(killed / "checkpoint-40"))
-    finals = [{e.name: e.tensor for e in read(out / "weights.safetensors")} for out in (straight, killed)]
-    assert {tensor.dtype for tensor in finals[0].values()} == {torch.float32}
-    assert_identical(*finals)
-    told = [
-        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (straight, killed)
-    ]
-    evaluated, again = [[r for r in records if r["kind"] == "eval"] for records in told]
-    assert evaluated == again
-    assert sorted(path.name for path in killed.glob("*checkpoint-*")) == ["checkpoint-39", "checkpoint-40"]
-    assert "validation loss" in capsys.readouterr().out
-
-
 def checkpoint(run: Path, step: int) -> Path:
     """A complete one, with contents made up."""
     staged = run / checkpoints.STAGING / f"checkpoint-{step}"
     staged.mkdir(parents=True)
     for name in checkpoints.REQUIRED:
         (staged / name).write_text(f"{name} of step {step}")
-    return checkpoints.publish(staged, run)
+    (staged / "rng_state.pth").write_text("random")
+    return checkpoints.publish(staged, run, {"processes": 1})
 
 
 @pytest.mark.parametrize(
@@ -389,7 +357,7 @@ def test_an_incomplete_checkpoint_is_set_aside(tmp_path: Path, name: str, proble
     for step in (5, 10, 100):
         checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-100" / name).unlink()
-    start, skipped = checkpoints.newest_complete(tmp_path)
+    start, skipped = checkpoints.newest_whole(tmp_path)
     assert start == tmp_path / "checkpoint-10"
     assert len(skipped) == 1
     assert skipped[0].startswith(f"skipped checkpoint-100: {problem}")
@@ -403,7 +371,11 @@ def test_a_truncated_file_and_a_damaged_manifest_are_found(tmp_path: Path) -> No
     assert checkpoints.problem_of(whole) == "optimizer.pt has 1 bytes instead of 22"
     (whole / "complete.json").write_text("[]")
     assert checkpoints.problem_of(whole) == "its complete.json cannot be read"
-    assert checkpoints.newest_complete(tmp_path)[0] is None
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .* is whole \(checkpoint-1: its complete.json cannot be read"
+    ):
+        checkpoints.newest_whole(tmp_path)
+    assert whole.exists()  # not set aside: nothing would be left
 
 
 def test_an_unfinished_write_is_neither_resumed_from_nor_counted(text: str, tmp_path: Path) -> None:
@@ -411,7 +383,7 @@ def test_an_unfinished_write_is_neither_resumed_from_nor_counted(text: str, tmp_
     left = run.out / checkpoints.STAGING / "checkpoint-9"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_text("half")
-    assert checkpoints.newest_complete(run.out) == (None, [])
+    assert checkpoints.newest_whole(run.out) == (None, [])
     training.run(run)
     assert [path.name for path in checkpoints.all_in(run.out)] == ["checkpoint-3", "checkpoint-4"]
     assert not left.parent.exists()

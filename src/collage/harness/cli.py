@@ -28,7 +28,8 @@ COMMANDS = {
         "train.command",
         "train under one strategy, with checkpoints, resume and EDQ in the log",
         "collage train --strategy collage-plus --out runs/mine --save-every 100\n"
-        "  collage train --strategy collage-plus --out runs/mine --save-every 100 --resume",
+        "  collage train --strategy collage-plus --out runs/mine --save-every 100 --resume\n"
+        "  torchrun --nproc-per-node 2 -m collage train --shard --out runs/two",
     ),
     "bench": (
         "bench.command",

@@ -123,6 +123,8 @@ class EDQCallback(TrainerCallback):
         _require_trained(kwargs["model"], optimizer, kwargs["optimizer"])
         self._detach(optimizer)
         self.monitor = monitor(optimizer, **self._settings)
+        if state.global_step:  # a resumed run measures the steps that it would have measured
+            self.monitor.go_on()
         self._log_before_reporters()
 
     def on_step_begin(
@@ -130,7 +132,9 @@ class EDQCallback(TrainerCallback):
     ) -> None:
         """Tell the monitor, which counts from its own first call, what the Trainer's count makes of this step."""
         assert self.monitor is not None
-        self.monitor.every = NEVER if (state.global_step + 1) % self._settings["every"] else 1  # the first is measured
+        self.monitor.every = (
+            NEVER if (state.global_step + 1) % self._settings["every"] else 1
+        )  # the run's first is measured
 
     def on_log(
         self,

@@ -47,6 +47,11 @@ class Monitor:
         """Whether the step under way is measured."""
         return self._coming[0] % self.every == 0
 
+    def go_on(self) -> None:
+        """The next step is not the first of its run: that is measured whatever `every` is."""
+        step, stepped = self._now
+        self._now = max(step, 1), stepped
+
     def begin(self, names: Iterable[str]) -> bool:
         """Called by the optimizer with all that are about to step; returns whether they are to be measured.
 

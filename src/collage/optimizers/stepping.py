@@ -82,17 +82,21 @@ class Stepping(compiled.Traced):
         compiled.require_capturable(self.param_groups)
         edits.require_own((param for group in self.param_groups for param in group["params"]), "step()")
         admission.warn_of_shared_bits(self, self.param_groups, first=not self._columns)
-        loss = None
-        if closure is not None:
-            if getattr(self, "found_inf", None) is not None:
-                raise RuntimeError(
-                    "closure: a GradScaler has looked at the gradients already; call scaler.step(opt) alone"
-                )
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else self._evaluated(closure)
         if not self._is_skipped():
             self._advance()
         return loss
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Any:
+        """The closure's loss. No scaler is at work: Lightning clips within a closure, and asks whether one may be."""
+        if getattr(self, "found_inf", None) is not None:
+            raise RuntimeError("closure: a GradScaler has looked at the gradients already; call scaler.step(opt) alone")
+        self._step_supports_amp_scaling = False
+        try:
+            with torch.enable_grad():
+                return closure()
+        finally:
+            del self._step_supports_amp_scaling  # the class's is seen again
 
     def _is_skipped(self) -> bool:
         """Whether a GradScaler has found a gradient that is not finite. On a GPU the step itself looks."""

@@ -22,9 +22,9 @@ from collage.harness.machine import machine
 from collage.harness.report.results import METRICS, REFERENCE, SUMMARY
 from collage.harness.tasks.data import Corpus, read_corpus
 from collage.harness.text import short, to_json
-from collage.harness.train import building, checkpoints, training
-from collage.harness.train.command import SETTINGS
+from collage.harness.train import building, checkpoints, training, world
 from collage.harness.train.config import FINETUNE_LR, RUNS, RunConfig
+from collage.harness.train.resuming import SETTINGS
 from collage.strategies import STRATEGIES
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", REFERENCE)
@@ -65,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train everything, write the results and the report, print the table. Returns the exit code."""
+    if world.size() > 1:
+        raise ValueError("collage compare: runs in one process; leave out torchrun, or use collage train under it")
     plan = plan_of(args)
     replaced = _replaced(plan.run.out, args.overwrite)
     corpora = _corpora(plan, args.finetune_data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -48,6 +49,10 @@ class Corpus:
     validation: torch.Tensor  # [m] int64
     train_files: tuple[str, ...]
     validation_files: tuple[str, ...]  # empty: the last tenth of the training text
+
+    def checksum(self) -> int:
+        """Of the tokens: another text has another, and so has another vocabulary."""
+        return zlib.crc32(self.validation.numpy().tobytes(), zlib.crc32(self.train.numpy().tobytes()))
 
 
 def byte_tokens() -> Tokens:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from torch import Tensor
 import collage
 from collage.harness import console, options
 from collage.harness.text import fixed, percent, scientific, to_json
-from collage.harness.train import building, checkpoints, training
+from collage.harness.train import building, checkpoints, resuming, training, world
 from collage.harness.train.config import KEPT, OWN, RUNS, RunConfig
+from collage.harness.train.resuming import METRICS, RESULT
 
-SETTINGS, METRICS, RESULT, WEIGHTS = "settings.json", "metrics.jsonl", "result.json", "weights.safetensors"
+WEIGHTS = "weights.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,22 +27,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train. Writes checkpoints, metrics.jsonl, TensorBoard logs, result.json and the weights into --out."""
+    """Train. Writes checkpoints, metrics.jsonl, TensorBoard logs, result.json and the weights into --out.
+
+    Under torchrun the first process alone writes and prints.
+    """
+    with world.joined():
+        config = world.first_does(lambda: _checked(args))
+        screen = Console(quiet=not world.is_first())
+        finished = world.first_does(lambda: resuming.already_finished(config, screen) if config.resume else None)
+        return _train(config, screen) if finished is None else finished
+
+
+def _checked(args: argparse.Namespace) -> RunConfig:
+    """The settings, for this number of processes. Raises ValueError naming the flag."""
     config = RunConfig.from_options(args)
-    screen = Console()
-    if config.resume and (config.out / RESULT).exists():
-        return _already_finished(config, screen)
-    init = _weights(config.init, config) if config.init else None
-    corpus = config.corpus()
-    building.datasets(config, corpus)  # too little text is an error before anything is written
-    options.open_folder(config.out)
-    start = _start(config, screen)
+    with options.flags_named(RunConfig):
+        config.share(world.size())
+    if config.shard and world.size() == 1:
+        raise ValueError(
+            "--shard: there is one process; start several (torchrun --nproc-per-node 2 -m collage train ...), or leave "
+            "it out"
+        )
+    return config
+
+
+def _train(config: RunConfig, screen: Console) -> int:
+    init = world.each_does(lambda: _weights(config))
+    corpus = world.each_does(config.corpus)
+    start, told = world.first_does(lambda: resuming.begin(config, corpus, screen))
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.out / "tensorboard"))
     try:
         with (config.out / METRICS).open("a", encoding="utf-8") as metrics, console.progress(screen) as bars:
 
             def record(row: dict[str, Any]) -> None:
-                if start is None or row["step"]:  # a resumed run has told its first loss before
+                if world.is_first() and resuming.key(row) not in told:
                     metrics.write(to_json(row))
                     metrics.flush()
                     console.say(bars.console, _line(row))
@@ -54,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.say(screen, f"interrupted; checkpoints and metrics so far are in {config.out}; go on with --resume")
         return 130
-    _save(result, config.out)
+    if world.is_first():
+        _save(result, config.out)
     console.say(screen, _verdict(result))
     console.say(screen, f"weights: {config.out / WEIGHTS}")
     if not result.diverged:
@@ -63,20 +82,12 @@ def run(args: argparse.Namespace) -> int:
     return 1
 
 
-def _weights(path: str, config: RunConfig) -> dict[str, Tensor]:
-    init = building.read_weights(path)
+def _weights(config: RunConfig) -> dict[str, Tensor] | None:
+    if not config.init:
+        return None
+    init = building.read_weights(config.init)
     building.require_fit(config, init)
     return init
-
-
-def _already_finished(config: RunConfig, screen: Console) -> int:
-    """Leave the run as it is. Returns its exit code."""
-    _require_same_run(config)
-    result = config.out / RESULT
-    diverged = json.loads(result.read_text(encoding="utf-8"))["val_loss"] is None
-    how = "diverged; lower --lr and choose another --out" if diverged else "nothing left to do"
-    console.say(screen, f"already finished: {how}; see {result}")
-    return int(diverged)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -105,49 +116,12 @@ def _verdict(result: training.RunResult) -> str:
     return "; ".join(said)
 
 
-def _start(config: RunConfig, screen: Console) -> Path | None:
-    """The checkpoint to go on from, or None to begin. Refuses to mix two runs in one folder."""
-    settings, found = config.out / SETTINGS, checkpoints.all_in(config.out)
-    told = [path for path in (config.out / METRICS, config.out / RESULT) if path.exists() and path.stat().st_size]
-    if not config.resume and (found or told):
-        fix = "add --resume to go on with it" if found else "empty it"
-        raise ValueError(
-            f"--out '{config.out}': holds {(told + found)[-1].name} of an earlier run; {fix}, or choose another folder"
-        )
-    start = None
-    if config.resume:
-        _require_same_run(config)
-        start, skipped = checkpoints.newest_complete(config.out)
-        for line in skipped:
-            console.say(screen, line)
-        went = f"going on from {start.name}" if start else "no complete checkpoint: starting from the beginning"
-        console.say(screen, f"{went} in {config.out}")
-    _forget_after(config.out / METRICS, checkpoints.step_of(start) if start else None)
-    checkpoints.write_whole(settings, to_json(config.to_dict(), indent=1))
-    return start
-
-
-def _require_same_run(config: RunConfig) -> None:
-    settings = config.out / SETTINGS
-    if settings.exists():
-        config.require_same_run(json.loads(settings.read_text(encoding="utf-8")))
-
-
-def _forget_after(metrics: Path, step: int | None) -> None:
-    """Keep only the records up to the checkpoint's step: the rest will be made again."""
-    if not metrics.exists():
-        return
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # the last is cut off if the run was killed
-    kept = [line for line in whole if step is not None and json.loads(line)["step"] <= step]
-    checkpoints.write_whole(metrics, "".join(kept))
-
-
 def _save(result: training.RunResult, out: Path) -> None:
     """The weights in float32 with all that their components hold, each tied one under one name; last, result.json."""
     from safetensors.torch import save_file
 
     partial = out / f".{WEIGHTS}.writing"
     save_file(result.weights, partial, metadata={"format": "pt", "collage": collage.__version__})
+    checkpoints.sync(partial)
     os.replace(partial, out / WEIGHTS)
     checkpoints.write_whole(out / RESULT, to_json(result.to_dict(), indent=1))

@@ -50,6 +50,10 @@ class RunConfig:
         OWN, "also tell what these would have lost on this very run", (), metavar="STRATEGY", free=True
     )
 
+    shard: bool = option(
+        OWN, "under torchrun: split weights and optimizer state over the processes (FSDP2)", False, free=True
+    )
+
     save_every: int = option(KEPT, "steps; 0: never", 0, least=0, free=True)
     keep: int = option(KEPT, "the newest N", 2, least=1, free=True)
     resume: bool = option(KEPT, "go on from the newest complete checkpoint in --out", False, free=True)
@@ -179,20 +183,37 @@ class RunConfig:
             raise ValueError("validation: given without data; give both, or neither for the embedded texts")
         return finetune_corpus(tokens) if self.finetune else default_corpus(tokens)
 
+    def share(self, processes: int) -> tuple[int, int]:
+        """Sequences per forward pass, and passes per step, of each of several processes that share the batch.
+
+        Raises ValueError if they cannot share it evenly.
+        """
+        if self.batch_size % processes:
+            raise ValueError(
+                f"batch_size: {self.batch_size} sequences cannot be shared evenly by {processes} processes; give a "
+                f"multiple of {processes}, or start another number of them"
+            )
+        own = self.batch_size // processes
+        micro = math.gcd(self.micro_batch, own)
+        return micro, own // micro
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {**plain, "out": str(self.out)}
 
-    def require_same_run(self, saved: Mapping[str, Any]) -> None:
+    def bound(self) -> dict[str, Any]:
+        """What changes a bit of the weights: the run that continues another has the same."""
+        free = {f.name for f in fields(self) if f.metadata["free"]}
+        return {key: value for key, value in self.to_dict().items() if key not in free}
+
+    def require_same_run(self, saved: Mapping[str, Any], what: str = "the run") -> None:
         """Raises ValueError if continuing the run with the saved settings under these would change what it computes."""
-        ours = self.to_dict()
-        bound = [f.name for f in fields(self) if not f.metadata["free"]]  # what changes a bit of the weights
-        different = [key for key in bound if saved.get(key) != ours[key]]
+        different = [(key, saved.get(key), ours) for key, ours in self.bound().items() if saved.get(key) != ours]
         if different:
-            pairs = "; ".join(f"{key}: saved {saved.get(key)!r}, here {ours[key]!r}" for key in different)
+            pairs = "; ".join(f"{key}: saved {theirs!r}, here {ours!r}" for key, theirs, ours in different)
             raise ValueError(
-                f"--resume: the run in '{self.out}' has other settings ({pairs}); give the saved ones, or choose "
+                f"--resume: {what} in '{self.out}' has other settings ({pairs}); give the saved ones, or choose "
                 "another --out and start there"
             )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import collage
 from collage.harness.tasks.data import Corpus
-from collage.harness.train import building, checkpoints
+from collage.harness.train import building, checkpoints, shards
 from collage.harness.train.config import RunConfig
 from collage.harness.train.meters import PeakMemory, StepMeter, UpdateSizes
 from collage.harness.train.recording import Record, Recorder
@@ -77,11 +77,14 @@ def run(
 ) -> RunResult:
     """Build, evaluate, train, evaluate. A run whose loss is not finite ends there.
 
+    Under torchrun every process calls it, and gets the same result, but for the time, memory and, if it is sharded, the
+    weights: these has the first one alone.
+
     Args:
         config: the settings.
         corpus: `config.corpus()`, if it has been read already.
         init: weights to start from, by name; by default those of `config.init`, or random ones.
-        resume: a complete checkpoint of this run; what follows is then what would have followed, bit for bit.
+        resume: a whole checkpoint of this run; what follows is then what would have followed, bit for bit.
         record: is given each log as a line of metrics.jsonl.
         tick: is given the number of finished steps.
         report_to: as Trainer's.
@@ -107,21 +110,25 @@ class _Session:
         self.began, self.memory, self.config = time.perf_counter(), PeakMemory(), config
         if init is None and config.init:
             init = building.read_weights(config.init)
+        train_data, validation = building.datasets(config, corpus)
+        settings = arguments(config, report_to, building.eval_batch(config, validation))
         self.model = building.model_of(config, corpus, init)
+        if config.shard:
+            shards.shard(self.model, config.compute_dtype(), settings.device)
         self.optimizer = building.optimizer_of(config, self.model)
         self.sizes = UpdateSizes(self.optimizer, config.every) if histogram else None
         self.meter = StepMeter(self.optimizer)
         self.edq = EDQCallback(self.optimizer, config.every, config.shadow or None, config.beside)
         self.recorder = Recorder(config, self.edq, *listeners)
-        train_data, validation = building.datasets(config, corpus)
         self.trainer = PrecisionTrainer(
             model=self.model,
-            args=arguments(config, report_to, building.eval_batch(config, validation)),
+            args=settings,
             train_dataset=train_data,
             eval_dataset=validation,
             optimizers=(self.optimizer, torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.lr_scale)),
             callbacks=[self.edq, self.meter, self.recorder],
             compute_dtype=config.compute_dtype(),
+            origin={"run": config.bound(), "text": corpus.checksum()} if config.save_every else None,
         )
 
     def run(self, resume: Path | None) -> RunResult:
@@ -150,5 +157,9 @@ class _Session:
             tokens_per_s=self.meter.tokens_per_second(self.config.tokens_per_step),
             seconds=time.perf_counter() - self.began,
             update_histogram=self.sizes.to_dict() if self.sizes else None,
-            weights=collage.high_precision_state_dict(self.model, self.optimizer),
+            weights=self._weights(),
         )
+
+    def _weights(self) -> dict[str, Tensor]:
+        weights = collage.high_precision_state_dict(self.model, self.optimizer)
+        return shards.whole(weights) if self.config.shard else weights
