@@ -114,20 +114,23 @@ def _of_parts(part: Tensor, shape: Sequence[int], mesh: Any, placements: Sequenc
 
 
 def as_bytes(plane: Any) -> Any:
-    """A sharded plane of 16-bit integers as bytes [..., 2]: neither NCCL nor gloo gathers the former. Others as is."""
-    if plane.dtype != torch.int16 or not is_dtensor(plane):
+    """A plane of 16-bit integers as bytes [..., 2] in the same memory: neither NCCL nor gloo gathers the former.
+
+    Sharded or not, so that what was saved from many ranks is loaded on one. Others as is.
+    """
+    if plane.dtype != torch.int16:
         return plane
-    part = local(plane).contiguous()
-    part = part.view(-1, 1).view(torch.int8).view(*part.shape, 2)
-    return _of_parts(part, (*plane.shape, 2), plane.device_mesh, plane.placements)
+    part = local(plane).unsqueeze(-1).view(torch.int8)
+    return _of_parts(part, (*plane.shape, 2), plane.device_mesh, plane.placements) if is_dtensor(plane) else part
 
 
 def from_bytes(plane: Any) -> Any:
-    """Bytes [..., 2], sharded or not, as 16-bit integers again."""
-    part = local(plane).contiguous().view(torch.int16).squeeze(-1)
-    if not is_dtensor(plane):
-        return part
-    return _of_parts(part, plane.shape[:-1], plane.device_mesh, plane.placements)
+    """Bytes [..., 2], sharded or not, as 16-bit integers again; in the same memory if that can be read so."""
+    part = local(plane)
+    if part.stride(-1) != 1 or any(step % 2 for step in (*part.stride()[:-1], part.storage_offset())):
+        part = part.contiguous()
+    part = part.view(torch.int16).squeeze(-1)
+    return _of_parts(part, plane.shape[:-1], plane.device_mesh, plane.placements) if is_dtensor(plane) else part
 
 
 def cut_rows(param: Any, block: int | None) -> int | None:

@@ -1,0 +1,137 @@
+"""Shards step with the bits of the whole: every strategy and optimizer, on one to four processes, in every sharding."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import assert_same_as_alone, launch, perform
+from torch import nn
+
+import collage
+from collage.strategies import STRATEGIES
+
+STEPS = 50
+# On 4 ranks the last has nothing of the first and of the last parameter. Two are large enough for scales of blocks.
+SHAPES = {"first": (3, 1536), "rows": (33, 160), "deep": (6, 4, 256), "bias": (7,), "one": (1, 40)}
+OPTIMIZERS = {
+    "AdamW": {"weight_decay": 0.1},
+    "AMSGrad": {"weight_decay": 0.1, "amsgrad": True},
+    "Adam": {"weight_decay": 0.1},
+    "SGD": {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True},
+    "Lion": {"weight_decay": 0.1},
+}
+FEW = ("collage-plus", "collage-plus-sr", "collage-exact", "collage-8bit")  # of each kind of plane one
+SHARDINGS = {
+    1: ["fsdp"],
+    2: ["fsdp", "columns", "rows"],
+    3: ["fsdp", "rows"],
+    4: ["fsdp", "hsdp", "fsdp columns", "fsdp rows", "rows columns"],
+}
+
+
+class Model(nn.Module):
+    """Parameters alone: their gradients are given."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+
+def numbers(seed: int, scale: float):
+    g = torch.Generator().manual_seed(seed)
+    return {name: (torch.randn(shape, generator=g) * scale).bfloat16() for name, shape in SHAPES.items()}
+
+
+def sharded(model: nn.Module, sharding: str) -> nn.Module:
+    """The same model, its parameters made DTensors by torch's own means."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    world, two = dist.get_world_size(), (2, 2)
+    by_rows, by_columns = [Shard(0)], [Shard(1)]
+    if sharding == "fsdp":
+        return fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    if sharding == "hsdp":
+        return fully_shard(model, mesh=init_device_mesh("cpu", two, mesh_dim_names=("replica", "shard")))
+    mesh = init_device_mesh("cpu", two, mesh_dim_names=("dp", "tp")) if "fsdp" in sharding else None
+    placed, on = {
+        "rows": (by_rows, None), "columns": (by_columns, None), "rows columns": ([Shard(0), Shard(1)], two),
+        "fsdp rows": (by_rows, mesh), "fsdp columns": (by_columns, mesh),
+    }[sharding]  # fmt: skip
+    within = mesh["tp"] if mesh else init_device_mesh("cpu", on or (world,))
+    for name, p in model.named_parameters():
+        fits = [place if place.dim < p.dim() else Shard(0) for place in placed]
+        setattr(model, name, nn.Parameter(distribute_tensor(p.detach(), within, fits, src_data_rank=None)))
+    return fully_shard(model, mesh=mesh["dp"]) if mesh else model
+
+
+def cuts_blocks(strategy: str, sharding: str) -> bool:
+    return "8bit" in strategy and "columns" in sharding
+
+
+def train(model: nn.Module, optimizer: str, strategy: str, gradients, monitored: bool = False):
+    kind = getattr(collage, "AdamW" if optimizer == "AMSGrad" else optimizer)
+    opt = kind(model.named_parameters(), lr=1e-2, strategy=strategy, **OPTIMIZERS[optimizer])
+    monitor = collage.monitor(opt, every=7, shadow=16) if monitored else None
+    for given in gradients:
+        for p, g in zip(model.parameters(), given, strict=True):
+            p.grad = g
+        opt.step()
+    assert monitor is None or monitor.report().total.steps == len(range(0, len(gradients), 7))
+    return opt
+
+
+def cast(model: nn.Module, dtype: torch.dtype):
+    return [p.detach().to(dtype) for p in model.parameters()]
+
+
+def hold(optimizers: str, strategies: str, steps: str) -> None:
+    """The same gradients, sharded and not: the same bits, measured or not."""
+    names = list(STRATEGIES) if strategies == "every" else strategies.split()
+    cases = list(itertools.product(OPTIMIZERS if optimizers == "every" else optimizers.split(), names))
+    start = numbers(99, 1.0)
+    given = [numbers(k, 1e-2) for k in range(int(steps))]
+    wanted = {}
+    for optimizer, strategy in cases:
+        dtype = STRATEGIES[strategy].dtype
+        alone = Model({name: tensor.to(dtype, copy=True) for name, tensor in start.items()})
+        gradients = [[g.to(dtype) for g in own.values()] for own in given]
+        wanted[optimizer, strategy] = alone, train(alone, optimizer, strategy, gradients)
+    for sharding in SHARDINGS[dist.get_world_size()]:
+        parts = [sharded(Model(own), sharding) for own in given]
+        for dtype in {STRATEGIES[strategy].dtype for strategy in names}:
+            gradients = [cast(own, dtype) for own in parts]
+            for (optimizer, strategy), (alone, other) in wanted.items():
+                if STRATEGIES[strategy].dtype != dtype or cuts_blocks(strategy, sharding):
+                    continue
+                for monitored in (False, True):
+                    ours = sharded(
+                        Model({name: tensor.to(dtype, copy=True) for name, tensor in start.items()}), sharding
+                    )
+                    opt = train(ours, optimizer, strategy, gradients, monitored)
+                    label = f"{sharding} {optimizer} {strategy} {monitored}"
+                    assert_same_as_alone(label, ours, opt, alone, other)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shards_have_the_bits_of_the_whole(world):
+    launch(__file__, world, "hold", "AdamW", " ".join(FEW), "5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_shards_have_the_bits_of_the_whole_under_every_strategy(world):
+    launch(__file__, world, "hold", "AdamW", "every", str(STEPS), timeout=1200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_shards_have_the_bits_of_the_whole_under_every_optimizer(world):
+    launch(__file__, world, "hold", "every", " ".join(FEW), str(STEPS), timeout=1200)
+
+
+if __name__ == "__main__":
+    perform(globals())
