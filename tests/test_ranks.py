@@ -102,7 +102,7 @@ def hold(optimizers: str, strategies: str, steps: str) -> None:
         wanted[optimizer, strategy] = alone, train(alone, optimizer, strategy, gradients)
     for sharding in SHARDINGS[dist.get_world_size()]:
         parts = [sharded(Model(own), sharding) for own in given]
-        for dtype in {STRATEGIES[strategy].dtype for strategy in names}:
+        for dtype in dict.fromkeys(STRATEGIES[strategy].dtype for strategy in names):  # in one order on every rank
             gradients = [cast(own, dtype) for own in parts]
             for (optimizer, strategy), (alone, other) in wanted.items():
                 if STRATEGIES[strategy].dtype != dtype or cuts_blocks(strategy, sharding):
