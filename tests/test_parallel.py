@@ -1,4 +1,4 @@
-"""Real gradients: FSDP2 and its policies, tensor parallelism. What one process makes of the same gradients, bit for bit."""
+"""Real gradients: FSDP2 with its policies, tensor parallelism: the bits of one process that is given them."""
 
 import pytest
 import torch
@@ -140,7 +140,7 @@ def refused() -> None:
     assert not torch.equal(before[0], after[0])
     if dist.get_rank() == 0:
         first.grad.to_local().untyped_storage().resize_(0)
-        with pytest.raises(ValueError, match="param 'first': its gradient .* 0 bytes of memory"):
+        with pytest.raises(ValueError, match=r"param 'first': its gradient .* 0 bytes of memory"):
             opt.step()
         assert_same_bits("last", last.to_local(), after[1].chunk(dist.get_world_size())[0])
     else:
