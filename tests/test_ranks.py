@@ -1,6 +1,7 @@
 """Shards step with the bits of the whole: every strategy and optimizer, on one to four processes, in every sharding."""
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -44,28 +45,28 @@ def numbers(seed: int, scale: float):
     return {name: (torch.randn(shape, generator=g) * scale).bfloat16() for name, shape in SHAPES.items()}
 
 
+@cache  # every mesh has process groups of its own, with threads
+def mesh_of(*shape: int):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner")[-len(shape) :])
+
+
 def sharded(model: nn.Module, sharding: str) -> nn.Module:
     """The same model, its parameters made DTensors by torch's own means."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    world, two = dist.get_world_size(), (2, 2)
-    by_rows, by_columns = [Shard(0)], [Shard(1)]
-    if sharding == "fsdp":
-        return fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    if sharding == "hsdp":
-        return fully_shard(model, mesh=init_device_mesh("cpu", two, mesh_dim_names=("replica", "shard")))
-    mesh = init_device_mesh("cpu", two, mesh_dim_names=("dp", "tp")) if "fsdp" in sharding else None
-    placed, on = {
-        "rows": (by_rows, None), "columns": (by_columns, None), "rows columns": ([Shard(0), Shard(1)], two),
-        "fsdp rows": (by_rows, mesh), "fsdp columns": (by_columns, mesh),
-    }[sharding]  # fmt: skip
-    within = mesh["tp"] if mesh else init_device_mesh("cpu", on or (world,))
+    line, square = (dist.get_world_size(),), (2, 2)
+    if sharding in ("fsdp", "hsdp"):
+        return fully_shard(model, mesh=mesh_of(*(line if sharding == "fsdp" else square)))
+    within = "fsdp" in sharding
+    mesh = mesh_of(*square)["inner"] if within else mesh_of(*(square if " " in sharding else line))
+    placed = [Shard(["rows", "columns"].index(part)) for part in sharding.split() if part != "fsdp"]
     for name, p in model.named_parameters():
         fits = [place if place.dim < p.dim() else Shard(0) for place in placed]
-        setattr(model, name, nn.Parameter(distribute_tensor(p.detach(), within, fits, src_data_rank=None)))
-    return fully_shard(model, mesh=mesh["dp"]) if mesh else model
+        setattr(model, name, nn.Parameter(distribute_tensor(p.detach(), mesh, fits, src_data_rank=None)))
+    return fully_shard(model, mesh=mesh_of(*square)["outer"]) if within else model
 
 
 def cuts_blocks(strategy: str, sharding: str) -> bool:
