@@ -129,8 +129,10 @@ def through_full(model, opt, at: Path) -> None:
 
 
 def from_the_first(model, opt, at: Path) -> None:
+    """One by one: `set_state_dict` takes an empty dictionary of weights for none to be loaded, and its ranks part."""
     weights, state = torch.load(at / "full.pt", weights_only=True) if dist.get_rank() == 0 else ({}, {})
-    set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state, options=FROM_FIRST)
+    set_model_state_dict(model, weights, options=FROM_FIRST)
+    set_optimizer_state_dict(model, opt, state, options=FROM_FIRST)
 
 
 ROUTES = (through_parts, optimizer_first, through_flat, through_raw, through_full, from_the_first)
