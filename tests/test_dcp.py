@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import assert_same_bits
+from helpers import assert_same_bits, numbers
 from ranks import launch, perform, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -154,6 +154,26 @@ def between(folder: Path, strategies: str, saving: int, loading: tuple[int, ...]
     launch(__file__, saving, "save", str(folder), strategies, timeout=600)
     for world in loading:
         launch(__file__, world, "load", str(folder), strategies, timeout=600)
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "Adam", "SGD", "Lion"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_step_that_makes_states_to_load_into_changes_no_weight(strategy, rule):
+    """torch makes one with gradients of 0 at lr 0. A weight of -0 may become +0."""
+    dtype = STRATEGIES[strategy].dtype
+    regimes = ["normal", "subnormal", "tiny", "zeros"]
+    if dtype != torch.float16 and rule != "Adam":  # whose decay is a gradient, and the square of this one overflows
+        regimes.append("huge")
+    drawn = [numbers(regime, 5120, 0).view(32, 160).to(dtype) for regime in regimes]
+    model = nn.ParameterList(map(nn.Parameter, drawn))
+    before = [p.detach() + 0.0 for p in model]
+    opt = getattr(collage, rule)(model.named_parameters(), weight_decay=0.1, strategy=strategy)
+    get_optimizer_state_dict(model, opt)
+    full = collage.high_precision_state_dict(model, opt)
+    for k, (p, want) in enumerate(zip(model, before, strict=True)):
+        assert opt.state[p]["step"] == 1
+        assert_same_bits(f"{k}", p.detach() + 0.0, want)
+        assert_same_bits(f"{k} in full precision", full[f"{k}"] + 0.0, want.float())
 
 
 @pytest.mark.parametrize(("saving", "loading"), [(2, (1, 3)), (1, (2,))])
