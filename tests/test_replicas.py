@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same_bits, assert_same_planes, planes_of
@@ -79,6 +81,38 @@ def zero(strategies: str, steps: str) -> None:
         assert_one_model(strategy, dict(again.named_parameters()))
 
 
+def fsdp1(strategies: str, steps: str) -> None:
+    """Formats without random bits and integers, in flat shards; others are told what becomes of them."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for strategy, original in itertools.product(strategies.split(), (True, False)):
+        ours, alone = model(strategy), model(strategy)
+        ours = FullyShardedDataParallel(ours, use_orig_params=original, device_id=torch.device("cpu"))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            opt, other = (
+                collage.AdamW(made.named_parameters(), lr=1e-2, weight_decay=0.1, strategy=strategy)
+                for made in (ours, alone)
+            )
+        told = [str(w.message) for w in said if "FullyShardedDataParallel" in str(w.message)]
+        if STRATEGIES[strategy].stochastic or strategy == "collage-exact":
+            assert len(told) == 1, told
+            continue
+        assert not told
+        for step in range(int(steps)):
+            for made, optimizer in ((ours, opt), (alone, other)):
+                seeded = torch.Generator().manual_seed(step)
+                made(torch.randn(8, 160, generator=seeded).to(torch.bfloat16)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if step == 1:  # its states through torch's dictionary
+                set_optimizer_state_dict(ours, opt, get_optimizer_state_dict(ours, opt))
+        with FullyShardedDataParallel.summon_full_params(ours):
+            for p, q in zip(ours.parameters(), alone.parameters(), strict=True) if original else ():
+                assert_same_bits(strategy, p.detach().reshape(q.shape), q.detach())
+
+
 def each(strategies: str, steps: str) -> None:
     ddp(strategies, steps)
     zero(strategies, steps)
@@ -86,6 +120,16 @@ def each(strategies: str, steps: str) -> None:
 
 def test_replicas_have_the_same_bits():
     launch(__file__, 2, "each", " ".join(FEW), "4")
+
+
+def test_flat_shards_of_fsdp1():
+    launch(__file__, 2, "fsdp1", " ".join(FEW), "4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_replicas_have_the_same_bits_under_every_strategy(world):
+    launch(__file__, world, "each", "every", str(STEPS), timeout=900)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,11 @@ def layouts_of(tensors: Sequence[Any]) -> list[tuple[Any, tuple[Any, ...]] | Non
     return [(t.device_mesh, t.placements) if any_dtensor([t]) else None for t in tensors]
 
 
+def is_flat_shard(tensor: Tensor) -> bool:
+    """Whether it is a part of a flattened module (FSDP1), which does not know its place in the whole."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
 def reshard(model: nn.Module) -> None:
     """Give every FSDP2 module its sharded parameters back: after a forward pass, a root still has the gathered ones.
 

@@ -86,6 +86,7 @@ class PrecisionOptimizer(Guarded):
             for parameter in self._those_of(group, group["params"]):
                 if parameter.tensor.requires_grad:  # of a frozen one nothing is asked until it has a gradient
                     require_whole_blocks(self.rule_of(group), self.strategy_of(parameter), parameter)
+            admission.warn_of_flat_shards(Strategy.parse(group["strategy"]), self._those_of(group, group["params"]))
             require_unique(parameter.name for parameter in self.parameters())
             wide = admission.to_be_cast(list(self.parameters())) if self._cast else []
             wide = [parameter for parameter in wide if parameter.group is group]
