@@ -64,6 +64,9 @@ def show(result: dict[str, Any], screen: Console) -> None:
     print_table(screen, title, TIMES, {line["name"]: line for line in result["rows"]})
     for name, reason in result["failed"].items():
         say(screen, f"not measured: {name}: {reason}", "yellow")
+    for name, more in result["per_dtensor"].items():
+        us, times = fixed(more["us"], 1), fixed(more["times"], 2)
+        say(screen, f"{name}, sharded over {result['ranks']}: {times} times as long, {us} us more for each DTensor")
     spreads = [line["spread"] for line in result["rows"]]
     load = "" if result["load_before"] is None else f"; load before: {fixed(result['load_before'], 2)}"
     say(
