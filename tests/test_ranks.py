@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import assert_same_bits
 from ranks import assert_same_as_alone, launch, perform
 from torch import nn
 
@@ -22,7 +23,8 @@ OPTIMIZERS = {
     "SGD": {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True},
     "Lion": {"weight_decay": 0.1},
 }
-FEW = ("collage-plus", "collage-plus-sr", "collage-exact", "collage-8bit")  # of each kind of plane one
+FEW = ("collage-plus-sr", "collage-exact", "collage-8bit")  # of each kind of plane one
+VARIANTS = ((False, "auto"), (True, "auto"), (False, "reference"))  # monitored; backend
 SHARDINGS = {
     1: ["fsdp"],
     2: ["fsdp", "columns", "rows"],
@@ -73,14 +75,18 @@ def cuts_blocks(strategy: str, sharding: str) -> bool:
     return "8bit" in strategy and "columns" in sharding
 
 
-def train(model: nn.Module, optimizer: str, strategy: str, gradients, monitored: bool = False):
+def train(model: nn.Module, optimizer: str, strategy: str, gradients, monitored: bool = False, backend: str = "auto"):
+    """A run in whose middle others write to weights."""
     kind = getattr(collage, "AdamW" if optimizer == "AMSGrad" else optimizer)
-    opt = kind(model.named_parameters(), lr=1e-2, strategy=strategy, **OPTIMIZERS[optimizer])
+    opt = kind(model.named_parameters(), lr=1e-2, strategy=strategy, backend=backend, **OPTIMIZERS[optimizer])
     monitor = collage.monitor(opt, every=7, shadow=16) if monitored else None
-    for given in gradients:
+    for step, given in enumerate(gradients):
         for p, g in zip(model.parameters(), given, strict=True):
             p.grad = g
         opt.step()
+        if step == len(gradients) // 2:
+            with torch.no_grad():
+                model.rows.mul_(2.0**-10)
     assert monitor is None or monitor.report().total.steps == len(range(0, len(gradients), 7))
     return opt
 
@@ -108,18 +114,53 @@ def hold(optimizers: str, strategies: str, steps: str) -> None:
             for (optimizer, strategy), (alone, other) in wanted.items():
                 if STRATEGIES[strategy].dtype != dtype or cuts_blocks(strategy, sharding):
                     continue
-                for monitored in (False, True):
+                for monitored, backend in VARIANTS:
                     ours = sharded(
                         Model({name: tensor.to(dtype, copy=True) for name, tensor in start.items()}), sharding
                     )
-                    opt = train(ours, optimizer, strategy, gradients, monitored)
-                    label = f"{sharding} {optimizer} {strategy} {monitored}"
+                    opt = train(ours, optimizer, strategy, gradients, monitored, backend)
+                    label = f"{sharding} {optimizer} {strategy} {backend} {monitored}"
                     assert_same_as_alone(label, ours, opt, alone, other)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_shards_have_the_bits_of_the_whole(world):
-    launch(__file__, world, "hold", "AdamW", " ".join(FEW), "5")
+def cut_blocks() -> None:
+    """Shards that cut a block are refused alike on every rank, whichever way they came about, and nothing changes."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    flat, square = mesh_of(4), mesh_of(2, 2)
+    wide = torch.randn(64, 160, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def by_fsdp(mesh, dim: int) -> nn.Module:
+        made = nn.ParameterDict({"w": nn.Parameter(wide.clone())})
+        return fully_shard(made, mesh=mesh, shard_placement_fn=lambda _: Shard(dim))
+
+    both = nn.ParameterDict({"w": nn.Parameter(distribute_tensor(wide.clone(), square["inner"], [Shard(1)]))})
+    for made in (by_fsdp(flat, 1), fully_shard(both, mesh=square["outer"]), by_fsdp_on_columns(square, wide)):
+        before = made["w"].detach().to_local().clone()
+        with pytest.raises(ValueError, match=r"'w': it is sharded along dimension 1, .*every 128 neighbours"):
+            collage.AdamW(made.named_parameters(), strategy="collage-8bit")
+        assert_same_bits("w", made["w"].detach().to_local(), before)
+        collage.AdamW(made.named_parameters(), strategy="collage-exact")
+    collage.AdamW(by_fsdp(flat, 0).named_parameters(), strategy="collage-8bit")
+
+
+def by_fsdp_on_columns(mesh, wide: torch.Tensor) -> nn.Module:
+    """Columns parted by tensor parallelism, and these parted again by FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    made = nn.ParameterDict({"w": nn.Parameter(distribute_tensor(wide.clone(), mesh["inner"], [Shard(1)]))})
+    return fully_shard(made, mesh=mesh["outer"], shard_placement_fn=lambda _: Shard(1))
+
+
+def some(*strategies: str) -> None:
+    hold("AdamW", " ".join(strategies), "3")
+    cut_blocks()
+
+
+def test_shards_have_the_bits_of_the_whole():
+    launch(__file__, 4, "some", *FEW)
 
 
 @pytest.mark.slow
