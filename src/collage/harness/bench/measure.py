@@ -116,7 +116,7 @@ def compare(table: list[dict[str, Any]]) -> None:
     fastest = max((line["gb_per_s"] for line in table if line["name"].startswith("limit")), default=None)
     for line in table:
         planes = by_name.get(f"limit of {line['name'].partition(',')[0]}")
-        bound = planes or (line["bytes_moved"] / fastest if fastest else None)
+        bound = planes * sharded.share(line, table) if planes else line["bytes_moved"] / fastest if fastest else None
         line["of_limit"] = bound / line["ns_per_param"] if bound else None
         for letter, name in (("d", D), ("a", A)):
             line[f"to_{letter}"] = line["ns_per_param"] / by_name[name] if name in by_name else None

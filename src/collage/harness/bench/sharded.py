@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -44,6 +44,13 @@ def gather() -> None:
     """Wait for the other ranks, so that all are timed while all are busy."""
     if count() > 1:
         dist.barrier()
+
+
+def share(line: dict[str, Any], table: Sequence[dict[str, Any]]) -> float:
+    """How much of the bytes that the plain tensors have a row moves on this rank; 1 where it is not sharded."""
+    plain = line["name"].removesuffix(SUFFIX)
+    moved = next((other["bytes_moved"] for other in table if other["name"] == plain), line["bytes_moved"])
+    return float(line["bytes_moved"] / moved)
 
 
 def sharded(kind: Kind, name: str) -> Row:
