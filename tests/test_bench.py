@@ -97,7 +97,7 @@ def test_small_tensors_say_their_own_bytes(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("name", TIMING)
 def test_accuracy_takes_no_flag_of_a_timing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"shapes": ["even"], "device": ["cpu"], "optimizer": ["adamw"]}
-    values |= dict.fromkeys(("plan", "no_monitor", "extra", "sharded"), [])
+    values |= {switch: [] for switch in ("plan", "no_monitor", "extra", "sharded")}
     flag = f"--{name.replace('_', '-')}"
     assert (
         main(["bench", "--accuracy", flag, *values.get(name, ["0" if name in ("threads", "bandwidth") else "9"])]) == 2
