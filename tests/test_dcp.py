@@ -181,6 +181,24 @@ def test_the_step_that_makes_states_to_load_into_changes_no_weight(strategy, rul
         assert_same_bits(f"{k} in full precision", full[f"{k}"] + 0.0, want.float())
 
 
+def test_remainders_are_bytes_in_the_same_memory_and_words_still_load():
+    weights = [nn.Parameter(tensor.bfloat16()) for tensor in (torch.randn(6, 4).t(), torch.randn(5), torch.tensor(1.0))]
+    opts = [collage.AdamW(weights, strategy="collage-exact") for _ in range(3)]
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    opts[0].step()
+    saved = opts[0].state_dict()
+    for k, p in enumerate(weights):
+        own, stored = opts[0].state[p]["param_lo"], saved["state"][k]["param_lo"]
+        assert (stored.dtype, stored.shape, stored.data_ptr()) == (torch.int8, (*p.shape, 2), own.data_ptr())
+    words = {k: {**own, "param_lo": opts[0].state[weights[k]]["param_lo"]} for k, own in saved["state"].items()}
+    for opt, state in zip(opts[1:], (saved, {**saved, "state": words}), strict=True):
+        opt.load_state_dict(state)
+        for p in weights:
+            assert_same_bits("param_lo", opt.state[p]["param_lo"], opts[0].state[p]["param_lo"])
+            assert opt.state[p]["param_lo"].stride() == p.stride()
+
+
 def test_a_run_goes_on_on_another_number_of_ranks(tmp_path):
     between(tmp_path, " ".join(FEW), 2, {1: len(ROUTES), 3: 1})
 
