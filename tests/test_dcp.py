@@ -156,9 +156,9 @@ def load(folder: str, strategies: str, routes: str) -> None:
 
 def between(folder: Path, strategies: str, saving: int, loading: dict[int, int]) -> None:
     """loading: how many ranks -> how many of the routes they try."""
-    launch(__file__, saving, "save", str(folder), strategies, timeout=600)
+    launch(__file__, saving, "save", str(folder), strategies, seconds=600)
     for world, routes in loading.items():
-        launch(__file__, world, "load", str(folder), strategies, str(routes), timeout=600)
+        launch(__file__, world, "load", str(folder), strategies, str(routes), seconds=600)
 
 
 @pytest.mark.parametrize("rule", ["AdamW", "Adam", "SGD", "Lion"])

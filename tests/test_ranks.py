@@ -166,13 +166,13 @@ def test_shards_have_the_bits_of_the_whole():
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_shards_have_the_bits_of_the_whole_under_every_strategy(world):
-    launch(__file__, world, "hold", "AdamW", "every", str(STEPS), timeout=1200)
+    launch(__file__, world, "hold", "AdamW", "every", str(STEPS), seconds=1200)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_shards_have_the_bits_of_the_whole_under_every_optimizer(world):
-    launch(__file__, world, "hold", "every", " ".join(FEW), str(STEPS), timeout=1200)
+    launch(__file__, world, "hold", "every", " ".join(FEW), str(STEPS), seconds=1200)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def test_replicas_have_the_same_bits():
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_replicas_have_the_same_bits_under_every_strategy(world):
-    launch(__file__, world, "each", "every", str(STEPS), timeout=900)
+    launch(__file__, world, "each", "every", str(STEPS), seconds=900)
 
 
 if __name__ == "__main__":
