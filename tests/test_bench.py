@@ -14,6 +14,7 @@ from collage.harness.bench import contestants
 from collage.harness.bench.command import TIMING, shapes_of
 from collage.harness.bench.contestants import KINDS, limit, ours
 from collage.harness.bench.gradients import accumulate, clip, release
+from collage.harness.bench.measure import compare, per_dtensor
 from collage.harness.bench.rows import EXTRA, arrived
 from collage.harness.cli import main
 from collage.harness.ledger import peak_of
@@ -95,7 +96,8 @@ def test_small_tensors_say_their_own_bytes(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("name", TIMING)
 def test_accuracy_takes_no_flag_of_a_timing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    values = {"shapes": ["even"], "device": ["cpu"], "optimizer": ["adamw"], "plan": [], "no_monitor": [], "extra": []}
+    values = {"shapes": ["even"], "device": ["cpu"], "optimizer": ["adamw"]}
+    values |= {switch: [] for switch in ("plan", "no_monitor", "extra", "sharded")}
     flag = f"--{name.replace('_', '-')}"
     assert (
         main(["bench", "--accuracy", flag, *values.get(name, ["0" if name in ("threads", "bandwidth") else "9"])]) == 2
@@ -139,3 +141,14 @@ def test_the_peak_counts_what_is_alive_at_once() -> None:
         kept.view(10, 100).mul_(2.0)
 
     assert peak_of(call) == 12_000
+
+
+def test_a_rank_is_measured_by_what_it_has() -> None:
+    rows = [
+        {"name": "limit of bf16", "ns_per_param": 2.0, "gb_per_s": 4.0, "bytes_moved": 8.0, "ms": 6.0},
+        {"name": "bf16", "ns_per_param": 4.0, "gb_per_s": 2.0, "bytes_moved": 8.0, "ms": 10.0},
+        {"name": "bf16, sharded", "ns_per_param": 2.0, "gb_per_s": 2.0, "bytes_moved": 4.0, "ms": 6.0},
+    ]
+    compare(rows)
+    assert [row["of_limit"] for row in rows[1:]] == [0.5, 0.5]
+    assert per_dtensor(rows, 1000) == {"bf16": {"times": 0.6, "us": -4.0}}

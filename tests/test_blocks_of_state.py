@@ -2,26 +2,16 @@
 
 import copy
 import io
-import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from helpers import assert_same_bits, assert_same_planes, planes_of
-from ranks import launch
+from helpers import assert_same_planes, planes_of
+from ranks import assert_same_as_alone, launch, perform
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 import collage
-from collage.sharding import as_bytes, from_bytes
 
 STRATEGY = "collage-8bit"
-SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 
 
 def model(columns: int = 160) -> nn.Module:
@@ -126,78 +116,12 @@ def test_a_state_with_a_scale_of_another_shape_is_refused_by_name():
         opt.load_state_dict(state)
 
 
-def whole(tensor):
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    return from_bytes(as_bytes(tensor).full_tensor()) if tensor.dtype == torch.int16 else tensor.full_tensor()
-
-
-def assert_same_as_alone(ours: nn.Module, opt, alone: nn.Module, other) -> None:
-    for (name, p), q in zip(ours.named_parameters(), alone.parameters(), strict=True):
-        assert_same_bits(name, whole(p.detach()), q.detach())
-        for key, value in other.state[q].items():
-            assert_same_bits(f"{name} {key}", whole(opt.state[p][key]), value)
-
-
-def fsdp(mesh) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
-    made = model()
-    for module in (made[0], made):
-        fully_shard(module, mesh=mesh)
-    return made
-
-
-def resumed_from_shards(mesh, folder: str, strategy: str) -> None:
-    """DCP, and torch's own dictionaries, whole and in shards: what goes on has the bits of one process."""
-    alone = model()
-    other = made_for(alone, strategy)
-    train(alone, other, 0, 6)
-    ours = fsdp(mesh)
-    opt = made_for(ours, strategy)
-    train(ours, opt, 0, 3)
-    weights = {key: value.clone() for key, value in ours.state_dict().items()}
-    for key in SCALES if strategy == STRATEGY else ():
-        assert opt.state[ours[0].weight][key].placements == ours[0].weight.placements
-        assert tuple(opt.state[ours[0].weight][key].shape) == (33, 2)
-    for full in (False, True):
-        options = StateDictOptions(full_state_dict=full, cpu_offload=full)
-        state = copy.deepcopy(get_optimizer_state_dict(ours, opt, options=options))
-        if full:  # which the first rank alone has
-            states = [state]
-            dist.broadcast_object_list(states)
-            state = states[0]
-        else:
-            dcp.save({"opt": state}, checkpoint_id=folder)
-        again = fsdp(mesh)
-        again.load_state_dict(weights)
-        resumed = made_for(again, strategy)
-        if not full:
-            empty = get_optimizer_state_dict(again, resumed, options=options)
-            dcp.load({"opt": empty}, checkpoint_id=folder)
-            state = empty
-        set_optimizer_state_dict(again, resumed, state, options=StateDictOptions(full_state_dict=full))
-        train(again, resumed, 3, 6)
-        assert_same_as_alone(again, resumed, alone, other)
-        if full:  # goes on in one process, too
-            unsharded = model()
-            unsharded.load_state_dict({key: whole(value) for key, value in weights.items()})
-            single = made_for(unsharded, strategy)
-            single.load_state_dict(by_position(state, unsharded))
-            train(unsharded, single, 3, 6)
-            assert_same_as_alone(unsharded, single, alone, other)
-
-
-def by_position(state, made: nn.Module):
-    """torch's dictionary of an optimizer, keyed by names, as one of positions."""
-    at = {name: k for k, (name, _) in enumerate(made.named_parameters())}
-    groups = [{**group, "params": [at[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": {at[name]: own for name, own in state["state"].items()}, "param_groups": groups}
-
-
-def along_rows(mesh, _: str, __: str) -> None:
+def along_rows() -> None:
     """Shards of whole blocks have the bits of the whole; those that cut one are refused on every rank."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
 
     torch.manual_seed(0)
     for shape, dim, fits in [
@@ -222,20 +146,12 @@ def along_rows(mesh, _: str, __: str) -> None:
         opt.load_state_dict(copy.deepcopy(other.state_dict()))  # whole planes, brought to their parameter's placement
         for optimizer in (opt, other):
             optimizer.step()
-        assert_same_as_alone(ours, opt, alone, other)
+        assert_same_as_alone(f"{shape}", ours, opt, alone, other)
 
 
-@pytest.mark.parametrize(
-    ("task", "strategy"),
-    [("resumed_from_shards", STRATEGY), ("resumed_from_shards", "collage-exact"), ("along_rows", "")],
-)
-def test_two_processes(task, strategy, tmp_path):
-    launch(__file__, 2, task, str(tmp_path), strategy)
+def test_shards_along_rows():
+    launch(__file__, 2, "along_rows")
 
 
 if __name__ == "__main__":
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group("gloo")
-    globals()[sys.argv[1]](init_device_mesh("cpu", (2,)), *sys.argv[2:])
-    dist.destroy_process_group()
+    perform(globals())

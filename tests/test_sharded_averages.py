@@ -187,6 +187,7 @@ def rank(task: str, folder: str) -> None:
         in_and_out(mesh)
         what_the_forward_pass_sees(mesh)
         sharded_afterwards(mesh)
+        told_of_writes(mesh)
         spread(mesh)
     elif task == "save":
         saved(mesh, folder)
@@ -194,6 +195,15 @@ def rank(task: str, folder: str) -> None:
     elif task == "load":
         loaded(sharded(mesh), folder)
     dist.destroy_process_group()
+
+
+def told_of_writes(mesh) -> None:
+    """A DTensor counts what is done to it, and its local part what is done to that."""
+    made = sharded(mesh)
+    ema = made_for(made, "bf16x2:sr", full=True)[1]
+    for write in (lambda p: p.mul_(2), lambda p: p.to_local().mul_(2)):
+        with pytest.warns(RuntimeWarning, match="written to inside averaged"), ema.averaged(), torch.no_grad():
+            write(made[0].weight)
 
 
 @pytest.mark.parametrize("task", ["averages", "dictionaries"])

@@ -18,12 +18,15 @@ def any_dtensor(tensors: Iterable[Any]) -> bool:
     return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """`any_dtensor` of one tensor: thousands of them are asked at every step."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Any) -> Tensor:
     """The part of the tensor that this rank holds. Writing to it writes to the DTensor."""
-    if not any_dtensor([tensor]):
-        whole: Tensor = tensor
-        return whole
-    part = tensor.to_local()
+    part = tensor.to_local() if is_dtensor(tensor) else tensor
     result: Tensor = part.wait() if hasattr(type(part), "wait") else part  # a collective still under way
     return result
 
@@ -45,7 +48,8 @@ def versions_of(tensors: Sequence[Any], parts: Sequence[Tensor]) -> list[int]:
 def local_gradients(params: Sequence[Any], grads: list[Any]) -> list[Tensor]:
     """The local part of each gradient, placed as its parameter is: a partial one is reduced, another redistributed.
 
-    A collective where placements differ (the norms under sequence parallelism), so every rank must come here.
+    A collective where placements differ (the norms under sequence parallelism), so every rank must come here, and does
+    before it looks at its own parts: what is wrong with those of one rank alone must not leave the others waiting.
     """
     if not any_dtensor(grads) and not any_dtensor(params):
         return grads
@@ -54,13 +58,13 @@ def local_gradients(params: Sequence[Any], grads: list[Any]) -> list[Tensor]:
 
 def placed(tensor: Any, param: Any) -> Any:
     """A gradient or state of a parameter, placed as the parameter is. A plain one is taken for the whole, if it is."""
-    if not any_dtensor([tensor, param]):
+    if not is_dtensor(param):
+        return tensor.full_tensor() if is_dtensor(tensor) else tensor
+    mesh = param.device_mesh
+    if is_dtensor(tensor) and tensor.placements == param.placements and tensor.device_mesh == mesh:
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
-    if not isinstance(param, DTensor):
-        return tensor.full_tensor()
-    mesh = param.device_mesh
     placements = _placements_of(tensor, param)
     if not isinstance(tensor, DTensor):
         if not placements:
@@ -97,7 +101,7 @@ def _placements_of(tensor: Any, param: Any) -> tuple[Any, ...]:
 
 def in_rows(plane: Tensor, shape: Sequence[int], param: Any) -> Any:
     """This rank's part of a plane with words for blocks of rows, placed as its parameter is. shape: of the whole."""
-    if not any_dtensor([param]):
+    if not is_dtensor(param):
         return plane
     return _of_parts(plane, shape, param.device_mesh, _placements_of(plane.new_empty(shape, device="meta"), param))
 
@@ -110,20 +114,23 @@ def _of_parts(part: Tensor, shape: Sequence[int], mesh: Any, placements: Sequenc
 
 
 def as_bytes(plane: Any) -> Any:
-    """A sharded plane of 16-bit integers as bytes [..., 2]: neither NCCL nor gloo gathers the former. Others as is."""
-    if plane.dtype != torch.int16 or not any_dtensor([plane]):
+    """A plane of 16-bit integers as bytes [..., 2] in the same memory: neither NCCL nor gloo gathers the former.
+
+    Sharded or not, so that what was saved from many ranks is loaded on one. Others as is.
+    """
+    if plane.dtype != torch.int16:
         return plane
-    part = local(plane).contiguous()
-    part = part.view(-1, 1).view(torch.int8).view(*part.shape, 2)
-    return _of_parts(part, (*plane.shape, 2), plane.device_mesh, plane.placements)
+    part = local(plane).unsqueeze(-1).view(torch.int8)
+    return _of_parts(part, (*plane.shape, 2), plane.device_mesh, plane.placements) if is_dtensor(plane) else part
 
 
 def from_bytes(plane: Any) -> Any:
-    """Bytes [..., 2], sharded or not, as 16-bit integers again."""
-    part = local(plane).contiguous().view(torch.int16).squeeze(-1)
-    if not any_dtensor([plane]):
-        return part
-    return _of_parts(part, plane.shape[:-1], plane.device_mesh, plane.placements)
+    """Bytes [..., 2], sharded or not, as 16-bit integers again; in the same memory if that can be read so."""
+    part = local(plane)
+    if part.stride(-1) != 1 or any(step % 2 for step in (*part.stride()[:-1], part.storage_offset())):
+        part = part.contiguous()
+    part = part.view(torch.int16).squeeze(-1)
+    return _of_parts(part, plane.shape[:-1], plane.device_mesh, plane.placements) if is_dtensor(plane) else part
 
 
 def cut_rows(param: Any, block: int | None) -> int | None:
@@ -131,7 +138,7 @@ def cut_rows(param: Any, block: int | None) -> int | None:
 
     block: elements, of a row flattened; None: the whole row. The same on every rank.
     """
-    if not any_dtensor([param]):
+    if not is_dtensor(param):
         return None
     parts = dict.fromkeys(range(param.dim()), 1)
     for placement, ranks in zip(param.placements, param.device_mesh.shape, strict=True):
@@ -149,6 +156,11 @@ def layouts_of(tensors: Sequence[Any]) -> list[tuple[Any, tuple[Any, ...]] | Non
     if not any_dtensor(tensors):
         return [None] * len(tensors)
     return [(t.device_mesh, t.placements) if any_dtensor([t]) else None for t in tensors]
+
+
+def is_flat_shard(tensor: Tensor) -> bool:
+    """Whether it is a part of a flattened module (FSDP1), which does not know its place in the whole."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
 def reshard(model: nn.Module) -> None:
@@ -169,7 +181,7 @@ def region(tensor: Any) -> Region:
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
     sizes, starts = shape, (0,) * len(shape)
-    if any_dtensor([tensor]):
+    if is_dtensor(tensor):
         if any(p.is_partial() for p in tensor.placements):
             raise ValueError(f"a partial DTensor cannot be updated: {tensor.placements}; reduce it first")
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

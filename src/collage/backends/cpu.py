@@ -44,7 +44,7 @@ def step(batch: Batch) -> None:
     gradient = GRADIENTS[batch.grads[0].dtype] if batch.grads else ""
     _operation(batch.rule.name, batch.formats, gradient, batch.rule.prefixes, batch.register).run(
         **_tensors(batch.formats, batch.planes, batch.grads, batch.kept),
-        **(_noise(batch.seed, batch.steps, batch.keys, batch.regions) if batch.stochastic else {}),
+        **(_noise(batch.seed, batch.steps, batch.keys, batch.regions, batch.kept) if batch.stochastic else {}),
         constants=constants,
         rows=rows,
         sums=_each(Tensor.data_ptr, batch.sums),
@@ -210,10 +210,18 @@ def _strides(layout: tuple[Plane, ...], planes: Sequence[Tensor], grads: Sequenc
     return strides
 
 
-def _noise(seed: int, steps: Sequence[int], keys: Sequence[int], regions: Sequence[Region]) -> dict[str, list[Any]]:
+def _noise(
+    seed: int,
+    steps: Sequence[int],
+    keys: Sequence[int],
+    regions: Sequence[Region],
+    kept: dict[str, Any] | None = None,
+) -> dict[str, list[Any]]:
     """What random bits are drawn from, as columns."""
-    shards = [[*region.sizes, *region.starts, *region.strides] for region in regions]
-    return {"streams": bases(seed, steps, keys), "shards": shards}
+    found: dict[str, Any] = {} if kept is None else kept
+    if "shards" not in found:
+        found["shards"] = [[*region.sizes, *region.starts, *region.strides] for region in regions]
+    return {"streams": bases(seed, steps, keys), "shards": found["shards"]}
 
 
 def _constants(batch: Batch) -> tuple[list[list[float]], list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from weakref import ref
 
 import torch
@@ -15,7 +15,7 @@ from collage.optimizers import planes
 from collage.optimizers.parameters import Group, Parameter, State, name_of
 from collage.rules import Rule
 from collage.saying import several, warn_once
-from collage.sharding import any_dtensor
+from collage.sharding import any_dtensor, is_flat_shard
 from collage.strategies import STRATEGIES, Strategy
 
 log = logging.getLogger("collage")
@@ -160,6 +160,18 @@ def warn_of_underflow(rule: Rule, strategy: Strategy) -> None:
         warn_once(
             f"variance: in '{strategy.variance}' squares of gradients below some 5e-3 become 0, and updates several "
             "times too large; use variance='bf16', 'bf16x2' or 'fp32'"
+        )
+
+
+def warn_of_flat_shards(strategy: Strategy, parameters: Iterable[Parameter]) -> None:
+    """FSDP1's shards do not know their place, which random bits depend on, and its dictionaries take no integers."""
+    flat = [parameter.name for parameter in parameters if is_flat_shard(parameter.tensor)]
+    dtypes = {dtype for name in strategy.formats() for dtype in format_of(name).dtypes}
+    if flat and (strategy.stochastic or not all(dtype.is_floating_point for dtype in dtypes)):
+        warn_once(
+            f"params: {several(flat)}: flat shards of FullyShardedDataParallel, whose ranks draw the same random bits "
+            f"and whose dictionaries take no integers; for strategy '{strategy}' shard with fully_shard (FSDP2), or "
+            "use 'collage-plus' here"
         )
 
 

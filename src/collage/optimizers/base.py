@@ -86,6 +86,7 @@ class PrecisionOptimizer(Guarded):
             for parameter in self._those_of(group, group["params"]):
                 if parameter.tensor.requires_grad:  # of a frozen one nothing is asked until it has a gradient
                     require_whole_blocks(self.rule_of(group), self.strategy_of(parameter), parameter)
+            admission.warn_of_flat_shards(Strategy.parse(group["strategy"]), self._those_of(group, group["params"]))
             require_unique(parameter.name for parameter in self.parameters())
             wide = admission.to_be_cast(list(self.parameters())) if self._cast else []
             wide = [parameter for parameter in wide if parameter.group is group]
@@ -189,8 +190,8 @@ class PrecisionOptimizer(Guarded):
                     )
                     for key, value in adopted["state"][saved_id].items()
                 }
-                kinds = planes.dtypes(self.rule_of(parameter.group), self.strategy_of(parameter))
-                self.state[parameter.tensor] = loading.in_words(state, kinds)
+                under = self.rule_of(parameter.group), self.strategy_of(parameter)
+                self.state[parameter.tensor] = planes.in_words(*under, state)
             elif parameter.tensor in unused:
                 self.state[parameter.tensor] = unused[parameter.tensor]
         self._forget()
@@ -198,7 +199,7 @@ class PrecisionOptimizer(Guarded):
             monitor.meet_anew()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's; of sharded parameters 16-bit remainders are bytes [..., 2] in it, which collectives can gather."""
+        """torch's; remainders of 16 bits are bytes [..., 2] in it, in the same memory, which collectives can gather."""
         saved = super().state_dict()
         states = {k: {key: as_bytes(x) for key, x in own.items()} for k, own in saved["state"].items()}
         return {**saved, "state": states}

@@ -13,7 +13,7 @@ from collage.optimizers.parameters import Group
 from collage.optimizers.plan import OWN, WIDE, Columns, chosen
 from collage.rng import signed
 from collage.rules import Rule
-from collage.sharding import any_dtensor
+from collage.sharding import any_dtensor, local_gradients
 
 
 def numbers(settings: Sequence[float | Tensor]) -> Tensor:
@@ -69,9 +69,7 @@ class Traced(torch.optim.Optimizer):
         """The rule that a group's settings ask for."""
         raise NotImplementedError
 
-    def _look(
-        self, group: Group, first: int, kind: int, params: list[Tensor], grads: list[Any]
-    ) -> tuple[Columns, list[Tensor]]:
+    def _look(self, group: Group, first: int, kind: int, params: list[Tensor], grads: list[Tensor]) -> Columns:
         raise NotImplementedError
 
     def _traced(self, closure: Callable[[], Any] | None) -> Any:
@@ -130,7 +128,8 @@ class Traced(torch.optim.Optimizer):
         params, given = chosen(group)[kind]
         if not params:
             return "", ""
-        columns, own = self._look(group, first, kind, params, given)
+        own = local_gradients(params, given)
+        columns = self._look(group, first, kind, params, own)
         require_compilable(
             [*columns.params, *columns.held],
             {

@@ -11,7 +11,6 @@ from torch import Tensor
 from collage.optimizers import planes
 from collage.optimizers.parameters import Group, Parameter, State
 from collage.rules import Rule
-from collage.sharding import from_bytes
 from collage.strategies import ROLES, Strategy
 
 # What torch's optimizers keep in a group and ours do not, or have as their own: dropped when their state is loaded.
@@ -104,17 +103,9 @@ def adopt(
         if "strategy" not in saved["param_groups"][parameter.group_index]:
             own = (live or {}).get(parameter.tensor, {})
             theirs = planes.from_torch(rule, strategy, parameter.tensor, theirs, own, name)
-        planes.check(rule, strategy, parameter.tensor, in_words(theirs, planes.dtypes(rule, strategy)), name)
+        planes.check(rule, strategy, parameter.tensor, planes.in_words(rule, strategy, theirs), name)
         states[saved_id] = {**theirs, "step": planes.count(theirs["step"], name)}
     return {**saved, "state": states, "param_groups": adopted}
-
-
-def in_words(state: State, dtypes: Mapping[str, torch.dtype]) -> State:
-    """A saved state whose 16-bit integers are such again: of sharded parameters they are saved as bytes."""
-    return {
-        key: from_bytes(x) if dtypes.get(key) == torch.int16 and x.dtype == torch.int8 and x.shape[-1:] == (2,) else x
-        for key, x in state.items()
-    }
 
 
 def is_foreign(saved: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from collage.layout import Plane, Planes, pieces
 from collage.optimizers.memory import in_memory
 from collage.optimizers.parameters import State, dtype_of, name_of
 from collage.rules import Rule
-from collage.sharding import cut_rows, in_rows, local
+from collage.sharding import cut_rows, from_bytes, in_rows, local
 from collage.strategies import Strategy
 
 CHUNK = 1 << 16  # elements: temporaries of some megabytes, between states that stay, would leave holes in memory
@@ -101,8 +101,12 @@ OPTIONAL = ("momentum_buffer", "max_exp_avg_sq")  # slots that a setting of a gr
 
 
 def complete(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> None:
-    """Begin at 0 a slot that the rule has had no need of so far, and drop one that it has no need of any more."""
+    """Begin at 0 a slot that the rule has had no need of so far, and drop one that it has no need of any more.
+
+    Bytes of a saved state that someone put there (ZeroRedundancyOptimizer loads so) become the words they stand for.
+    """
     own = kept(rule, strategy)
+    state.update(in_words(rule, strategy, state))
     if "step" not in state or own.keys == tuple(key for key in state if key != "step"):
         return
     for slot, name in zip(rule.slots, own.formats, strict=True):
@@ -112,6 +116,16 @@ def complete(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> Non
             state.update((key, _zeros(plane, param.detach())) for key, plane in zip(keys, fmt.planes, strict=True))
     for key in [key for key in state if key.startswith(OPTIONAL) and not key.startswith(rule.prefixes)]:
         del state[key]
+
+
+def in_words(rule: Rule, strategy: Strategy, state: Mapping[str, Any]) -> State:
+    """A state whose 16-bit integers are such again: a state_dict has them as bytes [..., 2]."""
+    words = {key for key, dtype in dtypes(rule, strategy).items() if dtype == torch.int16}
+    return {key: from_bytes(x) if key in words and _is_bytes(x) else x for key, x in state.items()}
+
+
+def _is_bytes(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.int8 and value.shape[-1:] == (2,)
 
 
 def require_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:

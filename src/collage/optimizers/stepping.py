@@ -132,14 +132,25 @@ class Stepping(compiled.Traced):
     def _looked(self, of_groups: Mapping[int, Sequence[Tensor] | None]) -> list[tuple[Columns, Batch]]:
         """What is to be done for these parameters of each group that have a gradient; None: for all of the group."""
         todo: list[tuple[Columns, Batch]] = []
-        self._fresh, first = [], 0
+        self._fresh = []
+        for group, first, kind, params, grads in list(self._chosen(of_groups)):
+            columns = self._look(group, first, kind, params, grads)
+            todo.append((columns, self._batch(group, columns, grads)))
+        return todo
+
+    def _chosen(
+        self, of_groups: Mapping[int, Sequence[Tensor] | None]
+    ) -> Iterator[tuple[Group, int, int, list[Tensor], list[Tensor]]]:
+        """What steps together: group, position of its first parameter, kind, parameters, their local gradients.
+
+        All that ranks do together to bring gradients to their parameters is done when this ends.
+        """
+        first = 0
         for index, group in enumerate(self.param_groups):
             for kind, (params, grads) in enumerate(chosen(group, of_groups[index]) if index in of_groups else ()):
                 if params:
-                    columns, own = self._look(group, first, kind, params, grads)
-                    todo.append((columns, self._batch(group, columns, own)))
+                    yield group, first, kind, params, local_gradients(params, grads)
             first += len(group["params"])
-        return todo
 
     def _make(self, todo: Sequence[tuple[Columns, Batch]]) -> None:
         if self.monitors:
@@ -194,12 +205,9 @@ class Stepping(compiled.Traced):
         for monitor in self.monitors:
             monitor.after(watched)
 
-    def _look(
-        self, group: Group, first: int, kind: int, params: list[Tensor], grads: list[Any]
-    ) -> tuple[Columns, list[Tensor]]:
-        """(parameters that step together as columns, their gradients). Raises before anything is changed."""
+    def _look(self, group: Group, first: int, kind: int, params: list[Tensor], grads: list[Tensor]) -> Columns:
+        """Parameters that step together as columns, of local gradients. Raises before anything is changed."""
         rule, strategy = self.rule_of(group), strategies_for(group)[kind]
-        grads = local_gradients(params, grads)
         columns = self._columns.get((id(group), kind, id(params[0])))
         if not (
             columns
@@ -207,7 +215,7 @@ class Stepping(compiled.Traced):
             and accept(columns.thetas, grads, strategy.dtype)
         ):
             columns = self._renew(group, first, kind, (rule, strategy), params, grads)
-        return columns, grads
+        return columns
 
     def _renew(
         self,

@@ -19,6 +19,7 @@ from collage.harness.bench.contestants import KINDS, Row, Shapes
 from collage.harness.bench.gradients import command as gradients
 from collage.harness.bench.measure import measure
 from collage.harness.bench.rows import DEFAULT, rows
+from collage.harness.bench.sharded import ranks
 from collage.harness.bench.shown import show, show_plan
 from collage.harness.console import say
 from collage.harness.options import flag_of, open_folder
@@ -52,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"comma-separated (default: {','.join(DEFAULT)}; with --accuracy every format)",
     )
     add("--rounds", type=int, metavar="N", help="timings of every row, interleaved (default: 9)")
+    add(
+        "--sharded",
+        action="store_true",
+        help="also the strategies' steps on DTensors, of one rank, or under torchrun on all",
+    )
     add("--no-monitor", action="store_true", help="leave out the monitored steps")
     add("--no-others", action="store_true", help="leave out torch's and other packages' optimizers")
     add("--extra", action="store_true", help="also optimi and torchao: pip install '.[bench]'")
@@ -86,6 +92,7 @@ TIMING: dict[str, tuple[Any, str]] = {
     "threads": (None, SMALL),
     "optimizer": ("adamw", "formats lose the same under every rule; it measures AdamW's moments"),
     "rounds": (9, "it has the same numbers every time"),
+    "sharded": (False, SMALL),
     "no_monitor": (False, "it monitors nothing"),
     "extra": (False, "it measures the packages that are installed"),
 }
@@ -128,16 +135,19 @@ def run(args: argparse.Namespace) -> int:
         return gradients.run(args)
     names = [] if args.strategies is None else [name.strip() for name in args.strategies.split(",")]
     strategies = [Strategy.parse(name) for name in names]
-    return accuracy.run(strategies, args) if args.accuracy else time(names or DEFAULT, args)
+    if args.accuracy:
+        return accuracy.run(strategies, args)
+    with ranks(args.sharded) as rank:
+        return time(names or DEFAULT, args, rank)
 
 
-def time(names: Sequence[str], args: argparse.Namespace) -> int:
-    """Time every row. Returns the exit status."""
+def time(names: Sequence[str], args: argparse.Namespace, rank: int) -> int:
+    """Time every row; the first rank says and writes what it measured. Returns the exit status."""
     most = os.cpu_count() or 1
     if args.threads is not None and not 1 <= args.threads <= most:
         raise ValueError(f"--threads: needs 1 to {most}, the cores of this machine, got {args.threads}")
     shapes = shapes_of(args.shapes, args.params)
-    lines = rows(args.optimizer, names, not args.no_monitor, not args.no_others, args.extra)
+    lines = rows(args.optimizer, names, not args.no_monitor, not args.no_others, args.extra, args.sharded)
     if args.bandwidth is not None and not (args.plan and 0 < args.bandwidth < math.inf):
         raise ValueError(f"--bandwidth: needs --plan and a number above 0, got {args.bandwidth:g}")
     if args.plan:
@@ -150,15 +160,17 @@ def time(names: Sequence[str], args: argparse.Namespace) -> int:
     open_folder(args.out)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
-    screen = Console(width=max(100, Console().width))
+    screen = Console(width=max(100, Console().width), quiet=rank > 0)
     try:
         result = measure(args.optimizer, lines, shapes, args.rounds, device, screen)
     finally:
         torch.set_num_threads(before)
+    if rank:
+        return 0
     result["command"] = (
         f"collage bench --optimizer {args.optimizer} --device {args.device} --params {args.params} "
         f"--shapes {args.shapes} --threads {result['machine']['threads']} --strategies {','.join(names)} "
-        f"--rounds {args.rounds}"
+        f"--rounds {args.rounds}{' --sharded' * args.sharded}"
     )
     (args.out / "bench.json").write_text(to_json(result, indent=1), encoding="utf-8")
     plot.draw(result, args.out / "bench.png")

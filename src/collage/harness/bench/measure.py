@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from collage.harness.bench import sharded
 from collage.harness.bench.contestants import Contestant, Row, Shapes, count
 from collage.harness.bench.others import A, D
 from collage.harness.bench.rows import arrived
@@ -64,6 +65,8 @@ def measure(
         "rounds": rounds,
         "load_before": load,
         "rows": table,
+        "ranks": sharded.count(),
+        "per_dtensor": per_dtensor(table, len(shapes)),
         "failed": failed,
     }
 
@@ -71,6 +74,7 @@ def measure(
 def seconds(call: Callable[[], Any], calls: int) -> float:
     """Of one call, on average."""
     wait()
+    sharded.gather()
     start = time.perf_counter()
     for _ in range(calls):
         call()
@@ -112,7 +116,16 @@ def compare(table: list[dict[str, Any]]) -> None:
     fastest = max((line["gb_per_s"] for line in table if line["name"].startswith("limit")), default=None)
     for line in table:
         planes = by_name.get(f"limit of {line['name'].partition(',')[0]}")
-        bound = planes or (line["bytes_moved"] / fastest if fastest else None)
+        bound = planes * sharded.share(line, table) if planes else line["bytes_moved"] / fastest if fastest else None
         line["of_limit"] = bound / line["ns_per_param"] if bound else None
         for letter, name in (("d", D), ("a", A)):
             line[f"to_{letter}"] = line["ns_per_param"] / by_name[name] if name in by_name else None
+
+
+def per_dtensor(table: list[dict[str, Any]], tensors: int) -> dict[str, dict[str, float]]:
+    """Of each sharded row: its time over that of the same plain tensors, and the microseconds more for each of them."""
+    by_name = {line["name"]: line["ms"] for line in table}
+    pairs = {name.removesuffix(sharded.SUFFIX): ms for name, ms in by_name.items() if name.endswith(sharded.SUFFIX)}
+    return {
+        name: {"times": ms / by_name[name], "us": (ms - by_name[name]) / tensors * 1e3} for name, ms in pairs.items()
+    }

@@ -8,17 +8,21 @@ import torch
 
 from collage.harness.bench.contestants import KINDS, Row, limit, ours
 from collage.harness.bench.others import EXTRA, MASTERS, WAYS, torchs
+from collage.harness.bench.sharded import sharded
 from collage.strategies import Strategy
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", "fp32-master")
 
 
-def rows(optimizer: str, strategies: Sequence[str], monitor: bool, others: bool, extra: bool) -> list[Row]:
+def rows(
+    optimizer: str, strategies: Sequence[str], monitor: bool, others: bool, extra: bool, shards: bool = False
+) -> list[Row]:
     """The lines of the table, limits first. Others but torch's own of the same rule are there for AdamW alone."""
     kind = KINDS[optimizer]
     known = list(dict.fromkeys(str(Strategy.parse(name)) for name in strategies))
     watched = "collage-plus" if "collage-plus" in known else known[-1]
     found = [limit(kind, name) for name in known] + [ours(kind, name) for name in known]
+    found += [sharded(kind, name) for name in known if shards]
     found += [ours(kind, watched, every) for every in (10, 1)] if monitor else []
     found += [torchs(kind, label, dtype, **how) for label, dtype, how in WAYS] if others and kind.torch else []
     if optimizer == "adamw":
@@ -42,7 +46,7 @@ def arrived(optimizer: str, row: Row, device: torch.device, steps: int = 50, lr:
     opt = kind.torch([exact], lr=lr, **kind.settings)  # type: ignore[call-arg]
     g = torch.Generator().manual_seed(1)
     for _ in range(0, steps, contestant.steps):
-        grad = torch.empty(shape).normal_(std=1e-3, generator=g).bfloat16().to(exact.device)
+        grad = torch.empty(exact.shape).normal_(std=1e-3, generator=g).bfloat16().to(exact.device)
         contestant.params[0].grad.copy_(grad)  # type: ignore[union-attr]
         exact.grad = grad.double()
         contestant.step()

@@ -64,6 +64,9 @@ def show(result: dict[str, Any], screen: Console) -> None:
     print_table(screen, title, TIMES, {line["name"]: line for line in result["rows"]})
     for name, reason in result["failed"].items():
         say(screen, f"not measured: {name}: {reason}", "yellow")
+    for name, more in result["per_dtensor"].items():
+        each = f", {fixed(more['us'], 1)} us more for each DTensor" if result["ranks"] == 1 else ""
+        say(screen, f"{name}, sharded over {result['ranks']}: {fixed(more['times'], 2)} times as long{each}")
     spreads = [line["spread"] for line in result["rows"]]
     load = "" if result["load_before"] is None else f"; load before: {fixed(result['load_before'], 2)}"
     say(
