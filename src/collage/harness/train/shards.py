@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collage.optimizers.base import PrecisionOptimizer
-from collage.sharding import any_dtensor, as_bytes, from_bytes
-from collage.unwrapping import unwrapped
+from collage.sharding import any_dtensor
 
 
 def shard(model: nn.Module, compute: torch.dtype, device: torch.device) -> None:
@@ -35,18 +33,10 @@ def is_sharded(model: nn.Module) -> bool:
     return any_dtensor(model.parameters())
 
 
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state_dict that one process would have. A collective; only the first process has what it gathers."""
-    # torch's own: ours has bytes in the place of sharded 16-bit integers, for others to gather
-    saved: dict[str, Any] = whole(torch.optim.Optimizer.state_dict(unwrapped(optimizer, PrecisionOptimizer)))
-    return saved
-
-
 def whole(saved: Any) -> Any:
     """A state_dict with each DTensor gathered, on the CPU. A collective; only the first process has what it gathers."""
     if any_dtensor([saved]):
-        full = as_bytes(saved).full_tensor()
-        full = from_bytes(full) if saved.dtype == torch.int16 else full
+        full = saved.full_tensor()
         return full.cpu() if torch.distributed.get_rank() == 0 else None
     if isinstance(saved, Mapping):
         return {key: whole(value) for key, value in saved.items()}
