@@ -185,6 +185,20 @@ def skipped() -> None:
         assert [name.endswith("0.weight") for name in names] == [True]
 
 
+def refused() -> None:
+    """What one rank cannot do, no rank does, and none waits for it."""
+    made = in_ddp()
+    opt = optimizer(made, skip_nonfinite=True)
+    loss(made, 0).backward()
+    if dist.get_rank() == 1:
+        opt.param_groups[0]["lr"] = -1.0
+    before = [p.detach().clone() for p in made.parameters()]
+    with pytest.raises((ValueError, RuntimeError), match=r"lr: needs|another rank cannot make this step"):
+        opt.step()
+    assert all(map(torch.equal, made.parameters(), before))
+    assert not any(opt.state.values())
+
+
 def within_ddp() -> None:
     """A model that DDP averages, given without it, is refused before ranks go apart."""
     made = in_ddp()
@@ -205,7 +219,7 @@ def within_ddp() -> None:
 
 def rank() -> None:
     dist.init_process_group("gloo")
-    for check in (clipped, released, released_in_ddp, accumulated, skipped, within_ddp):
+    for check in (clipped, released, released_in_ddp, accumulated, skipped, refused, within_ddp):
         check()
     dist.destroy_process_group()
 

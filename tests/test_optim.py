@@ -445,3 +445,10 @@ def test_a_forked_process_steps():
     )
     warn = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
     assert subprocess.run(warn, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["maximize", "capturable", "skip_nonfinite"])
+def test_switches_are_switches(name):
+    w = torch.nn.Parameter(torch.ones(4).bfloat16())
+    with pytest.raises(TypeError, match=f"{name}: needs True or False, got 'yes'"):
+        collage.AdamW([("w", w)], **{name: "yes"})

@@ -85,7 +85,9 @@ class EDQCallback(Callback):
             values = {f"{name}{ending}": value for name, value in logged(self.windows[k].total).items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)  # Lightning's own logs count from 0
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+            trainer.callback_metrics.update(
+                {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}
+            )
         self._measured = set()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

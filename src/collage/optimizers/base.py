@@ -103,6 +103,9 @@ class PrecisionOptimizer(Guarded):
         for setting in (LR, *rule.settings):
             group[setting.name] = setting.checked(group[setting.name])
         group["seed"] = checked_seed(group["seed"])
+        for name in ("maximize", "capturable"):
+            if not isinstance(group[name], bool):
+                raise TypeError(f"{name}: needs True or False, got {group[name]!r}")
         settings = [group["lr"], *rule.hyper(group)]
         if not any(isinstance(x, Tensor) and x.device.type != "cpu" for x in settings):  # reading it would wait
             lr, *hyper = map(float, settings)

@@ -16,11 +16,14 @@ from collage.optimizers.parameters import Group
 from collage.optimizers.parts import InParts
 from collage.optimizers.plan import Columns
 
+REFUSED = 2  # what a rank tells the others that raises; 1: NaN or Inf
+
 
 class Guarded(InParts):
     """What ``skip_nonfinite`` asks of a step."""
 
     _skipped: Tensor | int = 0
+    _answered = False  # whether the step under way has told the other ranks what it found
 
     @property
     def skips_nonfinite(self) -> bool:
@@ -41,16 +44,29 @@ class Guarded(InParts):
         if self.skips_nonfinite and self._device().type != "cpu":
             self._count_on_device()
 
+    def _whole(self) -> None:
+        self._answered = False
+        try:
+            super()._whole()
+        except BaseException:
+            if self.skips_nonfinite and not self._answered:
+                on_any_rank(torch.full((), REFUSED, dtype=torch.uint8, device=self._device()))  # others wait for this
+            raise
+
     def _make(self, todo: Sequence[tuple[Columns, Batch]]) -> None:
         if not self.skips_nonfinite:
             super()._make(todo)
             return
         looked = [(columns, batch) for columns, batch in todo if columns.group["skip_nonfinite"]]
         broken = [~squares(batch.grads).isfinite() for _, batch in looked]
+        self._answered = True
         found = on_any_rank(_any(broken, self._device()))
         if self._looks_in_the_step(found):
-            self._skipped = self._skipped + found.long()
+            self._skipped = self._skipped + (found > 0).long()
             super()._make([(columns, replace(batch, skip=_either(batch.skip, found))) for columns, batch in todo])
+        elif int(found) == REFUSED:
+            self._drop_fresh()
+            raise RuntimeError("skip_nonfinite: another rank cannot make this step, and says why; nothing is changed")
         elif bool(found):
             self._drop_fresh()
             self.count_skipped([columns.params for columns, _ in looked], broken)

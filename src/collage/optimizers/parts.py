@@ -56,7 +56,7 @@ class InParts(Stepping):
     def _advance(self) -> None:
         """The rest of a step under way, or a whole one."""
         if self.in_backward is None and not self._stepped:
-            super()._advance()
+            self._whole()
             return
         if self.in_backward is not None:
             self.in_backward.finish()

@@ -14,15 +14,14 @@ from torch import Tensor
 from collage.backends.batch import stochastic
 from collage.backends.operator import regions_of
 from collage.optimizers import edits, planes
+from collage.optimizers.facts import Facts
 from collage.optimizers.memory import check_gradient, has_memory
 from collage.optimizers.parameters import Group, Parameter, State
 from collage.rules import Rule
 from collage.sharding import any_dtensor, local, region
 from collage.strategies import STRATEGIES, Strategy, is_small
 
-_shape, _dtype = attrgetter("shape"), attrgetter("dtype")
-_expired: Any = torch.UntypedStorage._expired  # torch has not typed them
-_free: Any = torch.UntypedStorage._free_weak_ref
+_dtype = attrgetter("dtype")
 
 
 OWN, SMALL, WIDE = range(3)  # kinds of a group's parameters: those of its strategy, small ones, and float32 ones among
@@ -53,49 +52,6 @@ def chosen(group: Group, params: Sequence[Tensor] | None = None) -> tuple[Chosen
         some.append(param)
         theirs.append(grad)
     return found
-
-
-class Facts:
-    """What must not change of tensors that were checked, so that a kernel may be given their addresses again.
-
-    thetas: the parameters themselves; planes: local ones, theta's first; steps: counters.
-    """
-
-    def __init__(self, thetas: Sequence[Tensor], planes: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-        self.thetas, self.planes, self.steps = thetas, planes, steps
-        self.visible = planes[:: len(planes) // len(thetas)]
-        self.storages = [theta.untyped_storage()._weak_ref() for theta in self.visible]
-        self.found = self._look()
-        self.addresses, self.counters = self.found[0][::3], self.found[1]
-
-    def _look(self) -> tuple[list[Any], ...]:
-        # All of one tensor before the next: there may be more of them than a cache holds.
-        lying = zip(
-            map(Tensor.data_ptr, self.planes), map(Tensor.numel, self.planes), map(Tensor.is_contiguous, self.planes),
-            strict=True,
-        )  # fmt: skip
-        flat = list(chain.from_iterable(lying))
-        strides = [] if all(flat[2::3]) else [(plane.shape, plane.stride()) for plane in self.planes]
-        forms = chain.from_iterable(zip(map(_shape, self.thetas), map(_dtype, self.visible), strict=True))
-        return flat, list(map(Tensor.data_ptr, self.steps)), strides, list(forms)
-
-    @property
-    def live(self) -> bool:
-        """Whether no storage is gone, whose address another one may have by now."""
-        return not any(map(_expired, self.storages))
-
-    @property
-    def place(self) -> tuple[Any, ...]:
-        """Where the first parameter was."""
-        return self.addresses[0], self.found[2], self.found[3]
-
-    def hold(self) -> bool:
-        """Whether everything is as it was."""
-        return self._look() == self.found and self.live
-
-    def __del__(self) -> None:
-        for storage in getattr(self, "storages", ()):
-            _free(storage)
 
 
 @dataclass(slots=True)

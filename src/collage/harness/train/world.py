@@ -32,9 +32,13 @@ def joined() -> Iterator[None]:
         return
     was_there = torch.distributed.is_initialized()
     state = PartialState(cpu=not torch.cuda.is_available())
-    yield
-    if not was_there:  # and not after an error: the others may still be in a collective, and would wait
-        state.destroy_process_group()
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:  # after an error others may still be in a collective: NCCL would wait for them; gloo's threads have to end
+        if not was_there and not (failed and torch.distributed.get_backend() == "nccl"):
+            state.destroy_process_group()
 
 
 def first_does(act: Callable[[], T]) -> T:
