@@ -88,7 +88,9 @@ def test_norms_that_are_not_finite(bad):
 
 
 def test_what_clipping_refuses():
-    for max_norm in (-1.0, math.nan):
+    with pytest.raises(TypeError, match=r"parameters: got a module; give model.parameters\(\)"):
+        collage.clip_grad_norm_(nn.Linear(1, 1), 1.0)
+    for max_norm in (-1.0, math.nan, None, "a"):
         with pytest.raises(ValueError, match="max_norm: needs a number >= 0"):
             collage.clip_grad_norm_([], max_norm)
     with pytest.raises(ValueError, match="norm_type: needs a number > 0"):
@@ -177,12 +179,43 @@ def test_an_optimizer_takes_the_sums_released_or_not():
 def test_an_accumulator_leaves_as_it_came():
     net = model()
     accumulator = collage.GradientAccumulator(net)
-    with pytest.raises(RuntimeError, match=r"another GradientAccumulator has it; remove\(\)"):
-        collage.GradientAccumulator(net)
+    with accumulator:
+        loss(net, 1).backward()
+    collage.GradientAccumulator(net).remove()  # takes over from the first
     accumulator.remove()
     loss(net, 0).backward()
     assert {p.grad.dtype for p in net.parameters()} == {torch.bfloat16}
     assert {p.grad_dtype for p in net.parameters()} == {torch.bfloat16}
+
+
+def test_a_step_can_be_begun_anew():
+    nets = [model(), model()]
+    accumulators = [collage.GradientAccumulator(net) for net in nets]
+    with accumulators[0]:
+        loss(nets[0], 5).backward()
+    accumulators[0].reset()
+    for net, accumulator in zip(nets, accumulators, strict=True):
+        with accumulator:
+            loss(net, 0).backward()
+        accumulator.finish()
+    for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        assert_same_bits(name, p.grad, q.grad)
+
+
+def test_what_an_accumulator_takes():
+    sparse = collage.to_bf16(nn.Embedding(4, 2, sparse=True))
+    accumulator = collage.GradientAccumulator(sparse)
+    with pytest.raises(TypeError, match="sparse; use a dense one"), accumulator:
+        sparse(torch.tensor([1])).sum().backward()
+    wide = nn.Linear(2, 1, dtype=torch.float64)
+    accumulator = collage.GradientAccumulator(wide)
+    for _ in range(3):
+        with accumulator:
+            (wide(torch.ones(1, 2, dtype=torch.float64)) / 3).sum().backward()
+    accumulator.finish()
+    third = torch.tensor(1 / 3, dtype=torch.float64)
+    assert wide.bias.grad.dtype == torch.float64
+    assert wide.bias.grad.item() == (third + third + third).item()
 
 
 def test_an_old_torch_is_named(monkeypatch):

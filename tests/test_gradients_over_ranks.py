@@ -14,6 +14,7 @@ import collage
 from collage.sharding import as_bytes, from_bytes
 
 STEPS = 3
+MESHES: dict[int, object] = {}
 
 
 def model() -> nn.Module:
@@ -185,6 +186,25 @@ def skipped() -> None:
         assert [name.endswith("0.weight") for name in names] == [True]
 
 
+def skipped_exactly() -> None:
+    """A gradient of one rank's own, that is not finite there alone: all skip, and none waits."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    made = model()
+    fully_shard(made, mesh=MESHES.setdefault(1, init_device_mesh("cpu", (dist.get_world_size(),))),
+                ignored_params=set(made[3].parameters()))  # fmt: skip
+    opt = optimizer(made, skip_nonfinite=True)
+    released = collage.release_gradients(made, opt, clip="exact")
+    for _ in released.passes():
+        bad = float("inf") if dist.get_rank() == 1 else 1.0
+        (loss(made, 0) + bad * made[3].bias.float().sum()).backward()
+    opt.step()
+    assert opt.skipped_steps == 1
+    assert not any(opt.state.values())
+    released.remove()
+
+
 def refused() -> None:
     """What one rank cannot do, no rank does, and none waits for it."""
     made = in_ddp()
@@ -219,7 +239,7 @@ def within_ddp() -> None:
 
 def rank() -> None:
     dist.init_process_group("gloo")
-    for check in (clipped, released, released_in_ddp, accumulated, skipped, refused, within_ddp):
+    for check in (clipped, released, released_in_ddp, accumulated, skipped, skipped_exactly, refused, within_ddp):
         check()
     dist.destroy_process_group()
 

@@ -220,12 +220,85 @@ def test_what_release_refuses():
     with pytest.raises(ValueError, match="skip_nonfinite: in one pass"):
         collage.release_gradients(*make(skip_nonfinite=True))
     released = collage.release_gradients(model, opt)
-    with pytest.raises(RuntimeError, match=r"released already; remove\(\)"):
+    with pytest.raises(RuntimeError, match=r"released already; opt.in_backward.remove\(\)"):
         collage.release_gradients(model, opt)
     loss_of(model, 0).backward()
-    with pytest.raises(RuntimeError, match=r"param '.*': it has stepped, and has another gradient .*paused\(\)"):
+    with pytest.raises(RuntimeError, match=r"param '.*': it has a gradient, and gets another .*paused\(\)"):
         loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="give max_norm to release_gradients"):
+        collage.clip_grad_norm_(model.parameters(), 1.0)
+    opt.zero_grad()  # of the second backward
+    opt.step()
+    opt.param_groups[0]["skip_nonfinite"] = True  # later, as by a loaded state
+    with pytest.raises(ValueError, match="skip_nonfinite: in one pass"):
+        loss_of(model, 0).backward()
+    opt.param_groups[0]["skip_nonfinite"] = False
+    opt.zero_grad()
+    opt.grad_scale = torch.ones(())
+    with pytest.raises(RuntimeError, match="GradScaler: released gradients"):
+        opt.step()
+    del opt.grad_scale
     released.remove()
+    with pytest.raises(TypeError, match="call release_gradients once for each"):
+        collage.release_gradients(model, [opt, opt])
+    with pytest.raises(ValueError, match="max_norm: needs a number >= 0, got 'x'"):
+        collage.release_gradients(model, opt, max_norm="x")
+
+
+def test_frozen_parameters_and_removals_in_any_order():
+    got, want = make(), make()
+    for model, _ in (got, want):
+        model.mix.requires_grad_(False)
+    stale = collage.release_gradients(*got, max_norm=0.5)
+    stale.remove()
+    assert "released_norm" not in got[1].param_groups[0]
+    released = collage.release_gradients(*got)
+    stale.remove()  # of an earlier one: the later goes on
+    run(*got, released=released)
+    run(*want)
+    assert_same("frozen", got, want)
+
+
+def test_an_exact_clip_of_gradients_that_are_all_there():
+    """Kept by `paused`, by DDP, or set by hand, as torch.distributed.checkpoint does to make a state."""
+    got, want = make(), make()
+    released = collage.release_gradients(*got, max_norm=0.5, clip="exact")
+    for step in range(STEPS):
+        with released.paused():
+            loss_of(got[0], step).backward()
+        loss_of(want[0], step).backward()
+        collage.clip_grad_norm_(want[0].parameters(), 0.5)
+        for _, opt in (got, want):
+            opt.step()
+        assert all(p.grad is None for p in got[0].parameters())
+        want[1].zero_grad()
+    assert_same("all there", got, want)
+
+
+def test_a_first_pass_that_was_broken_off_leaves_nothing():
+    got, want = make(), make()
+    released, other = (collage.release_gradients(*pair, max_norm=0.5, clip="exact") for pair in (got, want))
+    for _ in released.passes():
+        loss_of(got[0], 3).backward()
+        break
+    got[1].zero_grad()
+    passes(*got, released)
+    passes(*want, other)
+    assert_same("begun anew", got, want)
+
+
+def test_an_exact_clip_looks_at_the_groups_that_ask():
+    w, v = (torch.nn.Parameter(torch.ones(4).bfloat16()) for _ in range(2))
+    net = nn.Module()
+    net.w, net.v = w, v
+    opt = collage.SGD([{"params": [("w", w)], "skip_nonfinite": True}, {"params": [("v", v)]}], lr=0.1)
+    released = collage.release_gradients(net, opt, clip="exact")
+    for bad, skipped in ((v, 0), (w, 1)):
+        for _ in released.passes():
+            (w.sum() + v.sum() + math.inf * bad.sum()).backward()
+        opt.step()
+        assert opt.skipped_steps == skipped
+        opt.state.clear()
 
 
 def test_an_exact_clip_needs_its_passes():
@@ -250,3 +323,15 @@ def test_a_wrong_gradient_is_named():
     model(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match=r"param 'weight': its gradient is sparse"):
         opt.step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_norm": 1.0}, {"max_norm": 1.0, "clip": "exact"}])
+def test_the_step_that_makes_states_to_load_into(settings):
+    """torch.distributed.checkpoint makes it with gradients of zero and lr 0, which arrive through no backward."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, opt = make()
+    before = copy.deepcopy(model.state_dict())
+    collage.release_gradients(model, opt, **settings)
+    assert get_optimizer_state_dict(model, opt)["state"].keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

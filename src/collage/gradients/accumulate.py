@@ -17,7 +17,7 @@ from collage.gradients.together import Together, on_arrival
 from collage.rules.accumulate import ACCUMULATE
 from collage.sharding import alike, local
 
-_SUMMED: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # of which an accumulator takes the gradients
+_SUMMED: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()  # parameter -> who takes its gradients
 
 
 def is_summed(param: Tensor) -> bool:
@@ -38,9 +38,12 @@ class GradientAccumulator:
             average by itself (its ``no_sync``), and `finish` does. Under FSDP2 every micro-batch is
             reduce-scattered, and the shards are added up.
 
+    A model that an earlier accumulator has is taken over from it.
+
     Raises:
-        RuntimeError: a torch without ``Tensor.grad_dtype``; a model that another accumulator has, or that is within a
-            DistributedDataParallel which was not given.
+        RuntimeError: a torch without ``Tensor.grad_dtype``; a model within a DistributedDataParallel that was not
+            given.
+        TypeError: a sparse gradient.
 
     >>> model = torch.nn.Linear(1, 1, bias=False).bfloat16()
     >>> accumulator = GradientAccumulator(model)
@@ -56,8 +59,9 @@ class GradientAccumulator:
         params = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
         if not hasattr(Tensor, "grad_dtype"):
             raise RuntimeError(f"model: float32 gradients need a torch with Tensor.grad_dtype, got {torch.__version__}")
-        if any(p in _SUMMED for p in params):
-            raise RuntimeError("model: another GradientAccumulator has it; remove() that first, or use it")
+        for p in params:
+            if p in _SUMMED:
+                _SUMMED[p].remove()
         self._model, self._context = model, ExitStack()
         self._inside = False
         self._sums: dict[Tensor, Any] = {}  # float32, kept from step to step
@@ -67,7 +71,7 @@ class GradientAccumulator:
         self._handles = [on_arrival(p, self._arrived) for p in params]
         for p in params:
             p.grad_dtype = None  # it arrives as backward has it, and is left in float32
-            _SUMMED[p] = True
+            _SUMMED[p] = self
 
     def __enter__(self) -> GradientAccumulator:
         """Around forward and backward of every micro-batch."""
@@ -106,6 +110,12 @@ class GradientAccumulator:
                 "averaged over ranks; is the model in DistributedDataParallel? Give that to GradientAccumulator"
             )
 
+    def reset(self) -> None:
+        """Drop what was added since the last `finish`: for a step that is to be begun anew, after an error."""
+        for p in self._together.drop():
+            p.grad = None
+        self._begun = set()
+
     def remove(self) -> None:
         """Leave gradients to autograd again; sums that are not finished are dropped."""
         for handle in self._handles:
@@ -118,6 +128,11 @@ class GradientAccumulator:
 
     def _arrived(self, param: Tensor) -> None:
         """The hook: backward has left a gradient."""
+        if param.grad is not None and param.grad.layout != torch.strided:
+            raise TypeError(
+                f"model: the gradient of a weight of shape {tuple(param.shape)} is sparse; use a dense one "
+                "(Embedding(sparse=False))"
+            )
         if self._inside:
             self._together.add(param)
         else:
@@ -141,17 +156,21 @@ class GradientAccumulator:
     def _start(self, param: Tensor, grad: Any) -> None:
         """The first gradient of a step."""
         if param not in self._sums or self._sums[param].shape != grad.shape:
-            self._sums[param] = torch.empty_like(grad, dtype=torch.float32)
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            self._sums[param] = torch.empty_like(grad, dtype=wide)
         local(self._sums[param]).copy_(local(alike(grad, self._sums[param])))
         self._begun.add(id(param))
 
 
 def add_(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Add to each float32 sum a gradient, each element rounded once. In one pass over both."""
+    """Add to each sum (float32; float64 of such gradients) a gradient, each element rounded once. In one pass."""
     kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     for total, grad in pairs:
         kinds.setdefault((grad.device, grad.dtype), []).append((total, grad))
-    for (device, _), own in kinds.items():
+    for (device, dtype), own in kinds.items():
         sums, grads = map(list, zip(*own, strict=True))
+        if dtype == torch.float64:
+            torch._foreach_add_(sums, grads)
+            continue
         batch = Batch(ACCUMULATE, ("fp32",), torch.float32, 0.0, (1.0,), False, 0, sums, grads, (1,) * len(own))
         choose("auto", device).step(batch)

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from collage.backends import operator
 from collage.collectives import summed
 from collage.sharding import locals_of, placed
+
+RELEASED: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()  # parameter -> the Release that uses its gradients
+
+
+def checked(name: str, number: Any) -> float:
+    """A number >= 0. Raises ValueError, naming the argument."""
+    try:
+        result = float(number)
+    except (TypeError, ValueError):
+        result = math.nan
+    if not result >= 0:
+        raise ValueError(f"{name}: needs a number >= 0, got {number!r}")
+    return result
 
 
 @torch.no_grad()
@@ -40,19 +54,27 @@ def clip_grad_norm_(
 
     Raises:
         ValueError: max_norm below 0 or NaN, norm_type not above 0.
-        TypeError: a sparse gradient.
-        RuntimeError: a norm that is not finite, if that is asked for. Nothing is changed then.
+        TypeError: a sparse gradient, a module.
+        RuntimeError: a norm that is not finite, if that is asked for; gradients that `release_gradients` has used up.
+            Nothing is changed then.
 
     >>> w = torch.nn.Parameter(torch.zeros(2).bfloat16())
     >>> w.grad = torch.tensor([3.0, 4.0]).bfloat16()
     >>> clip_grad_norm_([w], 1.0), w.grad
     (tensor(5.), tensor([0.6016, 0.8008], dtype=torch.bfloat16))
     """
-    if not max_norm >= 0:
-        raise ValueError(f"max_norm: needs a number >= 0, got {max_norm!r}")
-    if not float(norm_type) > 0:
+    if isinstance(parameters, nn.Module):
+        raise TypeError("parameters: got a module; give model.parameters()")
+    max_norm = checked("max_norm", max_norm)
+    if not checked("norm_type", norm_type) > 0:
         raise ValueError(f"norm_type: needs a number > 0, or inf, got {norm_type!r}")
-    params = [p for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if any(RELEASED[p].has_begun for p in given if p in RELEASED):
+        raise RuntimeError(
+            "parameters: their gradients are used as they arrive (release_gradients), so some are gone; give max_norm "
+            "to release_gradients"
+        )
+    params = [p for p in given if p.grad is not None]
     norm = total(_powers_of(params, float(norm_type)), float(norm_type))
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from collage.collectives import summed
 from collage.gradients.accumulate import is_summed
-from collage.gradients.clip import coefficient, scale_, squares_of, total
+from collage.gradients.clip import RELEASED, checked, coefficient, scale_, squares_of, total
 from collage.gradients.randomness import Randomness
 from collage.gradients.replicas import replicated
 from collage.gradients.together import Together, on_arrival
@@ -26,15 +26,16 @@ NORM = "released_norm"  # key of the first group: the norm by which the next ste
 class Release:
     """Uses a model's gradients as they arrive. Made by `release_gradients`."""
 
+    one_pass = True  # parameters are updated before all gradients are known
+
     def __init__(self, model: nn.Module, optimizer: PrecisionOptimizer) -> None:
         self._optimizer = optimizer
         self._together, self._paused = Together(self._use), False
-        held = replicated(model)
-        self._handles = [
-            on_arrival(param, self._arrived)
-            for param in owners(model, optimizer)
-            if param not in held  # DDP has all gradients in its buckets until the last one has arrived
-        ]
+        self._require_settings()
+        held = replicated(model)  # DDP has all gradients in its buckets until the last one has arrived
+        own = [p for p in owners(model, optimizer) if p.requires_grad and p not in held]
+        self._handles = [on_arrival(param, self._arrived) for param in own]
+        RELEASED.update((param, self) for param in own)
         optimizer.in_backward = self
 
     @contextmanager
@@ -60,13 +61,28 @@ class Release:
         """Leave gradients to `step` again."""
         for handle in self._handles:
             handle.remove()
-        self._optimizer.in_backward = None
+        for param in [param for param, release in RELEASED.items() if release is self]:
+            del RELEASED[param]
+        if self._optimizer.in_backward is self:
+            self._optimizer.in_backward = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether gradients of this step have been used, or are about to be."""
+        return bool(self._together) or self._optimizer.is_under_way
+
+    def _require_settings(self) -> None:
+        if self.one_pass and self._optimizer.skips_nonfinite:
+            raise ValueError(
+                "skip_nonfinite: in one pass a parameter is updated before the gradients of others are known; say "
+                "clip='exact' (two passes; max_norm may stay None), or skip_nonfinite=False"
+            )
 
     def _arrived(self, param: Tensor) -> None:
         """The hook: a gradient is complete."""
         if self._paused or param.grad is None or is_summed(param):
             return
-        self._optimizer.require_first([param])
+        self._optimizer.require_first([param], again=param in self._together)
         self._together.add(param)
 
     def _there(self) -> list[Tensor]:
@@ -79,6 +95,7 @@ class Release:
 
     def _use(self, params: Sequence[Tensor]) -> None:
         """Step, then free."""
+        self._require_settings()
         self._optimizer.step_now(params)
         _free(params)
 
@@ -96,7 +113,8 @@ class _Clipping(Release):
         self._squares |= zip(map(id, params), squares_of(params).unbind(), strict=True)
 
     def _scale(self, params: Sequence[Tensor], norm: Tensor) -> None:
-        scale_([p.grad for p in params], coefficient(norm, self.max_norm))
+        if not math.isinf(self.max_norm):
+            scale_([p.grad for p in params], coefficient(norm, self.max_norm))
 
     def _measured(self) -> tuple[list[Tensor], Tensor]:
         """All that was measured since the last call: parameters, and [parameters] squares of whole gradients.
@@ -120,6 +138,10 @@ class ByPrevious(_Clipping):
         super().__init__(model, optimizer, max_norm)
         optimizer.param_groups[0].setdefault(NORM, torch.zeros((), dtype=torch.float64, device="cpu"))
 
+    def remove(self) -> None:
+        super().remove()
+        self._optimizer.param_groups[0].pop(NORM, None)
+
     def finish(self) -> None:
         super().finish()
         if self._squares:
@@ -135,29 +157,36 @@ class ByPrevious(_Clipping):
 class Exactly(_Clipping):
     """Clips by the norm of the step's own gradients, which a first pass measures and a second computes again."""
 
+    one_pass = False
     _pass = OUTSIDE
 
     def passes(self) -> Iterator[int]:
         random = Randomness(self._params())
-        self._pass = MEASURING
+        self._squares, self._pass = {}, MEASURING
+        self._together.drop()
         yield 0
         self._use(self._there())
-        params, squares = self._measured()
-        self.norm = total(squares)
-        if self._optimizer.skips_nonfinite and not bool(self.norm.isfinite()):
-            self._optimizer.count_skipped([params], [~squares.isfinite()])
-            self._pass = SKIPPED
-            return
-        random.restore()
-        self._pass = UPDATING
-        yield 1
+        if self._decide() == UPDATING:
+            random.restore()
+            yield 1
 
     def finish(self) -> None:
         if self._pass == MEASURING:
             raise RuntimeError("released.passes(): opt.step() came after one pass of two; loop over it to its end")
+        if self._pass == OUTSIDE:  # no gradient was used up: they were kept by DDP, by `paused`, or set by hand
+            self._measure(self._there())
+            self._decide()
         if self._pass == UPDATING:
             super().finish()
+        _free(self._there())
         self._pass = OUTSIDE
+
+    def _decide(self) -> int:
+        """Whether to update, by what was measured: on any rank, where a step is to be skipped as a whole."""
+        params, squares = self._measured()
+        self.norm = total(squares)
+        self._pass = SKIPPED if self._optimizer.skips(params, squares) else UPDATING
+        return self._pass
 
     def _arrived(self, param: Tensor) -> None:
         if self._pass == OUTSIDE and not self._paused:
@@ -220,18 +249,15 @@ def release_gradients(
     >>> model.weight.grad is None, int(opt.state[model.weight]["step"])
     (True, 1)
     """
+    if isinstance(optimizer, list | tuple):
+        raise TypeError("optimizer: needs one; call release_gradients once for each")
     inner = unwrapped(optimizer, PrecisionOptimizer)
     if clip not in ("previous", "exact"):
         raise ValueError(f"clip: unknown {clip!r}; known: previous, exact")
-    if max_norm is not None and not max_norm >= 0:
-        raise ValueError(f"max_norm: needs a number >= 0, or None, got {max_norm!r}")
+    if max_norm is not None:
+        max_norm = checked("max_norm", max_norm)
     if inner.in_backward is not None:
-        raise RuntimeError("optimizer: its gradients are released already; remove() that first")
+        raise RuntimeError("optimizer: its gradients are released already; opt.in_backward.remove() ends that")
     if clip == "exact":
         return Exactly(model, inner, math.inf if max_norm is None else max_norm)
-    if inner.skips_nonfinite:
-        raise ValueError(
-            "skip_nonfinite: in one pass a parameter is updated before the gradients of others are known; say "
-            "clip='exact' (two passes; max_norm may stay None), or skip_nonfinite=False"
-        )
     return Release(model, inner) if max_norm is None else ByPrevious(model, inner, max_norm)

@@ -20,11 +20,18 @@ class Together:
     """Collects parameters with gradients until these have a megabyte, and then uses them."""
 
     def __init__(self, use: Callable[[Sequence[Tensor]], None]) -> None:
-        self._use, self._waiting, self._bytes = use, list[Tensor](), 0
+        self._use, self._waiting, self._bytes = use, dict[int, Tensor](), 0
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def __contains__(self, param: Tensor) -> bool:
+        return id(param) in self._waiting
 
     def add(self, param: Tensor) -> None:
+        """Have it wait; one that waits already has one gradient still."""
         assert param.grad is not None
-        self._waiting.append(param)
+        self._waiting[id(param)] = param
         self._bytes += param.grad.numel() * param.grad.itemsize
         if self._bytes >= BYTES:
             self.flush()
@@ -37,5 +44,5 @@ class Together:
 
     def drop(self) -> list[Tensor]:
         """Let them go, unused."""
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
-        return waiting
+        waiting, self._waiting, self._bytes = self._waiting, {}, 0
+        return list(waiting.values())

@@ -73,6 +73,21 @@ class Guarded(InParts):
         else:
             super()._make(todo)
 
+    def skips(self, params: Sequence[Tensor], squares: Tensor) -> bool:
+        """Whether a step of these gradients is to be skipped; it is counted then. squares: of each as a whole.
+
+        A collective where it is asked for.
+        """
+        if not self.skips_nonfinite:
+            return False
+        asked = {id(p) for group in self.param_groups if group["skip_nonfinite"] for p in group["params"]}
+        looked = torch.tensor([id(p) in asked for p in params], dtype=torch.bool, device=squares.device)
+        broken = looked & ~squares.isfinite()
+        if not bool(on_any_rank(broken.any().to(self._device(), torch.uint8))):
+            return False
+        self.count_skipped([params], [broken])
+        return True
+
     def count_skipped(self, params: Sequence[Sequence[Tensor]], broken: Sequence[Tensor]) -> None:
         """Count a step as skipped, and tell the monitors because of whose gradients.
 

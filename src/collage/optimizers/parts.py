@@ -42,13 +42,18 @@ class InParts(Stepping):
         super()._make(self._looked(of_groups))
         self._stepped.update(map(id, params))
 
-    def require_first(self, params: Sequence[Tensor]) -> None:
-        """Raise RuntimeError, naming it, for a parameter that has stepped since the last `step`."""
-        again = {id(param) for param in params} & self._stepped
-        if again:
-            name = next(parameter.name for parameter in self.parameters() if id(parameter.tensor) in again)
+    @property
+    def is_under_way(self) -> bool:
+        """Whether parameters have stepped since the last `step`."""
+        return bool(self._stepped)
+
+    def require_first(self, params: Sequence[Tensor], again: bool = False) -> None:
+        """Raise RuntimeError, naming it, for a parameter that has stepped since the last `step`, or is to `again`."""
+        found = set(map(id, params)) & (set(map(id, params)) if again else self._stepped)
+        if found:
+            name = next(parameter.name for parameter in self.parameters() if id(parameter.tensor) in found)
             raise RuntimeError(
-                f"param '{name}': it has stepped, and has another gradient before opt.step(). A second backward, or a "
+                f"param '{name}': it has a gradient, and gets another before opt.step(). A second backward, or a "
                 "checkpointed part that uses it twice? Inside `with released.paused():` gradients stay and accumulate. "
                 "Is it in DistributedDataParallel? Give that to release_gradients"
             )
@@ -59,6 +64,11 @@ class InParts(Stepping):
             self._whole()
             return
         if self.in_backward is not None:
+            if getattr(self, "grad_scale", None) is not None:
+                raise RuntimeError(
+                    "GradScaler: released gradients are used in backward, before it can unscale them; train bfloat16 "
+                    "weights without one, or without release_gradients"
+                )
             self.in_backward.finish()
         else:
             rest = [p for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from collage.harness.ledger import ACTIVATIONS, COPIES, GRADIENTS, WEIGHTS, Ledger
 from collage.harness.train.computing import computed
+from collage.harness.train.shards import layers_of
 from collage.sharding import local
 
 
@@ -182,11 +183,9 @@ def _pretended(ranks: int) -> Iterator[Any]:
 
 
 def shard(model: nn.Module, mesh: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
-    """FSDP2 over the blocks that transformers names, and over the rest."""
+    """FSDP2 over each layer, and over the rest, as `collage train --shard` has it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == compute else compute)
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
-    for module in [m for m in model.modules() if type(m).__name__ in blocks]:
+    for module in (*layers_of(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)

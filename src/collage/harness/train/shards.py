@@ -22,10 +22,17 @@ def shard(model: nn.Module, compute: torch.dtype, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model.to(device)
-    layers = [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
-    for part in (*layers, model):  # the root too gives its gathered weights back after a forward pass: others read them
+    for part in (
+        *layers_of(model),
+        model,
+    ):  # the root too gives its gathered weights back after a forward pass: others read them
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model._is_accelerate_prepared = True  # type: ignore[assignment]  # accelerate would wrap it in DDP
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """What is gathered at once: the modules of its lists."""
+    return [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
 
 
 def is_sharded(model: nn.Module) -> bool:
