@@ -48,7 +48,7 @@ class Guarded(InParts):
         self._answered = False
         try:
             super()._whole()
-        except BaseException:
+        except Exception:
             if self.skips_nonfinite and not self._answered:
                 on_any_rank(torch.full((), REFUSED, dtype=torch.uint8, device=self._device()))  # others wait for this
             raise
