@@ -77,7 +77,10 @@ def zero(strategies: str, steps: str) -> None:
         again = DistributedDataParallel(again)
         for pair in ((made, opt), (again, resumed)):
             train(*pair, int(steps), int(steps) + 3)
-        assert_same_planes(planes_of(resumed.optim), planes_of(opt.optim))
+        if (
+            dist.get_world_size() == 2
+        ):  # of more, a DDP that has made a step adds gradients up in another order than a new one
+            assert_same_planes(planes_of(resumed.optim), planes_of(opt.optim))
         assert_one_model(strategy, dict(again.named_parameters()))
 
 
