@@ -51,10 +51,15 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(params=[*INSTRUCTIONS, pytest.param("triton", marks=pytest.mark.slow)])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The backend under test, on one of its instruction sets."""
-    if request.param == "triton":
+    yield from under_test(request.param, monkeypatch)
+
+
+def under_test(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Triton's kernels, or those of the CPU on an instruction set."""
+    if name == "triton":
         yield from interpreted()
     else:
-        monkeypatch.setattr(cpu, "instruction_set", lambda: request.param)
+        monkeypatch.setattr(cpu, "instruction_set", lambda: name)
         yield cpu
 
 

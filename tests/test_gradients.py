@@ -1,7 +1,9 @@
 """Clipping, accumulating and skipping: against float64, against torch, and where it does not change a bit."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -188,6 +190,18 @@ def test_an_accumulator_leaves_as_it_came():
     assert {p.grad_dtype for p in net.parameters()} == {torch.bfloat16}
 
 
+def test_an_accumulator_that_is_dropped_takes_nothing():
+    net = model()
+    opt = collage.AdamW(net.named_parameters())
+    collage.release_gradients(net, opt)
+    accumulator = collage.GradientAccumulator(net)
+    del accumulator
+    loss(net, 0).backward()
+    opt.step()
+    assert all(p.grad is None for p in net.parameters())
+    assert {int(opt.state[p]["step"]) for p in net.parameters()} == {1}
+
+
 def test_a_step_can_be_begun_anew():
     nets = [model(), model()]
     accumulators = [collage.GradientAccumulator(net) for net in nets]
@@ -324,6 +338,17 @@ def test_a_compiled_step_says_what_it_cannot():
             collage.release_gradients(net, opt)
         with pytest.raises(Exception, match=what):
             torch.compile(opt.step, backend="eager", fullgraph=True)()
+
+
+@pytest.mark.parametrize("make", [collage.GradientAccumulator, collage.release_gradients])
+def test_a_model_is_freed(make):
+    net = model()
+    opt = collage.AdamW(net.named_parameters())
+    made = make(*((net, opt) if make is collage.release_gradients else (net,)))
+    weight = weakref.ref(net[0].weight)
+    del net, opt, made
+    gc.collect()
+    assert weight() is None
 
 
 def test_under_accelerate():

@@ -14,10 +14,10 @@ import torch
 from helpers import REGIMES, Case, assert_each, assert_same_bits, assert_same_rows, batch_of, case_of, copy_of, encoded
 from helpers import numbers as of_regime
 from oracle import random_patterns, spread
-from test_backends import INSTRUCTIONS, assert_same, device_of, interpreted
+from test_backends import INSTRUCTIONS, assert_same, device_of, under_test
 from torch import Tensor
 
-from collage.backends import Noise, Region, Row, cpu, reference
+from collage.backends import Noise, Region, Row, reference
 from collage.formats import FORMATS, format_of
 from collage.layout import as_rows, zeros
 from collage.rng import key_of
@@ -51,13 +51,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def found(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    if name == "triton":
-        yield from interpreted()
-    elif name == "reference":
+    if name == "reference":
         yield reference
     else:
-        monkeypatch.setattr(cpu, "instruction_set", lambda: name)
-        yield cpu
+        yield from under_test(name, monkeypatch)
 
 
 def numbers(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:

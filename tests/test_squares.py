@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import REGIMES, assert_same_bits, numbers, strided
-from test_backends import INSTRUCTIONS, device_of, interpreted, operation
+from test_backends import INSTRUCTIONS, device_of, interpreted, operation, under_test
 from torch import Tensor
 
 from collage.backends import cpu, reference
@@ -23,11 +23,7 @@ FEW = (0, 1, 33, 1023, 1024, 1025, 2500)  # in the interpreter, which is slow
 @pytest.fixture(params=[*INSTRUCTIONS, "triton"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The backend under test, on one of its instruction sets."""
-    if request.param == "triton":
-        yield from interpreted()
-    else:
-        monkeypatch.setattr(cpu, "instruction_set", lambda: request.param)
-        yield cpu
+    yield from under_test(request.param, monkeypatch)
 
 
 def assert_same(backend: Any, grads: list[Tensor]) -> None:

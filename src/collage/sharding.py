@@ -78,13 +78,6 @@ def placed(tensor: Any, param: Any) -> Any:
     return tensor if tensor.placements == placements or not placements else tensor.redistribute(mesh, placements)
 
 
-def alike(tensor: Any, other: Any) -> Any:
-    """A DTensor, placed as another; plain tensors are as they are."""
-    if not any_dtensor([tensor]) or tensor.placements == other.placements:
-        return tensor
-    return tensor.redistribute(other.device_mesh, other.placements)
-
-
 def _placements_of(tensor: Any, param: Any) -> tuple[Any, ...]:
     """Where the parts of a parameter's gradient or state lie; of a plane with words for blocks of its rows, likewise.
 
@@ -155,7 +148,7 @@ def layouts_of(tensors: Sequence[Any]) -> list[tuple[Any, tuple[Any, ...]] | Non
     """(mesh, placements) of each, by which two layouts are told apart; None: a plain tensor."""
     if not any_dtensor(tensors):
         return [None] * len(tensors)
-    return [(t.device_mesh, t.placements) if any_dtensor([t]) else None for t in tensors]
+    return [(t.device_mesh, t.placements) if is_dtensor(t) else None for t in tensors]
 
 
 def is_flat_shard(tensor: Tensor) -> bool:

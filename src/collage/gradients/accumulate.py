@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,19 @@ from collage.backends import Batch, choose
 from collage.gradients.replicas import anywhere, average_, no_sync, replicas, replicated
 from collage.gradients.together import Together, on_arrival
 from collage.rules.accumulate import ACCUMULATE
-from collage.sharding import alike, local
+from collage.sharding import local, placed
 
-_SUMMED: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()  # parameter -> who takes its gradients
+# Parameter -> who takes its gradients, weakly: that one has the parameter, which would never be freed.
+_SUMMED: MutableMapping[Tensor, Callable[[], Any]] = WeakIdKeyDictionary()
 
 
 def is_summed(param: Tensor) -> bool:
     """Whether an accumulator takes this parameter's gradients as they arrive."""
-    return param in _SUMMED
+    return _owner(param) is not None
+
+
+def _owner(param: Tensor) -> Any:
+    return _SUMMED.get(param, lambda: None)()
 
 
 class GradientAccumulator:
@@ -60,8 +66,8 @@ class GradientAccumulator:
         if not hasattr(Tensor, "grad_dtype"):
             raise RuntimeError(f"model: float32 gradients need a torch with Tensor.grad_dtype, got {torch.__version__}")
         for p in params:
-            if p in _SUMMED:
-                _SUMMED[p].remove()
+            if is_summed(p):
+                _owner(p).remove()
         self._model, self._context = model, ExitStack()
         self._inside = False
         self._sums: dict[Tensor, Any] = {}  # float32, kept from step to step
@@ -71,7 +77,7 @@ class GradientAccumulator:
         self._handles = [on_arrival(p, self._arrived) for p in params]
         for p in params:
             p.grad_dtype = None  # it arrives as backward has it, and is left in float32
-            _SUMMED[p] = self
+            _SUMMED[p] = ref(self)
 
     def __enter__(self) -> GradientAccumulator:
         """Around forward and backward of every micro-batch."""
@@ -147,7 +153,7 @@ class GradientAccumulator:
             if total is not None and grad is total:  # backward has added to what `finish` left there
                 self._begun.add(id(param))
             elif id(param) in self._begun:
-                more.append((local(total), local(alike(grad, total))))
+                more.append((local(total), local(placed(grad, total))))
             else:
                 self._start(param, grad)
             param.grad = None
@@ -158,7 +164,7 @@ class GradientAccumulator:
         if param not in self._sums or self._sums[param].shape != grad.shape:
             wide = torch.promote_types(grad.dtype, torch.float32)
             self._sums[param] = torch.empty_like(grad, dtype=wide)
-        local(self._sums[param]).copy_(local(alike(grad, self._sums[param])))
+        local(self._sums[param]).copy_(local(placed(grad, self._sums[param])))
         self._begun.add(id(param))
 
 

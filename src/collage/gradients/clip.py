@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from collage.backends import operator
 from collage.collectives import summed
 from collage.sharding import locals_of, placed
 
-RELEASED: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()  # parameter -> the Release that uses its gradients
+# Parameter -> the Release that uses its gradients, weakly: that one has the parameter, which would never be freed.
+RELEASED: MutableMapping[Tensor, Callable[[], Any]] = WeakIdKeyDictionary()
 
 
 def checked(name: str, number: Any) -> float:
@@ -69,7 +70,7 @@ def clip_grad_norm_(
     if not checked("norm_type", norm_type) > 0:
         raise ValueError(f"norm_type: needs a number > 0, or inf, got {norm_type!r}")
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    if any(RELEASED[p].has_begun for p in given if p in RELEASED):
+    if any(release.has_begun for p in given if (release := RELEASED.get(p, lambda: None)())):
         raise RuntimeError(
             "parameters: their gradients are used as they arrive (release_gradients), so some are gone; give max_norm "
             "to release_gradients"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Release:
         held = replicated(model)  # DDP has all gradients in its buckets until the last one has arrived
         own = [p for p in owners(model, optimizer) if p.requires_grad and p not in held]
         self._handles = [on_arrival(param, self._arrived) for param in own]
-        RELEASED.update((param, self) for param in own)
+        RELEASED.update((param, ref(self)) for param in own)
         optimizer.in_backward = self
 
     @contextmanager
@@ -61,7 +62,7 @@ class Release:
         """Leave gradients to `step` again."""
         for handle in self._handles:
             handle.remove()
-        for param in [param for param, release in RELEASED.items() if release is self]:
+        for param in [param for param, release in RELEASED.items() if release() is self]:
             del RELEASED[param]
         if self._optimizer.in_backward is self:
             self._optimizer.in_backward = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
+from weakref import WeakMethod
 
 from torch import Tensor
 
@@ -11,16 +12,27 @@ BYTES = 1 << 20  # of gradients, with which they wait no longer
 
 
 def on_arrival(param: Tensor, hook: Callable[[Tensor], None]) -> Any:
-    """Call the hook whenever backward has left a gradient in a parameter. Returns a handle with ``remove()``."""
-    untyped: Any = param
-    return untyped.register_post_accumulate_grad_hook(hook)
+    """Call a method whenever backward has left a gradient in a parameter, as long as somebody has its object.
+
+    Returns a handle with ``remove()``. The garbage collector does not see a tensor's hooks: one that has its object,
+    which has the tensor, would keep both for ever.
+    """
+    method, untyped = WeakMethod(hook), cast("Any", param)
+
+    def call(param: Tensor) -> None:
+        alive = method()
+        if alive is not None:
+            alive(param)
+
+    return untyped.register_post_accumulate_grad_hook(call)
 
 
 class Together:
     """Collects parameters with gradients until these have a megabyte, and then uses them."""
 
     def __init__(self, use: Callable[[Sequence[Tensor]], None]) -> None:
-        self._use, self._waiting, self._bytes = use, dict[int, Tensor](), 0
+        self._use = WeakMethod(use)  # of who has this, and is gone as soon as nobody has it
+        self._waiting, self._bytes = dict[int, Tensor](), 0
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -39,8 +51,9 @@ class Together:
     def flush(self) -> None:
         """Use those that wait."""
         waiting = self.drop()
-        if waiting:
-            self._use(waiting)
+        use = self._use()
+        if waiting and use is not None:
+            use(waiting)
 
     def drop(self) -> list[Tensor]:
         """Let them go, unused."""

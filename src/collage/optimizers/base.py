@@ -216,6 +216,7 @@ class PrecisionOptimizer(Guarded):
         self.__dict__.setdefault("monitors", [])  # torch calls this in load_state_dict too
         self._forget()
         for group in self.param_groups:
-            group.setdefault("capturable", False)  # saved before there was one
+            for name in ("capturable", "skip_nonfinite"):
+                group.setdefault(name, False)  # saved before there was one
         backends.require(self.backend)
         self._warn_of_fallback()

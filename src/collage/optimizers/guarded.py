@@ -36,7 +36,7 @@ class Guarded(InParts):
         return int(self._skipped)
 
     def _validate(self, group: Group) -> None:
-        if not isinstance(group.setdefault("skip_nonfinite", False), bool):
+        if not isinstance(group["skip_nonfinite"], bool):
             raise TypeError(f"skip_nonfinite: needs True or False, got {group['skip_nonfinite']!r}")
 
     def _prepare(self) -> None:

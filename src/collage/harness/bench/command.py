@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also the strategies' steps on DTensors, of one rank, or under torchrun on all",
     )
+    _add_choices_of_rows(parser)
+
+
+def _add_choices_of_rows(parser: argparse.ArgumentParser) -> None:
+    """What is left out, what comes in, and what is measured instead."""
+    add = parser.add_argument
     add("--no-monitor", action="store_true", help="leave out the monitored steps")
     add("--no-others", action="store_true", help="leave out torch's and other packages' optimizers")
     add("--extra", action="store_true", help="also optimi and torchao: pip install '.[bench]'")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from collage.backends import Batch, choose
 from collage.formats import format_of
 from collage.gradients.accumulate import GradientAccumulator
-from collage.gradients.together import on_arrival
 from collage.harness.ledger import peak_of
 from collage.rules.accumulate import ACCUMULATE
 
@@ -81,7 +80,8 @@ def components(params: nn.ParameterList) -> tuple[Any, Callable[[], Tensor]]:
         choose("auto", param.device).step(batch)
         param.grad = None
 
-    on_arrival(params[0], grow)
+    hooked: Any = params[0]  # torch has not typed it
+    hooked.register_post_accumulate_grad_hook(grow)
     return nullcontext(), lambda: format_of("bf16x2").value(planes)
 
 
