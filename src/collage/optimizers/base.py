@@ -22,6 +22,7 @@ from collage.strategies import Strategy, is_small
 
 ROUNDED = 1e-12  # what a schedule may end below 0 (LinearLR to end_factor=0, by its recursion): it moves nothing
 LR = Setting("lr", least=-ROUNDED)
+SWITCHES = {"capturable": False, "skip_nonfinite": False}  # of every group, also of one saved before there were any
 
 
 class PrecisionOptimizer(Guarded):
@@ -40,7 +41,7 @@ class PrecisionOptimizer(Guarded):
         self.monitors = []
         self._forget()
         backends.require(backend)
-        super().__init__(params, defaults)
+        super().__init__(params, {**SWITCHES, **defaults})
         if cast:
             admission.cast(self.rule_of, admission.to_be_cast(list(self.parameters())), self.state)
             self._cast = True
@@ -216,7 +217,7 @@ class PrecisionOptimizer(Guarded):
         self.__dict__.setdefault("monitors", [])  # torch calls this in load_state_dict too
         self._forget()
         for group in self.param_groups:
-            for name in ("capturable", "skip_nonfinite"):
-                group.setdefault(name, False)  # saved before there was one
+            for name, value in SWITCHES.items():
+                group.setdefault(name, value)
         backends.require(self.backend)
         self._warn_of_fallback()
