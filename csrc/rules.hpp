@@ -4,6 +4,7 @@
 #include "rules/adam.hpp"
 #include "rules/adamw.hpp"
 #include "rules/apply.hpp"
+#include "rules/assign.hpp"
 #include "rules/average.hpp"
 #include "rules/lion.hpp"
 #include "rules/momentum.hpp"
@@ -16,7 +17,7 @@ template <class... R>
 struct RuleList {};
 
 using Rules = RuleList<AdamW, AdamWAmsgrad, Adam, AdamAmsgrad, Sgd, SgdMomentum, SgdNesterov, Lion, Average, Accumulate,
-                       Momentum, MomentumNesterov, Apply>;
+                       Momentum, MomentumNesterov, Apply, Assign>;
 
 }  // namespace
 }  // namespace collage

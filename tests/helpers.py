@@ -97,6 +97,7 @@ ONE_SLOT = {
         *(("fp32",), ("bf16",), ("bf16x2",), ("bf16x2:sr",), ("bf16x3:sr",), ("fp16x2",), ("fp16:sr",)),
         *(("bf16+int16",), ("bf16+int8",), ("bf16+int8:sr",), ("fp16+int8",), ("fp16+int8:sr",)),
     ],
+    "assign": [(name,) for name in dict.fromkeys(s.param for s in STRATEGIES.values()) if name != "bf16+kahan"],
     "momentum": [("bf16", "bf16"), ("bf16x2", "fp32"), ("fp32", "bf16"), ("bf16:sr", "fp16"), ("int8/128:sr", "fp32")],
     "momentum_nesterov": [("bf16", "bf16"), ("bf16x2:sr", "fp32"), ("int8/128", "bf16"), ("int8/128:sr", "bf16")],
 }
@@ -106,7 +107,7 @@ def cases() -> Iterator[Case]:
     """Every rule under every strategy, or in the formats of ONE_SLOT, with the gradients that it may be given."""
     for rule in RULES.values():
         for formats in ONE_SLOT.get(rule.name, ()):
-            yield Case(rule, formats, torch.float32, torch.bfloat16)
+            yield Case(rule, formats, torch.float32, torch.float32 if rule.name == "assign" else torch.bfloat16)
         for name in STRATEGIES if rule.name not in ONE_SLOT else ():
             case = case_of(name, rule.name)
             yield case

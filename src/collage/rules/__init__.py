@@ -6,6 +6,7 @@ from collage.rules.accumulate import ACCUMULATE
 from collage.rules.adam import ADAM, ADAM_AMSGRAD
 from collage.rules.adamw import ADAMW, ADAMW_AMSGRAD
 from collage.rules.apply import APPLY
+from collage.rules.assign import ASSIGN
 from collage.rules.average import AVERAGE
 from collage.rules.lion import LION
 from collage.rules.momentum import MOMENTUM, MOMENTUM_NESTEROV
@@ -18,6 +19,6 @@ RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
         *(ADAMW, ADAMW_AMSGRAD, ADAM, ADAM_AMSGRAD, SGD, SGD_MOMENTUM, SGD_NESTEROV, LION),
-        *(AVERAGE, ACCUMULATE, MOMENTUM, MOMENTUM_NESTEROV, APPLY),
+        *(AVERAGE, ACCUMULATE, MOMENTUM, MOMENTUM_NESTEROV, APPLY, ASSIGN),
     )
 }

@@ -192,6 +192,12 @@ def fold_apply(lr, settings, t):
     return lr, lr * settings[0]
 
 
+@triton.jit
+def assign(slots, g, c):
+    number = c.weight * g
+    return (Register(number),), number - slots[0].value()
+
+
 RULES = {
     "adamw": Rule(adamw, fold_adamw, rules.adamw.Constants),
     "adamw_amsgrad": Rule(adamw_amsgrad, fold_adamw, rules.adamw.Constants),
@@ -206,4 +212,5 @@ RULES = {
     "momentum": Rule(momentum, fold_momentum, rules.momentum.Constants),
     "momentum_nesterov": Rule(momentum_nesterov, fold_momentum, rules.momentum.Constants),
     "apply": Rule(apply, fold_apply, rules.apply.Constants),
+    "assign": Rule(assign, fold_accumulate, rules.accumulate.Constants),
 }
