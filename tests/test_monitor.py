@@ -386,3 +386,26 @@ def test_empty_and_short_parameters_in_any_order(strategy):
         assert list(report.by_parameter) == list(params)
         assert report.total.nonzero == sum(quality.nonzero for quality in report.by_parameter.values()) > 98_900
         assert report.total.edited == 0
+
+
+class Whole(collage.AdamW):
+    """Its second group is of a rule that says it is not elementwise."""
+
+    def rule_of(self, group):
+        return replace(super().rule_of(group), elementwise=group is not self.param_groups[-1])
+
+
+def test_parameters_whose_elements_depend_on_each_other_are_left_out_of_the_shadow_and_named():
+    params, _ = setup("bf16")
+    opt = Whole([{"params": [pair]} for pair in params.items()], lr=1e-3, strategy="bf16")
+    mon = collage.monitor(opt, every=1, shadow=16, strategies=["collage-plus"])
+    for step in range(2):
+        give(params, step)
+        opt.step()
+    report = mon.report()
+    assert report.unfollowed == mon.window().unfollowed == report.to_dict()["unfollowed"] == ["norm"]
+    followed, left_out = report.by_parameter["w"], report.by_parameter["norm"]
+    assert followed.v_ratio == report.total.v_ratio == report.by_group[0].v_ratio
+    assert (left_out.v_ratio, left_out.m_error, left_out.edq_shadow) == (None, None, None)
+    assert (left_out.steps, left_out.nonzero) == (2, 100)  # what the step's own sums say is there
+    assert collage.monitor(opt, shadow=None).report().unfollowed == []

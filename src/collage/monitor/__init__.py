@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,6 +40,7 @@ class Monitor:
         self._coming = self._now  # the same with the call under way, which may yet be refused
         self._new_shadow = partial(Shadow, shadow, tuple(dict.fromkeys(strategies))) if shadow else lambda: None
         self._shadow = self._new_shadow()
+        self._unfollowed: dict[str, int] = {}  # by a shadow: their positions
         self._all, self._window = Books(), Books()
         self._shares = Shares()  # what is to be added up over ranks before it goes into the books
 
@@ -67,6 +69,8 @@ class Monitor:
             self.edited((parameter for parameters, _ in stepping for parameter in parameters), changed)
             if self._shadow:
                 self._shadow.before(stepping, self.due, changed.keys())
+                left_out = [own for own, batch in stepping if not batch.rule.elementwise]
+                self._unfollowed |= {p.name: p.position for own in left_out for p in own}
 
     def after(self, stepping: Sequence[Stepping]) -> None:
         """Called by the optimizer after it wrote."""
@@ -131,13 +135,16 @@ class Monitor:
         each sharded parameter and measured step.
         """
         self._settle()
-        return self._all.report()
+        return self._reported(self._all)
 
     def window(self) -> Report:
         """Everything since the last call of `window`: one point of a curve. On every rank, as `report`."""
         self._settle()
         books, self._window = self._window, Books()
-        return books.report()
+        return self._reported(books)
+
+    def _reported(self, books: Books) -> Report:
+        return replace(books.report(), unfollowed=sorted(self._unfollowed, key=self._unfollowed.__getitem__))
 
     def meet_anew(self) -> None:
         """Start the shadow anew at the next step: the optimizer's state was exchanged."""

@@ -15,7 +15,7 @@ class Measured(NamedTuple):
 
     step: int
     rows: Sequence[tuple[Placed, Sequence[float]]]  # parameters in order, and their SUMS
-    sampled: Mapping[str, Sampled]  # of each of them, by name; of none without a shadow
+    sampled: Mapping[str, Sampled]  # by name, of each of them that a shadow follows
     beside: Sequence[tuple[str, Sequence[float], Sampled]]  # strategies, and theirs
 
 
@@ -45,8 +45,10 @@ class Books:
     def _add_sampled(self, measured: Measured) -> None:
         _, rows, sampled, _ = measured
         of_groups: dict[int, list[Sampled]] = {}
-        for parameter, _ in rows if sampled else ():
-            sample = sampled[parameter.name]
+        for parameter, _ in rows:
+            sample = sampled.get(parameter.name)
+            if sample is None:
+                continue
             self.parameters[parameter.name].sample(sample, measured.step)
             of_groups.setdefault(parameter.group_index, []).append(sample)
         for index, samples in of_groups.items():

@@ -121,6 +121,7 @@ class Report:
     Attributes:
         frozen: parameters none of whose updates arrived in any plane.
         beside: strategies run on the shadow's sample, and what they lost on this very run.
+        unfollowed: parameters that no shadow follows, nor a strategy beside: an element's step depends on others.
     """
 
     total: Quality
@@ -128,6 +129,7 @@ class Report:
     by_parameter: dict[str, Quality]
     frozen: list[str]
     beside: dict[str, Quality]
+    unfollowed: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON; a number that is not finite becomes None."""

@@ -1,7 +1,7 @@
 """The shadow: the same rule in float32 on one element in N, fed with the run's own gradients.
 
-The rules are elementwise, so for those elements this is exactly the run that float32 would have made of these
-gradients. It sees what the sums of a step cannot: a second moment that stuck long ago.
+Of elementwise rules this is, for those elements, exactly the run that float32 would have made of these gradients;
+parameters of other rules are left out. It sees what the sums of a step cannot: a second moment that stuck long ago.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Placed(Protocol):
 Stepping = tuple[Sequence[Placed], Batch]  # parameters, and the batch whose rows are their step
 
 
+def followed(stepping: Iterable[Stepping]) -> list[Stepping]:
+    """Those of elementwise rules."""
+    return [(parameters, batch) for parameters, batch in stepping if batch.rule.elementwise]
+
+
 @dataclass(slots=True)
 class Sampled:
     """Sums over the sampled elements. Where steps are added up, v and m are those of the last, dot and norm2 of all."""
@@ -85,6 +90,7 @@ class Shadow:
 
     def before(self, stepping: Sequence[Stepping], due: bool, changed: Container[str] = ()) -> None:
         """Meet new parameters, follow those that others changed, remember theta if the step is to be measured."""
+        stepping = followed(stepping)
         for parameters, batch in stepping:
             layouts = layouts_of([parameter.tensor for parameter in parameters])
             for parameter, layout, row in zip(parameters, layouts, batch.rows(), strict=True):
@@ -127,7 +133,7 @@ class Shadow:
         """Follow the step. Returns, if it is measured, each parameter's sums and each other strategy's."""
         sampled: dict[str, Sampled] = {}
         beside: Beside = {}
-        for k, (parameters, batch) in enumerate(self._alike(stepping)):
+        for k, (parameters, batch) in enumerate(self._alike(followed(stepping))):
             names = tuple(parameter.name for parameter in parameters)
             g = self._joined(names, batch.grads).float()
             exact = self._exact.batch(names, batch, g)

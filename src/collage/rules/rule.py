@@ -78,6 +78,7 @@ class Rule:
     fold: (lr, hyper-parameters, step from 1, dtype of the arithmetic) -> constants, a named tuple of floats.
     constants: how many they are in a kernel's row.
     gradient: whether it reads one.
+    elementwise: whether an element's step depends on that element alone. A shadow follows no parameter of other rules.
     title: what people call the optimizer of this rule.
     torch: why a group of one of torch's optimizers, whose states have these keys, is not this rule's; "" if it is.
     torch_counts: whether torch's optimizer of this rule has a step counter.
@@ -90,6 +91,7 @@ class Rule:
     fold: Callable[[float, Sequence[float], int, torch.dtype], Any]
     constants: int
     gradient: bool = True
+    elementwise: bool = True
     title: str = ""
     torch: Callable[[Mapping[str, Any], set[str]], str] = lambda group, keys: "torch has no optimizer of this rule"
     torch_counts: bool = True
