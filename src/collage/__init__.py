@@ -12,6 +12,7 @@ from collage.optimizers.adam import Adam
 from collage.optimizers.adamw import AdamW
 from collage.optimizers.lion import Lion
 from collage.optimizers.sgd import SGD
+from collage.optimizers.wrap import wrap
 from collage.strategies import STRATEGIES, Strategy
 
 __version__ = "0.1.0"
@@ -33,4 +34,5 @@ __all__ = [
     "release_gradients",
     "to_bf16",
     "to_fp16",
+    "wrap",
 ]

@@ -7,7 +7,7 @@ report. Those sums start from the stored state, so they cannot see damage alread
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from collage.collectives import spreads_of
 from collage.monitor.books import Books, Measured
 from collage.monitor.quality import Report
-from collage.monitor.shadow import Placed, Shadow, Stepping
+from collage.monitor.shadow import Follower, Placed, Stepping
 from collage.monitor.shares import Shares
 from collage.sharding import any_dtensor
 from collage.strategies import Strategy
@@ -29,16 +29,18 @@ class Monitored(Protocol):
 
     monitors: list[Monitor]
 
+    def shadow(self, stride: int, strategies: Sequence[Strategy]) -> Follower: ...
+
 
 class Monitor:
     """Watches an optimizer. Made by `monitor`."""
 
-    def __init__(self, every: int, shadow: int | None, strategies: Sequence[Strategy]) -> None:
+    def __init__(self, every: int, new_shadow: Callable[[], Follower | None]) -> None:
         self.every = every
         self.seconds = 0.0  # that its own work has taken so far
         self._now: tuple[int, frozenset[str]] = (0, frozenset())  # step of the optimizer, and who has made it so far
         self._coming = self._now  # the same with the call under way, which may yet be refused
-        self._new_shadow = partial(Shadow, shadow, tuple(dict.fromkeys(strategies))) if shadow else lambda: None
+        self._new_shadow = new_shadow
         self._shadow = self._new_shadow()
         self._unfollowed: dict[str, int] = {}  # by a shadow: their positions
         self._all, self._window = Books(), Books()
@@ -193,6 +195,7 @@ def monitor(
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(f"{name}: needs an integer >= 1, got {number!r}")
     beside = (strategies,) if isinstance(strategies, str | Strategy) else strategies
-    result = Monitor(every, shadow, [Strategy.parse(s) for s in beside])
+    others = tuple(dict.fromkeys(map(Strategy.parse, beside)))
+    result = Monitor(every, partial(watched.shadow, shadow, others) if shadow else lambda: None)
     watched.monitors.append(result)
     return result

@@ -78,6 +78,14 @@ class _Met(NamedTuple):
     spread: Spread | None
 
 
+class Follower(Protocol):
+    """What follows the steps of an optimizer: a shadow."""
+
+    def before(self, stepping: Sequence[Stepping], due: bool, changed: Container[str] = ()) -> None: ...
+
+    def after(self, stepping: Sequence[Stepping], due: bool) -> tuple[dict[str, Sampled], Beside]: ...
+
+
 class Shadow:
     """Follows one element in ``stride`` of every parameter (of this rank's part), as `Sampling` takes them."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from collage import backends
 from collage.backends.batch import cut, folded
 from collage.layout import Planes
+from collage.monitor.shadow import Follower, Shadow
 from collage.optimizers import admission, edits, loading, planes
 from collage.optimizers.guarded import Guarded
 from collage.optimizers.parameters import Group, Parameter, named, require_unique
@@ -69,6 +70,10 @@ class PrecisionOptimizer(Guarded):
                 kept = f"{', '.join(strategy.formats())}; {strategy.exception}"
                 lines.append(f"group {index}: {kept}; so do {small} of its {len(group['params'])}")
         return "\n".join(lines)
+
+    def shadow(self, stride: int, strategies: Sequence[Strategy]) -> Follower:
+        """What a monitor has follow the steps, on one element in ``stride``."""
+        return Shadow(stride, strategies)
 
     def strategy_of(self, parameter: Parameter) -> Strategy:
         """The group's strategy, as its shape has it; float32 ones step in float32. TypeError for any other dtype."""

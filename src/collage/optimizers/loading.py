@@ -30,7 +30,7 @@ def _names(group: Group) -> list[str] | None:
     return list(names) if names and len(names) == len(group["params"]) else None
 
 
-def _in_order(groups: Sequence[Group], saved: dict[str, Any]) -> dict[str, Any]:
+def in_order(groups: Sequence[Group], saved: dict[str, Any]) -> dict[str, Any]:
     """The saved state with its groups and parameters in the order of ours, where both sides have names.
 
     Raises ValueError, showing both, where the names are not the same.
@@ -79,8 +79,8 @@ def adopt(
     Raises:
         ValueError: another strategy or optimizer, other names, planes or shapes.
     """
-    _require_state_dict(saved)
-    saved = _in_order(groups, saved)
+    require_state_dict(saved)
+    saved = in_order(groups, saved)
     sizes = ([len(group["params"]) for group in side] for side in (saved["param_groups"], groups))
     if next(sizes) != next(sizes):
         return saved  # torch's own error says it best
@@ -113,7 +113,7 @@ def is_foreign(saved: Mapping[str, Any]) -> bool:
     return not all("strategy" in group for group in saved.get("param_groups", ()))
 
 
-def _require_state_dict(saved: Mapping[str, Any]) -> None:
+def require_state_dict(saved: Mapping[str, Any]) -> None:
     groups, states = saved.get("param_groups"), saved.get("state")
     is_whole = isinstance(states, Mapping) and all(isinstance(x, Mapping) for x in states.values())
     if not is_whole or not isinstance(groups, list) or not all("params" in group for group in groups):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from collage.backends import Backend, choose
-from collage.formats import format_of
+from collage.formats import Format, format_of
 from collage.layout import Plane, Planes, pieces
 from collage.optimizers.memory import in_memory
 from collage.optimizers.parameters import State, dtype_of, name_of
@@ -82,6 +82,11 @@ def _zeros(plane: Plane, param: Tensor) -> Any:
         return torch.zeros_like(param, dtype=plane.dtype, requires_grad=False)
     part = local(param)
     return in_rows(part.new_zeros(plane.shape(part.shape), dtype=plane.dtype), plane.shape(param.shape), param)
+
+
+def zeros(fmt: Format, param: Tensor) -> list[Any]:
+    """The planes of a number of a parameter that is 0, placed as it is."""
+    return [_zeros(plane, param.detach()) for plane in fmt.planes]
 
 
 def cut(rule: Rule, strategy: Strategy, param: Tensor) -> str:

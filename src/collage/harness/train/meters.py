@@ -20,8 +20,9 @@ from collage.formats import format_of
 from collage.monitor import Monitor
 from collage.monitor.following import intended
 from collage.monitor.sampling import Sampling
-from collage.monitor.shadow import Stepping
+from collage.monitor.shadow import Stepping, followed
 from collage.optimizers.base import PrecisionOptimizer
+from collage.rules.assign import ASSIGN
 
 
 def bytes_by_slot(optimizer: PrecisionOptimizer) -> dict[str, int]:
@@ -126,13 +127,14 @@ def _synchronize() -> None:
 class UpdateSizes(Monitor):
     """A histogram of log2(|Delta| / ulp(theta)), Delta the update that the rule intends, ulp that of bf16.
 
-    Over one weight in `stride`, at every `every`-th step of the optimizer.
+    Over one weight in `stride`, at every `every`-th step of the optimizer. Of rules that make a weight's update of
+    its own numbers alone; a wrapped optimizer's is made elsewhere.
     """
 
     EDGES = tuple(k / 2 for k in range(-60, 21))
 
     def __init__(self, optimizer: PrecisionOptimizer, every: int = 10, stride: int = 61) -> None:
-        super().__init__(every, None, ())
+        super().__init__(every, lambda: None)
         self.counts = torch.zeros(len(self.EDGES) - 1, dtype=torch.int64)
         self._stride = stride
         optimizer.monitors.append(self)
@@ -144,7 +146,7 @@ class UpdateSizes(Monitor):
 
     def before(self, stepping: Sequence[Stepping], changed: Mapping[str, int]) -> None:
         if (self._coming[0] + 1) % self.every == 0:
-            for parameters, batch in stepping:
+            for parameters, batch in (own for own in followed(stepping) if own[1].rule.name != ASSIGN.name):
                 for k, (parameter, row) in enumerate(zip(parameters, batch.rows(), strict=True)):
                     self._count(batch.take([k]), row, Sampling(parameter.tensor, self._stride))
 
@@ -161,5 +163,8 @@ class UpdateSizes(Monitor):
         inside = logs.clamp(self.EDGES[0], self.EDGES[-1]).float()
         self.counts += torch.histc(inside.cpu(), len(self.counts), self.EDGES[0], self.EDGES[-1]).long()
 
-    def to_dict(self) -> dict[str, list[float]]:
+    def to_dict(self) -> dict[str, list[float]] | None:
+        """None: no update was seen."""
+        if not self.counts.any():
+            return None
         return {"edges": list(self.EDGES), "counts": self.counts.tolist()}

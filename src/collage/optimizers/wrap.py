@@ -1,0 +1,366 @@
+"""Any other optimizer on low-precision weights: decode a bucket of parameters, let it make its step, encode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collage.backends import Batch, Noise, choose, operator
+from collage.monitor.shadow import Follower
+from collage.optimizers import edits
+from collage.optimizers.base import PrecisionOptimizer
+from collage.optimizers.parameters import Group, Parameter
+from collage.optimizers.plan import Columns
+from collage.optimizers.settings import checked_seed
+from collage.optimizers.wrapping import loading
+from collage.optimizers.wrapping.bucket import Arena, buckets, numbers_of
+from collage.optimizers.wrapping.foreign import Foreign, Values
+from collage.optimizers.wrapping.probing import is_elementwise, probed
+from collage.optimizers.wrapping.shadow import WrappedShadow
+from collage.optimizers.wrapping.slots import Formats, checked, packed, unpacked
+from collage.rules import Rule
+from collage.rules.assign import ASSIGN
+from collage.sharding import any_dtensor, local, region
+from collage.strategies import Strategy
+
+REWRITING = ("train", "eval")  # methods of optimizers that write weights outside of a step
+ELEMENTWISE = replace(ASSIGN, torch=lambda group, keys: "")  # a state of the optimizer itself may be loaded
+RULE = replace(ELEMENTWISE, elementwise=False)
+
+
+def wrap(
+    optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer],
+    *args: Any,
+    strategy: str | Strategy = "collage-plus",
+    states: Mapping[str, str] | None = None,
+    bucket_mb: float = 64,
+    cast: bool = False,
+    seed: int = 0,
+    skip_nonfinite: bool = False,
+    backend: str = "auto",
+    **kwargs: Any,
+) -> Wrapped:
+    """Any optimizer that updates each parameter by itself, on low-precision weights without a float32 copy.
+
+    A step takes parameters in buckets: theta and the optimizer's states are decoded to float32, the optimizer makes its
+    own step on those alone, and what it made is encoded. So the update is the optimizer's own, of the float32 value:
+    under "fp32-master" the bits are those of the optimizer on float32 weights. Its floor is float32's, with ":sr" too.
+
+    States of the parameter's shape take the strategy's format for momentum or variance by their names (``exp_avg``,
+    ``momentum_buffer``, ``exp_avg_sq``, ``square_avg``, ``sum``, ...), iterates (``z``, ``ax``) that of the weights.
+    All others stay as the optimizer makes them; ``repr`` says which.
+
+    Args:
+        optimizer: constructed, or a class, whose arguments follow: ``wrap(torch.optim.NAdam, params, lr=1e-3)``. Its
+            own ``foreach`` or ``fused`` may be on. Do not use it by itself any more.
+        strategy, cast, seed, skip_nonfinite, backend: as `AdamW`'s. A group may have a ``strategy`` of its own.
+        states: name -> format of a state, as in ``states={"prev": "fp32"}``; wins over what its name says.
+        bucket_mb: MiB of float32 numbers that a step holds at a time; a parameter that is larger goes alone.
+
+    Returns:
+        An optimizer with the same groups, settings and keys of ``state_dict()``: planes have our suffixes
+        (``exp_avg_sq_lo``), those of theta begin with ``param_``.
+
+    Raises:
+        TypeError: what is no optimizer, or one that cannot step by its gradients alone (LBFGS needs a closure).
+        ValueError: one that needs all of its parameters at once (Prodigy, D-Adaptation), a strategy in bfloat16
+            arithmetic, an unknown strategy or format.
+
+    >>> model = nn.Linear(4, 2).bfloat16()
+    >>> opt = wrap(torch.optim.NAdam, model.named_parameters(), lr=1e-3, strategy="collage-plus")
+    >>> model(torch.ones(1, 4).bfloat16()).sum().backward()
+    >>> opt.step()
+    >>> sorted(opt.state_dict()["state"][0])
+    ['exp_avg', 'exp_avg_sq', 'exp_avg_sq_lo', 'mu_product', 'param_lo', 'param_step', 'step']
+    """
+    arguments = None
+    if isinstance(optimizer, type):
+        arguments = _arguments(optimizer, args, kwargs)
+        optimizer = optimizer(*args, **kwargs)
+    elif args or kwargs:
+        unknown = ", ".join([*map(repr, args), *kwargs])
+        raise TypeError(f"wrap: {unknown}: the optimizer is constructed already; give its class to give it arguments")
+    if isinstance(optimizer, PrecisionOptimizer):
+        raise TypeError(f"wrap: {type(optimizer).__name__} keeps its weights in a strategy's formats already; use it")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"wrap: needs a torch.optim.Optimizer, or a class of one, got {type(optimizer).__name__}")
+    ours = {"strategy": strategy, "seed": seed, "skip_nonfinite": skip_nonfinite}
+    return Wrapped(optimizer, arguments, ours, states, bucket_mb, cast, backend)
+
+
+def _arguments(kind: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a class is given beside its parameters, by name."""
+    if not issubclass(kind, torch.optim.Optimizer):
+        raise TypeError(f"wrap: needs a torch.optim.Optimizer, or a class of one, got {kind.__name__}")
+    if issubclass(kind, PrecisionOptimizer):
+        raise TypeError(f"wrap: {kind.__name__} keeps its weights in a strategy's formats already; use it")
+    names = list(signature(kind).parameters)
+    return {**dict(zip(names[1:], args[1:], strict=False)), **{k: v for k, v in kwargs.items() if k != names[0]}}
+
+
+class Wrapped(PrecisionOptimizer):
+    """What `wrap` makes.
+
+    Attributes:
+        base: the optimizer that was wrapped. Its ``state`` is that of every parameter, in planes.
+        states, bucket_mb: as given to `wrap`.
+    """
+
+    foreign = ()
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        arguments: Mapping[str, Any] | None,
+        ours: dict[str, Any],
+        states: Mapping[str, str] | None,
+        bucket_mb: float,
+        cast: bool,
+        backend: str,
+    ) -> None:
+        if not isinstance(bucket_mb, int | float) or not bucket_mb > 0:
+            raise ValueError(f"bucket_mb: needs a number > 0, got {bucket_mb!r}")
+        self.base, self.bucket_mb, self.states = base, bucket_mb, checked(states)
+        self._elementwise: dict[int, bool] = {}
+        self._foreign = Foreign(base, arguments)
+        self._foreign.look()
+        super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **ours}, backend, cast, {})
+        self._tried = [probed(self._foreign, group) for group in self.param_groups]
+        base.param_groups = self.param_groups
+        self._optimizer_step_pre_hooks.update(base._optimizer_step_pre_hooks)
+        self._optimizer_step_post_hooks.update(base._optimizer_step_post_hooks)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """The states that the optimizer has already, in planes; those of its constructor are made anew, in float32."""
+        for parameter in self.parameters():
+            found = self.base.state.get(parameter.tensor)
+            if found and self._foreign.has_stepped(found):
+                self.base.state[parameter.tensor] = self._packed([parameter], [found])[0]
+            else:
+                self.base.state.pop(parameter.tensor, None)
+
+    def rule_of(self, group: Group) -> Rule:
+        """Of theta alone: it becomes what the optimizer made of it. The states are the optimizer's."""
+        return ELEMENTWISE if self._is_elementwise(group) else RULE
+
+    def formats_of(self, parameter: Parameter) -> Formats:
+        """The formats of a parameter's states."""
+        return Formats(self.strategy_of(parameter), self.states)
+
+    def _is_elementwise(self, group: Group) -> bool:
+        """Whether a shadow can follow single elements; tried once for a group, and only if there is one."""
+        if not self.monitors:
+            return True
+        if id(group) not in self._elementwise:
+            self._elementwise[id(group)] = is_elementwise(self._foreign, group)
+        return self._elementwise[id(group)]
+
+    def shadow(self, stride: int, strategies: Sequence[Strategy]) -> Follower:
+        """What follows the steps: the optimizer itself, in float32 and under other strategies."""
+        return WrappedShadow(self, self._foreign, stride, strategies)
+
+    def _validate(self, group: Group) -> None:
+        super(PrecisionOptimizer, self)._validate(group)
+        group["seed"] = checked_seed(group["seed"])
+        strategy = Strategy.parse(group["strategy"])
+        if strategy.register != torch.float32:
+            raise ValueError(
+                f"strategy: '{strategy}' adds increments in bfloat16 arithmetic, and {self._foreign.name} gives no "
+                "increment but a new float32 number; use 'collage-plus', 'collage-light' or 'bf16'"
+            )
+
+    def _traced(self, closure: Callable[[], Any] | None) -> Any:
+        raise RuntimeError("wrap: a compiled step knows the rules of this package alone; call opt.step() uncompiled")
+
+    def _is_skipped(self) -> bool:
+        return bool(getattr(self, "found_inf", None))  # waits: the optimizer itself would not look
+
+    def _looks_in_the_step(self, found: Tensor) -> bool:
+        return False
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._foreign.forget()
+
+    def _advance(self) -> None:
+        super()._advance()
+        self._foreign.settle()
+
+    def _batch(self, group: Group, columns: Columns, grads: Sequence[Tensor]) -> Batch:
+        """Of theta: its gradients, until the optimizer has made new numbers of them."""
+        scale = getattr(self, "grad_scale", None)
+        return Batch(
+            columns.rule, columns.formats, torch.float32, 1.0, (1.0,), False, group["seed"], columns.planes, grads, (),
+            columns.keys, columns.places, (), columns.steps, 1.0 if scale is None else scale, None, columns.kept,
+        )  # fmt: skip
+
+    def _step(self, columns: Columns, batch: Batch) -> None:
+        sizes = [numbers_of(p, self._shaped(columns.group, p)) for p in columns.params]
+        for positions in buckets(sizes, int(self.bucket_mb * 2**20) // 4):
+            some = [columns.plans[k].parameter for k in positions]
+            self._bucket(columns.group, some, batch.take(positions), sum(sizes[k] for k in positions))
+        edits.advance(columns.seen)
+
+    def _bucket(self, group: Group, some: Sequence[Parameter], batch: Batch, numbers: int) -> None:
+        """The step of these parameters. batch: of theta, with their gradients."""
+        arena = Arena(numbers, batch.planes[0].device)
+        theta = [nn.Parameter(arena.like(p.tensor)) for p in some]
+        values, rows = [local(own.detach()) for own in theta], list(batch.rows())
+        choose(self.backend, values[0].device).decode(batch.formats[0], [row.slots[0] for row in rows], values)
+        for own, parameter, row in zip(theta, some, rows, strict=True):
+            own.grad = _unscaled(row.grad, batch.scale, arena.like(parameter.tensor))
+        states = self._run("step", group, some, theta, arena)
+        operator.carry_out(replace(batch, grads=values, scale=1.0), self.backend, group["capturable"])
+        self._store(some, states, arena)
+
+    def _run(
+        self, method: str, group: Group, some: Sequence[Parameter], theta: Sequence[nn.Parameter], arena: Arena
+    ) -> list[Values]:
+        """Run a method of the optimizer on float32 numbers of theta. Returns the states that it left, unpacked."""
+        states = [self.base.state.get(p.tensor, {}) for p in some]
+        formats = [self.formats_of(p) for p in some]
+        return self._foreign.run(group, theta, unpacked(states, [p.tensor for p in some], formats, arena.like), method)
+
+    def _store(self, some: Sequence[Parameter], states: Sequence[Values], arena: Arena) -> None:
+        """Store the states that the optimizer left, in planes; nothing stays in the bucket's memory."""
+        before = [self.base.state.get(p.tensor, {}) for p in some]
+        for parameter, own in zip(some, self._packed(some, states, before), strict=True):
+            self.base.state[parameter.tensor] = {k: x.clone() if arena.holds(x) else x for k, x in own.items()}
+
+    def _packed(
+        self, some: Sequence[Parameter], states: Sequence[Values], before: Sequence[Values] | None = None
+    ) -> list[Values]:
+        tensors, formats = [p.tensor for p in some], [self.formats_of(p) for p in some]
+        return packed(states, tensors, formats, before or [{}] * len(some), self._noise(some))
+
+    def _noise(self, some: Sequence[Parameter]) -> Callable[[str, list[int]], Noise]:
+        """The random bits of a state, by its name, of those of these parameters that are in the given positions."""
+        sharded = any_dtensor([p.tensor for p in some])
+
+        def noise(name: str, columns: list[int]) -> Noise:
+            taken = [some[k] for k in columns]
+            steps = [int(self.state.get(p.tensor, {}).get("step", 0)) for p in taken]
+            places = [region(p.tensor) for p in taken] if sharded else []
+            return Noise(name, taken[0].group["seed"], steps, [p.key for p in taken], places)
+
+        return noise
+
+    def _shaped(self, group: Group, param: Tensor) -> int:
+        """How many states of its shape the optimizer keeps of a parameter."""
+        index = next(i for i, own in enumerate(self.param_groups) if own is group)
+        alike = self._tried[index] or [{}]
+        return max(sum(isinstance(x, Tensor) and x.dim() == param.dim() > 0 for x in own.values()) for own in alike)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in REWRITING and callable(getattr(type(self.__dict__.get("base")), name, None)):
+            return partial(self._rewrite, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    @torch.no_grad()
+    def _rewrite(self, method: str) -> None:
+        """Run a method of the optimizer that writes weights, on those that have a state."""
+        edits.require_own((p.tensor for p in self.parameters()), f"{method}()")
+        self._foreign.forget()
+        for index, group in enumerate(self.param_groups):
+            some = [p for p in self.parameters() if p.group_index == index and self.base.state.get(p.tensor)]
+            sizes = [numbers_of(p.tensor, self._shaped(group, p.tensor)) for p in some]
+            for positions in [*buckets(sizes, int(self.bucket_mb * 2**20) // 4)] or [[]]:
+                self._rewrite_bucket(method, group, [some[k] for k in positions], sum(sizes[k] for k in positions))
+        self._foreign.settle()
+
+    def _rewrite_bucket(self, method: str, group: Group, some: Sequence[Parameter], numbers: int) -> None:
+        arena = Arena(numbers, local(some[0].tensor).device if some else torch.device("cpu"))
+        theta = [nn.Parameter(arena.like(p.tensor)) for p in some]
+        values = [local(own.detach()) for own in theta]
+        for value, parameter in zip(values, some, strict=True):
+            edits.decode(self.strategy_of(parameter).param, self.theta(parameter), value)
+        states = self._run(method, group, some, theta, arena)
+        for value, parameter in zip(values, some, strict=True):
+            noise = self._noise([parameter])(f"param_{method}", [0])  # no bits that a step draws
+            planes = [self.theta(parameter)]
+            choose(self.backend, value.device).encode(self.strategy_of(parameter).param, [value], planes, noise)
+        self._store(some, states, arena)
+
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        """As every optimizer's here; what the optimizer keeps in its groups stays."""
+        super().reset_moments()
+        self.base.state.clear()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as the optimizer itself takes one; it may have a strategy of its own."""
+        if not hasattr(self, "_tried"):  # the optimizer's own, while it is being wrapped
+            super().add_param_group(param_group)
+            return
+        known = list(self.param_groups)
+        self.base.add_param_group(param_group)
+        group = self.base.param_groups[-1]
+        self.param_groups[:] = known
+        super().add_param_group(group)
+        self._tried.append(probed(self._foreign, self.param_groups[-1]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, its planes with our suffixes, and those of theta, which begin with ``param_``."""
+        return loading.merged(super().state_dict(), self.param_groups, self.base.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore every plane byte for byte. Also takes a state of the optimizer itself, unwrapped.
+
+        Raises:
+            ValueError: a state of another strategy, or of other names or shapes. Nothing is changed then.
+        """
+        loaded = loading.checked_states(state_dict, self.param_groups, list(self.parameters()), self.formats_of)
+        super().load_state_dict(loading.of_theta(state_dict))
+        self.base.param_groups = self.param_groups
+        self.base.state.clear()
+        for parameter in self.parameters():
+            if parameter.tensor in loaded:
+                state, is_raw = loaded[parameter.tensor]
+                self.base.state[parameter.tensor] = self._packed([parameter], [state])[0] if is_raw else state
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = ("base", "states", "bucket_mb", "_tried")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in mine}, **self._foreign.facts()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "arguments" in state:
+            self._elementwise = {}
+            self._foreign = Foreign.of(self.base, state)
+            self.base.param_groups = self.param_groups
+
+    def __repr__(self) -> str:
+        """torch's, and which states the optimizer keeps in which formats."""
+        lines = [super().__repr__(), f"wraps {type(self.base).__module__}.{self._foreign.name}"]
+        for index, (group, tried) in enumerate(zip(self.param_groups, self._tried, strict=True)):
+            lines.append(f"group {index}: {_shown(Formats(Strategy.parse(group['strategy']), self.states), tried)}")
+        return "\n".join(lines)
+
+
+def _unscaled(grad: Tensor | None, scale: float | Tensor, out: Any) -> Any:
+    """The gradient in float32, as the optimizer is given it, in memory of the bucket."""
+    assert grad is not None
+    part = local(out).copy_(grad)
+    if isinstance(scale, Tensor) or scale != 1.0:
+        part.div_(torch.as_tensor(scale, dtype=torch.float32, device=part.device))
+    return out
+
+
+def _shown(formats: Formats, tried: Iterable[Values]) -> str:
+    """What states an optimizer keeps, and in which formats."""
+    names = dict.fromkeys(name for own in tried for name, x in own.items() if not _is_number(x))
+    kept = {name: formats.of(name) for name in names}
+    inside = ", ".join(f"{name} {fmt}" for name, fmt in kept.items() if fmt)
+    left = ", ".join(name for name, fmt in kept.items() if not fmt)
+    return (inside or "no state in a format") + (f"; as the optimizer makes them: {left}" if left else "")
+
+
+def _is_number(x: object) -> bool:
+    return not isinstance(x, Tensor | list | tuple | dict) or (isinstance(x, Tensor) and x.dim() == 0)

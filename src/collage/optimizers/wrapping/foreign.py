@@ -1,0 +1,164 @@
+"""Another optimizer's step as a function: on float32 tensors that it is given, a few at a time, and counted once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collage.sharding import local
+
+Values = dict[str, Any]  # the states of one parameter, by name
+_NUMBERS = (bool, int, float, str, type(None))
+OWN = (
+    "strategy",
+    "seed",
+    "skip_nonfinite",
+    "capturable",
+)  # what we have in a group and the optimizer has not asked for
+
+
+class Foreign:
+    """An optimizer that is run on a bucket of parameters as if it had no others.
+
+    What a step changes in a group, or in a number that is an attribute, every bucket sees as it was before the step; it
+    moves when the step is over.
+
+    Args:
+        base: the optimizer. Its own parameters and states stay where they are; it is changed by `settle` alone.
+        arguments: what it was made with, beside its parameters; by default its own defaults.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer, arguments: Mapping[str, Any] | None = None) -> None:
+        self.base = base
+        self.name = type(base).__name__
+        given = base.defaults if arguments is None else arguments
+        self.arguments = given if arguments is not None else {k: v for k, v in given.items() if k in _taken(type(base))}
+        self._groups: dict[int, tuple[dict[str, Any], Values]] = {}  # by id: the group, and what moves in it
+        self._attributes: Values = {}
+        self.makes_states = False  # in its constructor, as Adagrad does
+
+    @staticmethod
+    def of(base: torch.optim.Optimizer, facts: Mapping[str, Any]) -> Foreign:
+        """As it was, out of what `facts` said of it."""
+        vars(base).update(facts["attributes"])
+        found = Foreign(base, facts["arguments"])
+        found.makes_states = facts["makes_states"]
+        return found
+
+    def facts(self) -> Values:
+        """What a pickle has of it: torch's own leaves out all attributes."""
+        numbers = {k: v for k, v in vars(self.base).items() if isinstance(v, _NUMBERS)}
+        return {"arguments": self.arguments, "makes_states": self.makes_states, "attributes": numbers}
+
+    def look(self) -> None:
+        """Find out whether the states that are there come from the constructor."""
+        param = next((p for group in self.base.param_groups for p in group["params"] if self.base.state.get(p)), None)
+        if param is not None:
+            group = next(g for g in self.base.param_groups if any(p is param for p in g["params"]))
+            try:
+                (made,) = self.born(group, [nn.Parameter(torch.zeros((1,) * param.dim(), device=local(param).device))])
+            except Exception:  # its arguments are not known; then what is there is all that is known
+                return
+            self.makes_states = bool(made)
+
+    def has_stepped(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state is more than what the constructor makes."""
+        return not self.makes_states or ("step" in state and float(state["step"]) > 0)
+
+    def born(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> list[Values]:
+        """The states that the constructor makes of these parameters."""
+        settings = {k: v for k, v in self._settings(group).items() if k in self.base.defaults}
+        made = type(self.base)([{**settings, "params": list(params)}], **self.arguments)
+        return [dict(made.state.get(param, {})) for param in params]
+
+    def run(
+        self,
+        group: dict[str, Any],
+        params: Sequence[nn.Parameter],  # float32; changed in place
+        states: Sequence[Values | None],  # of each; None: it has none yet
+        method: str = "step",
+        noted: bool = True,  # False: nothing that changes in the group is to be kept
+    ) -> list[Values]:
+        """Run a method of the optimizer on these parameters, from the gradients they have. Returns their new states.
+
+        Raises RuntimeError where the optimizer's group, after it, depends on which parameters it was given.
+        """
+        if self.makes_states and None in states:
+            states = [own or new for own, new in zip(states, self.born(group, params), strict=True)]
+        twin = self._twin(group, params, states)
+        _unhooked(type(twin), method)(twin)
+        if noted:
+            self._note(group, twin)
+        return [twin.state.get(param, {}) for param in params]
+
+    def moved(self, group: Mapping[str, Any]) -> Values:
+        """What the step under way has changed in a group."""
+        return self._groups[id(group)][1] if id(group) in self._groups else {}
+
+    def settle(self) -> None:
+        """The step is over: what it changed is so from now on."""
+        for group, moved in self._groups.values():
+            group.update(moved)
+        vars(self.base).update(self._attributes)
+        self._groups, self._attributes = {}, {}
+
+    def forget(self) -> None:
+        """The step was not made, or only tried."""
+        self._groups, self._attributes = {}, {}
+
+    def _settings(self, group: Mapping[str, Any]) -> Values:
+        foreign = [key for key in OWN if key not in self.base.defaults]
+        return {k: deepcopy(v) for k, v in group.items() if k not in ("params", "param_names", *foreign)}
+
+    def _twin(self, group: Mapping[str, Any], params: Sequence[Tensor], states: Sequence[Values | None]) -> Any:
+        """The optimizer with these parameters alone, and no hooks: those are of the step as a whole."""
+        twin: Any = object.__new__(type(self.base))
+        vars(twin).update(vars(self.base))
+        twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = {}, {}
+        twin.param_groups = [{**self._settings(group), "params": list(params)}]
+        twin.state = defaultdict(dict, {p: own for p, own in zip(params, states, strict=True) if own})
+        return twin
+
+    def _note(self, group: dict[str, Any], twin: Any) -> None:
+        (after,) = twin.param_groups
+        before = self._settings(group)
+        moved = {k: v for k, v in after.items() if k != "params" and (k not in before or not same(v, before[k]))}
+        known = self._groups.setdefault(id(group), (group, moved))[1]
+        if moved.keys() != known.keys() or not all(same(moved[k], known[k]) for k in moved):
+            differing = sorted(k for k in moved.keys() | known.keys() if not same(moved.get(k), known.get(k)))
+            raise RuntimeError(needs_all(self.name, differing))
+        own = vars(self.base)
+        numbers = {k: v for k, v in vars(twin).items() if isinstance(v, _NUMBERS)}
+        self._attributes |= {k: v for k, v in numbers.items() if k not in own or own[k] != v}
+
+
+def needs_all(name: str, settings: Sequence[str] = ()) -> str:
+    """What to say of an optimizer whose update of one parameter depends on the others."""
+    because = f" (of its group {', '.join(map(repr, settings))} depend on them)" if settings else ""
+    return (
+        f"wrap: {name} needs all of its parameters at once{because}, and a step gives it a bucket at a time; use one "
+        "that updates each by itself, such as collage.AdamW, or leave it unwrapped on float32 weights"
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b) or (a != a and b != b)
+
+
+def _taken(kind: type) -> set[str]:
+    """The names of a constructor's arguments."""
+    return set(signature(kind).parameters)
+
+
+def _unhooked(kind: type, method: str) -> Any:
+    """A method, without torch's wrapper of `step`, which calls the hooks of all optimizers."""
+    found = getattr(kind, method)
+    return found.__wrapped__ if getattr(found, "hooked", False) else found

@@ -1,0 +1,118 @@
+"""The states of another optimizer in a strategy's formats: by their names, where they have the parameter's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from collage.backends import Noise, choose
+from collage.formats import FORMATS, format_of
+from collage.layout import Planes, bytes_per_value
+from collage.optimizers.planes import zeros
+from collage.sharding import local
+from collage.strategies import Strategy
+
+_NAMES = {  # what authors call the numbers that they keep
+    "momentum": ("exp_avg", "momentum_buffer", "momentum", "grad_avg", "exp_avg_diff", "exp_avg_slow"),
+    "variance": (
+        *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf", "exp_avg_var", "variance"),
+        *("max_exp_avg_var", "max_square_avg"),
+    ),
+    "param": ("z", "ax"),  # weights beside the weights: Schedule-Free's iterate, ASGD's average
+}
+ROLES = {name: role for role, names in _NAMES.items() for name in names}
+MASTER = 4  # bytes per number from which on float32 alone is as good
+
+
+class Formats(NamedTuple):
+    """Which format a state has, by its name: that of its role, or what `states` says."""
+
+    strategy: Strategy
+    given: Mapping[str, str]
+
+    def of(self, name: str) -> str | None:
+        """None: it is left as the optimizer makes it."""
+        if name in self.given:
+            twin = format_of(self.given[name]).twin
+            return twin if twin and self.strategy.small is self.strategy else self.given[name]
+        role = ROLES.get(name)
+        if role == "param":
+            return "fp32" if bytes_per_value(format_of(self.strategy.param)) > MASTER else self.strategy.param
+        return None if role is None else str(getattr(self.strategy, role))
+
+    def of_state(self, state: Mapping[str, Any], param: Tensor) -> dict[str, str]:
+        """Name -> format, of every state that has one: of the parameter's shape and floating."""
+        return {name: fmt for name, x in state.items() if (fmt := self.of(name)) and is_shaped(x, param)}
+
+
+def is_shaped(value: object, param: Tensor) -> bool:
+    """Whether it has a number for each of the parameter's."""
+    return isinstance(value, Tensor) and value.shape == param.shape and value.layout == torch.strided
+
+
+def checked(states: Mapping[str, str] | None) -> dict[str, str]:
+    """`wrap`'s ``states``. Raises TypeError, ValueError for what is no format of a state."""
+    if states is not None and not isinstance(states, Mapping):
+        raise TypeError(f"states: needs name -> format, such as {{'prev': 'fp32'}}, got {states!r:.50}")
+    for name, fmt in (states or {}).items():
+        if fmt not in FORMATS:
+            raise ValueError(f"states[{name!r}]: unknown format {fmt!r}; known: {', '.join(FORMATS)}")
+        if fmt == "bf16+kahan":
+            raise ValueError(f"states[{name!r}]: 'bf16+kahan' holds what grows, and this is assigned; use 'bf16x2'")
+    return dict(states or {})
+
+
+def keys_of(name: str, fmt: str) -> list[str]:
+    """The keys of a state's planes."""
+    return [name + suffix for suffix in format_of(fmt).suffixes]
+
+
+def unpacked(
+    states: Sequence[Mapping[str, Any]],
+    params: Sequence[Tensor],
+    formats: Sequence[Formats],
+    out: Callable[[Tensor], Tensor],
+) -> list[dict[str, Any]]:
+    """The states with float32 numbers for those kept in planes. out: makes a float32 tensor like a parameter."""
+    result = [dict(own) for own in states]
+    cells: dict[tuple[str, torch.device], tuple[list[Planes], list[Tensor]]] = {}
+    for own, param, fmts in zip(result, params, formats, strict=True):
+        for name, fmt in fmts.of_state(own, param).items():
+            planes = [local(own.pop(key)) for key in keys_of(name, fmt)]
+            own[name] = out(param)
+            all_planes, outs = cells.setdefault((fmt, planes[0].device), ([], []))
+            all_planes.append(planes)
+            outs.append(local(own[name]))
+    for (fmt, device), (many, outs) in cells.items():
+        choose("auto", device).decode(fmt, many, outs)
+    return result
+
+
+def packed(
+    states: Sequence[Mapping[str, Any]],  # as the optimizer left them
+    params: Sequence[Tensor],
+    formats: Sequence[Formats],
+    before: Sequence[Mapping[str, Any]],  # as they were kept; their planes are written to
+    noise: Callable[[str, list[int]], Noise | None],  # of a state, by its name, of these parameters by position
+) -> list[dict[str, Any]]:
+    """The states as they are kept: those of a known name in planes, all others as they are."""
+    result: list[dict[str, Any]] = []
+    cells: dict[tuple[str, str, torch.device], tuple[list[Tensor], list[Planes], list[int]]] = {}
+    for k, (own, param, fmts, old) in enumerate(zip(states, params, formats, before, strict=True)):
+        kept = dict(own)
+        for name, fmt in fmts.of_state(own, param).items():
+            value = local(kept.pop(name))
+            keys = keys_of(name, fmt)
+            planes = [old[key] for key in keys] if all(key in old for key in keys) else zeros(format_of(fmt), param)
+            kept |= dict(zip(keys, planes, strict=True))
+            values, many, columns = cells.setdefault((name, fmt, value.device), ([], [], []))
+            values.append(value.float())
+            many.append([local(plane) for plane in planes])
+            columns.append(k)
+        result.append(kept)
+    for (name, fmt, device), (values, many, columns) in cells.items():
+        choose("auto", device).encode(fmt, values, many, noise(name, columns))
+    return result
