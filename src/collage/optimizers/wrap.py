@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -19,7 +19,7 @@ from collage.optimizers.parameters import Group, Parameter
 from collage.optimizers.plan import Columns
 from collage.optimizers.settings import checked_seed
 from collage.optimizers.wrapping import loading
-from collage.optimizers.wrapping.bucket import Arena, buckets, numbers_of
+from collage.optimizers.wrapping.bucket import Arena, Memory, buckets, decoded, taken
 from collage.optimizers.wrapping.foreign import Foreign, Values
 from collage.optimizers.wrapping.probing import is_elementwise, probed
 from collage.optimizers.wrapping.shadow import WrappedShadow
@@ -128,6 +128,7 @@ class Wrapped(PrecisionOptimizer):
             raise ValueError(f"bucket_mb: needs a number > 0, got {bucket_mb!r}")
         self.base, self.bucket_mb, self.states = base, bucket_mb, checked(states)
         self._elementwise: dict[int, bool] = {}
+        self._memory = Memory()
         self._foreign = Foreign(base, arguments)
         self._foreign.look()
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **ours}, backend, cast, {})
@@ -190,7 +191,10 @@ class Wrapped(PrecisionOptimizer):
         self._foreign.forget()
 
     def _advance(self) -> None:
-        super()._advance()
+        try:
+            super()._advance()
+        finally:
+            self._memory.release(self._most)
         self._foreign.settle()
 
     def _batch(self, group: Group, columns: Columns, grads: Sequence[Tensor]) -> Batch:
@@ -202,15 +206,23 @@ class Wrapped(PrecisionOptimizer):
         )  # fmt: skip
 
     def _step(self, columns: Columns, batch: Batch) -> None:
-        sizes = [numbers_of(p, self._shaped(columns.group, p)) for p in columns.params]
-        for positions in buckets(sizes, int(self.bucket_mb * 2**20) // 4):
+        for positions in self._buckets(columns.group, columns.params):
             some = [columns.plans[k].parameter for k in positions]
-            self._bucket(columns.group, some, batch.take(positions), sum(sizes[k] for k in positions))
+            self._bucket(columns.group, some, batch.take(positions))
         edits.advance(columns.seen)
 
-    def _bucket(self, group: Group, some: Sequence[Parameter], batch: Batch, numbers: int) -> None:
+    def _buckets(self, group: Group, params: Sequence[Tensor]) -> Iterator[list[int]]:
+        """Positions of the parameters that are taken together."""
+        return buckets([taken(p, self._shaped(group, p)) for p in params], self._most)
+
+    def _arena(self, group: Group, some: Sequence[Parameter]) -> Arena:
+        """Memory for their bucket."""
+        device = local(some[0].tensor).device if some else torch.device("cpu")
+        return self._memory.take(sum(decoded(p.tensor, self._shaped(group, p.tensor)) for p in some), device)
+
+    def _bucket(self, group: Group, some: Sequence[Parameter], batch: Batch) -> None:
         """The step of these parameters. batch: of theta, with their gradients."""
-        arena = Arena(numbers, batch.planes[0].device)
+        arena = self._arena(group, some)
         theta = [nn.Parameter(arena.like(p.tensor)) for p in some]
         values, rows = [local(own.detach()) for own in theta], list(batch.rows())
         choose(self.backend, values[0].device).decode(batch.formats[0], [row.slots[0] for row in rows], values)
@@ -252,6 +264,11 @@ class Wrapped(PrecisionOptimizer):
 
         return noise
 
+    @property
+    def _most(self) -> int:
+        """Float32 numbers of a bucket."""
+        return int(self.bucket_mb * 2**20) // 4
+
     def _shaped(self, group: Group, param: Tensor) -> int:
         """How many states of its shape the optimizer keeps of a parameter."""
         index = next(i for i, own in enumerate(self.param_groups) if own is group)
@@ -270,13 +287,13 @@ class Wrapped(PrecisionOptimizer):
         self._foreign.forget()
         for index, group in enumerate(self.param_groups):
             some = [p for p in self.parameters() if p.group_index == index and self.base.state.get(p.tensor)]
-            sizes = [numbers_of(p.tensor, self._shaped(group, p.tensor)) for p in some]
-            for positions in [*buckets(sizes, int(self.bucket_mb * 2**20) // 4)] or [[]]:
-                self._rewrite_bucket(method, group, [some[k] for k in positions], sum(sizes[k] for k in positions))
+            for positions in [*self._buckets(group, [p.tensor for p in some])] or [[]]:
+                self._rewrite_bucket(method, group, [some[k] for k in positions])
+        self._memory.release(self._most)
         self._foreign.settle()
 
-    def _rewrite_bucket(self, method: str, group: Group, some: Sequence[Parameter], numbers: int) -> None:
-        arena = Arena(numbers, local(some[0].tensor).device if some else torch.device("cpu"))
+    def _rewrite_bucket(self, method: str, group: Group, some: Sequence[Parameter]) -> None:
+        arena = self._arena(group, some)
         theta = [nn.Parameter(arena.like(p.tensor)) for p in some]
         values = [local(own.detach()) for own in theta]
         for value, parameter in zip(values, some, strict=True):
@@ -332,7 +349,7 @@ class Wrapped(PrecisionOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "arguments" in state:
-            self._elementwise = {}
+            self._elementwise, self._memory = {}, Memory()
             self._foreign = Foreign.of(self.base, state)
             self.base.param_groups = self.param_groups
 

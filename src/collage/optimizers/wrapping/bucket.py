@@ -10,15 +10,33 @@ from torch import Tensor
 
 from collage.sharding import in_rows, is_dtensor, local
 
-NUMBERS = 4  # float32 numbers of an element while its optimizer steps: theta, gradient, and what that makes beside them
+DECODED = 2  # float32 numbers of an element while its optimizer steps, beside its states: theta and the gradient
+MADE = 2  # what the optimizer itself makes meanwhile, in memory of its own
+
+
+class Memory:
+    """What the buckets of a step lie in, one after the other: memory that is touched anew for each costs time."""
+
+    def __init__(self) -> None:
+        self._of: dict[torch.device, Tensor] = {}
+
+    def take(self, numel: int, device: torch.device) -> Arena:
+        """So many numbers, of which the last bucket has none any more."""
+        if device not in self._of or self._of[device].numel() < numel:
+            self._of.pop(device, None)  # before there is more
+            self._of[device] = torch.empty(numel, dtype=torch.float32, device=device)
+        return Arena(self._of[device])
+
+    def release(self, most: int) -> None:
+        """Give back what is more than so many numbers, or is on a device, whose allocator keeps it at hand."""
+        self._of = {at: own for at, own in self._of.items() if at.type == "cpu" and own.numel() <= most}
 
 
 class Arena:
-    """Memory for so many float32 numbers, from which tensors like parameters are cut."""
+    """Memory of one bucket, from which tensors like parameters are cut."""
 
-    def __init__(self, numel: int, device: torch.device) -> None:
-        self._memory = torch.empty(numel, dtype=torch.float32, device=device)
-        self._used = 0
+    def __init__(self, memory: Tensor) -> None:
+        self._memory, self._used = memory, 0
 
     def like(self, param: Any) -> Any:
         """A float32 tensor of its shape and strides, sharded as it is. What is in it is not said."""
@@ -36,9 +54,14 @@ class Arena:
         return local(value).untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
 
 
-def numbers_of(param: Tensor, states: int) -> int:
-    """How many float32 numbers it takes while its optimizer, which keeps so many states of its shape, steps."""
-    return local(param).numel() * (NUMBERS + states)
+def decoded(param: Tensor, states: int) -> int:
+    """How many float32 numbers a parameter is while its optimizer, which keeps so many states of its shape, steps."""
+    return local(param).numel() * (DECODED + states)
+
+
+def taken(param: Tensor, states: int) -> int:
+    """The same with what the optimizer makes meanwhile."""
+    return decoded(param, states) + local(param).numel() * MADE
 
 
 def buckets(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
