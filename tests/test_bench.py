@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from collage.formats import format_of
-from collage.harness.bench import contestants
+from collage.harness.bench import contestants, wrapped
 from collage.harness.bench.command import TIMING, shapes_of
 from collage.harness.bench.contestants import KINDS, limit, ours
 from collage.harness.bench.gradients import accumulate, clip, release
@@ -127,7 +127,22 @@ def test_gradients_are_measured(
     assert "release_gradients" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", ["--params 4K", "--accuracy", "--strategies bf16", "--no-others", "--threads 1"])
+def test_wrapped_optimizers_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--wrapped", "--params", "40K", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "wrapped.json").read_text())["rows"]
+    assert rows.keys() == wrapped.KINDS.keys()
+    assert all(row["ratio"] == pytest.approx(row["collage-plus"] / row["master"]) for row in rows.values())
+    few = 0.5  # beside numbers of theirs own, of 40,000 weights: step counters, and factored moments
+    assert rows["AdamW"]["kept"] == pytest.approx(12, abs=few)
+    assert rows["AdamW"]["kept_master"] == pytest.approx(16, abs=few)
+    decoded = 4 * 4 * 40_000 / 2**20  # theta, gradient and two moments in float32, and a temporary of one tensor or two
+    assert decoded <= rows["AdamW(fused=True)"]["more_mb"] <= rows["AdamW"]["more_mb"] < 1.5 * decoded
+    assert "AdamW(fused=True)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flag", ["--params 4K", "--accuracy", "--wrapped", "--strategies bf16", "--no-others", "--threads 1"]
+)
 def test_gradients_refuse_what_means_nothing_to_them(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--gradients", *flag.split()]) != 0
     assert "--gradients" in capsys.readouterr().err

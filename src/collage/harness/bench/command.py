@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from collage.backends import fastest, missing
-from collage.harness.bench import plot
+from collage.harness.bench import plot, wrapped
 from collage.harness.bench.accuracy import command as accuracy
 from collage.harness.bench.contestants import KINDS, Row, Shapes
 from collage.harness.bench.gradients import command as gradients
@@ -79,11 +79,17 @@ def _add_choices_of_rows(parser: argparse.ArgumentParser) -> None:
         help="instead measure accumulating, clipping and releasing gradients; takes --rounds and --out",
     )
     add(
+        "--wrapped",
+        action="store_true",
+        help="instead measure torch's optimizers wrapped, beside the same on float32 master copies; takes --params "
+        "(default: 16M), --rounds and --out",
+    )
+    add(
         "--out",
         type=Path,
         default=Path("runs/bench"),
         metavar="DIR",
-        help="bench.json, bench.png; accuracy.json, accuracy.png; gradients.json (default: %(default)s)",
+        help="bench.json, bench.png; accuracy.json, accuracy.png; gradients.json; wrapped.json (default: %(default)s)",
     )
 
 
@@ -104,20 +110,29 @@ TIMING: dict[str, tuple[Any, str]] = {
 }
 
 
+INSTEAD: dict[str, tuple[str, ...]] = {"gradients": ("rounds",), "wrapped": ("rounds", "params")}  # and what they take
+
+
 def settle(args: argparse.Namespace) -> None:
     """Defaults for what was not given.
 
-    Raises ValueError, naming the flag, for one that means nothing to --accuracy or to --gradients.
+    Raises ValueError, naming the flag, for one that means nothing to what is measured instead of steps.
     """
+    if args.wrapped and args.params is None:
+        args.params = wrapped.PARAMS
     for name, (default, why) in TIMING.items():
         given = getattr(args, name)
         if args.accuracy and given is not None and given is not False:
             raise ValueError(f"{flag_of(name)}: means nothing to --accuracy, because {why}; leave it out")
-        if args.gradients and name != "rounds" and given is not None and given is not False:
-            raise ValueError(f"{flag_of(name)}: means nothing to --gradients, whose tensors are its own; leave it out")
+        for mode, taken in INSTEAD.items():
+            if getattr(args, mode) and name not in taken and given is not None and given is not False:
+                raise ValueError(f"{flag_of(name)}: means nothing to {flag_of(mode)}, which has its own; leave it out")
         setattr(args, name, default if given is None else given)
-    if args.gradients and (args.accuracy or args.strategies is not None or args.no_others):
-        raise ValueError("--gradients: takes --rounds and --out alone; leave --accuracy, --strategies, --no-others out")
+    chosen = [flag_of(mode) for mode in ("accuracy", *INSTEAD) if getattr(args, mode)]
+    if chosen[1:]:
+        raise ValueError(f"{chosen[0]}, {chosen[1]}: each is measured instead of steps; give one of them")
+    if chosen and not args.accuracy and (args.strategies is not None or args.no_others):
+        raise ValueError(f"{chosen[0]}: has rows of its own; leave --strategies and --no-others out")
     if args.rounds < 1:
         raise ValueError(f"--rounds: needs at least 1, got {args.rounds}")
 
@@ -139,6 +154,8 @@ def run(args: argparse.Namespace) -> int:
     settle(args)
     if args.gradients:
         return gradients.run(args)
+    if args.wrapped:
+        return wrapped.run(args)
     names = [] if args.strategies is None else [name.strip() for name in args.strategies.split(",")]
     strategies = [Strategy.parse(name) for name in names]
     if args.accuracy:

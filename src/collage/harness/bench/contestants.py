@@ -88,11 +88,14 @@ class Contestant:
     steps: int = 1  # that one call of `step` makes
 
 
+Build = Callable[[Shapes, float, torch.device], Contestant]  # (shapes, lr, device)
+
+
 class Row(NamedTuple):
     """One line of the table."""
 
     name: str
-    build: Callable[[Shapes, float, torch.device], Contestant]  # (shapes, lr, device)
+    build: Build
     moved: Callable[[Shapes], float]  # bytes that a step has to read and write
     kept: Callable[[Shapes], float]  # bytes of weights, state and gradients
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collage.harness.bench.contestants import BETAS, EPS, Contestant, Kind, Row, Shapes, count, each, parameters
+from collage.harness.bench.contestants import BETAS, EPS, Build, Contestant, Kind, Row, Shapes, count, each, parameters
 
 
 def torchs(kind: Kind, label: str, dtype: torch.dtype, **how: Any) -> Row:
@@ -23,13 +23,13 @@ def torchs(kind: Kind, label: str, dtype: torch.dtype, **how: Any) -> Row:
     return Row(label, build, each(2 * kept - dtype.itemsize), each(kept))
 
 
-def option_d(label: str, preallocated: bool, **kind: Any) -> Row:
-    """bfloat16 weights and gradients, a float32 master copy under torch's AdamW, and the two casts."""
+def with_masters(kind: type[torch.optim.Optimizer], preallocated: bool, **settings: Any) -> Build:
+    """bfloat16 weights and gradients, a float32 master copy under an optimizer of torch's, and the two casts."""
 
     def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
         params = parameters(shapes, device)
         masters: list[Tensor] = [nn.Parameter(p.detach().float()) for p in params]
-        opt = torch.optim.AdamW(masters, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, **kind)
+        opt = kind(masters, lr=lr, **settings)  # type: ignore[call-arg]
         grads = [torch.zeros_like(master) for master in masters] if preallocated else []
         for master, grad in zip(masters, grads, strict=False):
             master.grad = grad
@@ -47,6 +47,12 @@ def option_d(label: str, preallocated: bool, **kind: Any) -> Row:
 
         return Contestant(params, step, lambda: masters)
 
+    return build
+
+
+def option_d(label: str, preallocated: bool, **how: Any) -> Row:
+    """The same of AdamW."""
+    build = with_masters(torch.optim.AdamW, preallocated, betas=BETAS, eps=EPS, weight_decay=0.0, **how)
     return Row(label, build, each(40), each(20))
 
 
