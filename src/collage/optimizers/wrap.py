@@ -186,7 +186,12 @@ class Wrapped(PrecisionOptimizer):
     def _looks_in_the_step(self, found: Tensor) -> bool:
         return False
 
+    def _count_on_device(self) -> None:
+        """Nothing is counted there; and ``capturable`` is the optimizer's own."""
+
     def _prepare(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("wrap: its step reads counters on the host; leave opt.step() out of the CUDA graph")
         super()._prepare()
         self._foreign.forget()
 

@@ -81,6 +81,8 @@ def unpacked(
     cells: dict[tuple[str, torch.device], tuple[list[Planes], list[Tensor]]] = {}
     for own, param, fmts in zip(result, params, formats, strict=True):
         for name, fmt in fmts.of_state(own, param).items():
+            if fmt == "fp32":
+                continue  # the optimizer is given the plane itself
             planes = [local(own.pop(key)) for key in keys_of(name, fmt)]
             own[name] = out(param)
             all_planes, outs = cells.setdefault((fmt, planes[0].device), ([], []))
@@ -104,6 +106,8 @@ def packed(
     for k, (own, param, fmts, old) in enumerate(zip(states, params, formats, before, strict=True)):
         kept = dict(own)
         for name, fmt in fmts.of_state(own, param).items():
+            if fmt == "fp32" and own[name].dtype == torch.float32:
+                continue
             value = local(kept.pop(name))
             keys = keys_of(name, fmt)
             planes = [old[key] for key in keys] if all(key in old for key in keys) else zeros(format_of(fmt), param)
