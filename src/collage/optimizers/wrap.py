@@ -276,7 +276,8 @@ class Wrapped(PrecisionOptimizer):
         return max(sum(isinstance(x, Tensor) and x.dim() == param.dim() > 0 for x in own.values()) for own in alike)
 
     def __getattr__(self, name: str) -> Any:
-        if name in REWRITING and callable(getattr(type(self.__dict__.get("base")), name, None)):
+        foreign = self.__dict__.get("_foreign")
+        if name in REWRITING and foreign and foreign.has(name):
             return partial(self._rewrite, name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 

@@ -56,6 +56,10 @@ class Foreign:
         numbers = {k: v for k, v in vars(self.base).items() if isinstance(v, _NUMBERS)}
         return {"arguments": self.arguments, "makes_states": self.makes_states, "attributes": numbers}
 
+    def has(self, method: str) -> bool:
+        """Whether it has a method, beside those of every optimizer."""
+        return callable(getattr(type(self.base), method, None))
+
     def look(self) -> None:
         """Find out whether the states that are there come from the constructor."""
         param = next((p for group in self.base.param_groups for p in group["params"] if self.base.state.get(p)), None)

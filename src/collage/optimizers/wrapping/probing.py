@@ -86,6 +86,10 @@ def _stepped(
     trial, group = Foreign(foreign.base, foreign.arguments), {**group, "params": []}
     trial.makes_states = foreign.makes_states
     states: list[Values | None] = [None] * len(params)
+    if trial.has("train"):  # Schedule-Free's step refuses what is not told
+        states = list(trial.run(group, params, states, "train"))
+        group = {**group, **trial.moved(group)}
+        trial.forget()
     for step in range(STEPS):
         for k, (param, shape) in enumerate(zip(params, shapes, strict=True)):
             param.grad = _numbers(shape, first + k + 100 * (step + 1), device, view)
