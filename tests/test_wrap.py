@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import assert_same_bits
-from wrapped import BASES, EVERY, FEW, ONE, assert_same_run, assert_same_values, trained
+from wrapped import BASES, EVERY, FEW, ONE, assert_same_values, trained
 
 from collage.optimizers.wrap import Wrapped
 
@@ -15,13 +15,12 @@ QUICK = ("Adagrad", "AdamW fused", "ASGD", "Muon", "ScheduleFree AdamW", "SOAP",
 def assert_is_the_base_in_float32(name: str, steps: int, buckets: tuple[float, ...]) -> None:
     """Weights, states and groups, and those of an evaluation."""
     params, base = trained(BASES[name], steps)
-    for bucket in buckets:
-        low, opt = trained(BASES[name], steps, strategy="fp32-master", bucket_mb=bucket)
-        assert_same_as_base(f"{name}, {bucket:g} MiB", low, opt, params, base)
-        for mode in ("eval", "train") if hasattr(base, "eval") else ():
-            getattr(base, mode)()
+    wrapped = [trained(BASES[name], steps, strategy="fp32-master", bucket_mb=bucket) for bucket in buckets]
+    for mode in ("", "eval", "train") if hasattr(base, "eval") else ("",):
+        for opt in (base, *(opt for _, opt in wrapped)) if mode else ():
             getattr(opt, mode)()
-            assert_same_as_base(f"{name}, {bucket:g} MiB, {mode}", low, opt, params, base)
+        for bucket, (low, opt) in zip(buckets, wrapped, strict=True):
+            assert_same_as_base(f"{name}, {bucket:g} MiB {mode}", low, opt, params, base)
 
 
 def assert_same_as_base(name: str, low: list[torch.Tensor], opt: Wrapped, params: list, base: object) -> None:
