@@ -68,7 +68,7 @@ def adopt(
     """
     width = len(planes) // max(len(names), 1)
     visible = planes[::width] if names else ()
-    versions = versions_of(sharded, visible) if sharded else list(map(_version, visible))
+    versions = versions_now(visible, sharded)
     expected = (seen[VERSION] + seen[AHEAD] if compiled else seen[VERSION]).tolist()
     if versions == expected and not every:
         if compiled:
@@ -90,6 +90,11 @@ def adopt(
         _tell_of_remainders(format, names, [k for k in changed if expected[k] != UNSEEN and not seen[TOLD, k]], seen)
     seen[VERSION] = _row(versions)
     return counts
+
+
+def versions_now(visible: Sequence[Tensor], sharded: Sequence[Tensor] = ()) -> list[int]:
+    """Of theta's first planes; sharded: the parameters, where any is a DTensor."""
+    return versions_of(sharded, visible) if sharded else list(map(_version, visible))
 
 
 def _tell_of_remainders(format: str, names: Sequence[str], changed: Sequence[int], seen: Tensor) -> None:

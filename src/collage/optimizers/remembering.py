@@ -145,3 +145,12 @@ class Remembering(compiled.Traced):
                 [own.told for own in columns.plans], dtype=torch.int64, device="cpu"
             )
         edits.tell(new)
+
+    def _written(self, params: Sequence[Tensor]) -> None:
+        """These weights were written with all that is kept beside them, as by a step: nobody else has changed them."""
+        written = set(map(id, params))
+        for columns in self._columns.values():
+            now = edits.versions_now(columns.thetas, columns.sharded)
+            for k, param in enumerate(columns.params):
+                if id(param) in written:
+                    columns.seen[edits.VERSION, k] = now[k]

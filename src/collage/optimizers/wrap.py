@@ -20,10 +20,10 @@ from collage.optimizers.plan import Columns
 from collage.optimizers.settings import checked_seed
 from collage.optimizers.wrapping import loading
 from collage.optimizers.wrapping.bucket import Arena, Memory, buckets, decoded, taken
-from collage.optimizers.wrapping.foreign import Foreign, Values
-from collage.optimizers.wrapping.probing import is_elementwise, probed
+from collage.optimizers.wrapping.foreign import OWN, Foreign, Values
+from collage.optimizers.wrapping.probing import Kept, is_elementwise, probed, small
 from collage.optimizers.wrapping.shadow import WrappedShadow
-from collage.optimizers.wrapping.slots import Formats, checked, packed, unpacked
+from collage.optimizers.wrapping.slots import Formats, checked, packed, require_known, unpacked
 from collage.rules import Rule
 from collage.rules.assign import ASSIGN
 from collage.sharding import any_dtensor, local, region
@@ -79,27 +79,27 @@ def wrap(
     >>> sorted(opt.state_dict()["state"][0])
     ['exp_avg', 'exp_avg_sq', 'exp_avg_sq_lo', 'mu_product', 'param_lo', 'param_step', 'step']
     """
+    _require_wrappable(optimizer if isinstance(optimizer, type) else type(optimizer))
     arguments = None
     if isinstance(optimizer, type):
         arguments = _arguments(optimizer, args, kwargs)
         optimizer = optimizer(*args, **kwargs)
     elif args or kwargs:
-        unknown = ", ".join([*map(repr, args), *kwargs])
+        unknown = ", ".join([*(f"{x!r:.40}" for x in args), *kwargs])
         raise TypeError(f"wrap: {unknown}: the optimizer is constructed already; give its class to give it arguments")
-    if isinstance(optimizer, PrecisionOptimizer):
-        raise TypeError(f"wrap: {type(optimizer).__name__} keeps its weights in a strategy's formats already; use it")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"wrap: needs a torch.optim.Optimizer, or a class of one, got {type(optimizer).__name__}")
     ours = {"strategy": strategy, "seed": seed, "skip_nonfinite": skip_nonfinite}
     return Wrapped(optimizer, arguments, ours, states, bucket_mb, cast, backend)
 
 
-def _arguments(kind: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a class is given beside its parameters, by name."""
+def _require_wrappable(kind: type) -> None:
     if not issubclass(kind, torch.optim.Optimizer):
         raise TypeError(f"wrap: needs a torch.optim.Optimizer, or a class of one, got {kind.__name__}")
     if issubclass(kind, PrecisionOptimizer):
-        raise TypeError(f"wrap: {kind.__name__} keeps its weights in a strategy's formats already; use it")
+        raise TypeError(f"wrap: {kind.__name__} keeps its weights in a strategy's formats already; use it as it is")
+
+
+def _arguments(kind: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a class is given beside its parameters, by name."""
     names = list(signature(kind).parameters)
     return {**dict(zip(names[1:], args[1:], strict=False)), **{k: v for k, v in kwargs.items() if k != names[0]}}
 
@@ -131,8 +131,10 @@ class Wrapped(PrecisionOptimizer):
         self._memory = Memory()
         self._foreign = Foreign(base, arguments)
         self._foreign.look()
+        tried = [probed(self._foreign, group) for group in base.param_groups]  # before anything is cast
+        require_known(self.states, [own.states for each in tried for own in each.values()])
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **ours}, backend, cast, {})
-        self._tried = [probed(self._foreign, group) for group in self.param_groups]
+        self._tried = tried
         base.param_groups = self.param_groups
         self._optimizer_step_pre_hooks.update(base._optimizer_step_pre_hooks)
         self._optimizer_step_post_hooks.update(base._optimizer_step_post_hooks)
@@ -182,6 +184,9 @@ class Wrapped(PrecisionOptimizer):
 
     def _is_skipped(self) -> bool:
         return bool(getattr(self, "found_inf", None))  # waits: the optimizer itself would not look
+
+    def _count_on_device(self) -> None:
+        """Nothing is: the optimizer's own counters stay where it has them."""
 
     def _looks_in_the_step(self, found: Tensor) -> bool:
         return False
@@ -274,14 +279,17 @@ class Wrapped(PrecisionOptimizer):
         """Float32 numbers of a bucket."""
         return int(self.bucket_mb * 2**20) // 4
 
+    def _kept(self, index: int, param: Tensor) -> Kept:
+        """What the optimizer keeps of a parameter of that group, as far as was tried."""
+        return self._tried[index].get(small(param), Kept({}))
+
     def _shaped(self, group: Group, param: Tensor) -> int:
         """How many states of its shape the optimizer keeps of a parameter."""
-        index = next(i for i, own in enumerate(self.param_groups) if own is group)
-        alike = self._tried[index] or [{}]
-        return max(sum(isinstance(x, Tensor) and x.dim() == param.dim() > 0 for x in own.values()) for own in alike)
+        return len(self._kept(next(i for i, own in enumerate(self.param_groups) if own is group), param).shaped)
 
     def __getattr__(self, name: str) -> Any:
-        if name in REWRITING and callable(getattr(type(self.__dict__.get("base")), name, None)):
+        foreign = self.__dict__.get("_foreign")
+        if name in REWRITING and foreign and foreign.has(name):
             return partial(self._rewrite, name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
@@ -301,14 +309,17 @@ class Wrapped(PrecisionOptimizer):
         arena = self._arena(group, some)
         theta = [nn.Parameter(arena.like(p.tensor)) for p in some]
         values = [local(own.detach()) for own in theta]
-        for value, parameter in zip(values, some, strict=True):
-            edits.decode(self.strategy_of(parameter).param, self.theta(parameter), value)
+        self.tell(
+            (parameter, edits.decode(self.strategy_of(parameter).param, self.theta(parameter), value), value.numel())
+            for value, parameter in zip(values, some, strict=True)
+        )
         states = self._run(method, group, some, theta, arena)
         for value, parameter in zip(values, some, strict=True):
             noise = self._noise([parameter])(f"param_{method}", [0])  # no bits that a step draws
             planes = [self.theta(parameter)]
             choose(self.backend, value.device).encode(self.strategy_of(parameter).param, [value], planes, noise)
         self._store(some, states, arena)
+        self._written([p.tensor for p in some])
 
     @torch.no_grad()
     def reset_moments(self) -> None:
@@ -325,8 +336,9 @@ class Wrapped(PrecisionOptimizer):
         self.base.add_param_group(param_group)
         group = self.base.param_groups[-1]
         self.param_groups[:] = known
+        tried = probed(self._foreign, group)
         super().add_param_group(group)
-        self._tried.append(probed(self._foreign, self.param_groups[-1]))
+        self._tried.append(tried)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, its planes with our suffixes, and those of theta, which begin with ``param_``."""
@@ -338,13 +350,17 @@ class Wrapped(PrecisionOptimizer):
         Raises:
             ValueError: a state of another strategy, or of other names or shapes. Nothing is changed then.
         """
-        loaded = loading.checked_states(state_dict, self.param_groups, list(self.parameters()), self.formats_of)
-        super().load_state_dict(loading.of_theta(state_dict))
+        own = list(self.parameters())
+        saved, is_raw = loading.arranged(state_dict, self.param_groups, OWN)
+        loaded = loading.checked_states(
+            saved, is_raw, own, self.formats_of, lambda p: self._kept(p.group_index, p.tensor)
+        )
+        super().load_state_dict(loading.with_theta(saved, own, self.state) if is_raw else loading.of_theta(saved))
         self.base.param_groups = self.param_groups
         self.base.state.clear()
         for parameter in self.parameters():
             if parameter.tensor in loaded:
-                state, is_raw = loaded[parameter.tensor]
+                state = loaded[parameter.tensor]
                 self.base.state[parameter.tensor] = self._packed([parameter], [state])[0] if is_raw else state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -362,7 +378,9 @@ class Wrapped(PrecisionOptimizer):
         """torch's, and which states the optimizer keeps in which formats."""
         lines = [super().__repr__(), f"wraps {type(self.base).__module__}.{self._foreign.name}"]
         for index, (group, tried) in enumerate(zip(self.param_groups, self._tried, strict=True)):
-            lines.append(f"group {index}: {_shown(Formats(Strategy.parse(group['strategy']), self.states), tried)}")
+            lines.append(
+                f"group {index}: {_shown(Formats(Strategy.parse(group['strategy']), self.states), tried.values())}"
+            )
         return "\n".join(lines)
 
 
@@ -375,9 +393,9 @@ def _unscaled(grad: Tensor | None, scale: float | Tensor, out: Any) -> Any:
     return out
 
 
-def _shown(formats: Formats, tried: Iterable[Values]) -> str:
+def _shown(formats: Formats, tried: Iterable[Kept]) -> str:
     """What states an optimizer keeps, and in which formats."""
-    names = dict.fromkeys(name for own in tried for name, x in own.items() if not _is_number(x))
+    names = dict.fromkeys(name for own in tried for name, x in own.states.items() if not _is_number(x))
     kept = {name: formats.of(name) for name in names}
     inside = ", ".join(f"{name} {fmt}" for name, fmt in kept.items() if fmt)
     left = ", ".join(name for name, fmt in kept.items() if not fmt)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from collage.sharding import in_rows, is_dtensor, local
 
+ALIGNED = 16  # numbers: so torch's own memory begins, and by where they begin matrix products choose how they sum
 DECODED = 2  # float32 numbers of an element while its optimizer steps, beside its states: theta and the gradient
 MADE = 2  # what the optimizer itself makes meanwhile, in memory of its own
 
@@ -44,7 +45,7 @@ class Arena:
         end = self._used + part.numel()
         if not part.is_contiguous() or end > self._memory.numel():
             return torch.empty_like(param.detach(), dtype=torch.float32)
-        taken, self._used = self._memory[self._used : end].view(part.shape), end
+        taken, self._used = self._memory[self._used : end].view(part.shape), end + -end % ALIGNED
         return in_rows(taken, param.shape, param) if is_dtensor(param) else taken
 
     def holds(self, value: object) -> bool:
@@ -56,7 +57,8 @@ class Arena:
 
 def decoded(param: Tensor, states: int) -> int:
     """How many float32 numbers a parameter is while its optimizer, which keeps so many states of its shape, steps."""
-    return local(param).numel() * (DECODED + states)
+    numel = local(param).numel()
+    return (numel + -numel % ALIGNED) * (DECODED + states)
 
 
 def taken(param: Tensor, states: int) -> int:

@@ -15,12 +15,8 @@ from collage.sharding import local
 
 Values = dict[str, Any]  # the states of one parameter, by name
 _NUMBERS = (bool, int, float, str, type(None))
-OWN = (
-    "strategy",
-    "seed",
-    "skip_nonfinite",
-    "capturable",
-)  # what we have in a group and the optimizer has not asked for
+_OF_TORCH = ("defaults", "state", "param_groups", "step", "_optimizer_", "_zero_grad_", "_warned_")  # attributes
+OWN = ("strategy", "seed", "skip_nonfinite", "capturable")  # ours in a group, unless the optimizer asks for it
 
 
 class Foreign:
@@ -53,8 +49,27 @@ class Foreign:
 
     def facts(self) -> Values:
         """What a pickle has of it: torch's own leaves out all attributes."""
-        numbers = {k: v for k, v in vars(self.base).items() if isinstance(v, _NUMBERS)}
-        return {"arguments": self.arguments, "makes_states": self.makes_states, "attributes": numbers}
+        return {"arguments": self.arguments, "makes_states": self.makes_states, "attributes": self._own()}
+
+    def _own(self) -> Values:
+        """The attributes that its author gave it."""
+        return {k: v for k, v in vars(self.base).items() if not k.startswith(_OF_TORCH)}
+
+    def require_apart(self) -> None:
+        """Raise TypeError where it keeps parameters, or another optimizer, beside its groups: a twin would step them.
+
+        (Sharpness-aware and look-ahead ones do, and LBFGS.)
+        """
+        params = {id(p) for group in self.base.param_groups for p in group["params"]}
+        for name, value in self._own().items():
+            if isinstance(value, torch.optim.Optimizer):
+                raise TypeError(f"its attribute {name!r} is an optimizer; wrap that one")
+            if any(id(x) in params for x in (value if isinstance(value, list | tuple) else [value])):
+                raise TypeError(f"its attribute {name!r} has parameters beside those of its groups")
+
+    def has(self, method: str) -> bool:
+        """Whether it has a method, beside those of every optimizer."""
+        return callable(getattr(type(self.base), method, None))
 
     def look(self) -> None:
         """Find out whether the states that are there come from the constructor."""
@@ -101,8 +116,14 @@ class Foreign:
         """What the step under way has changed in a group."""
         return self._groups[id(group)][1] if id(group) in self._groups else {}
 
-    def settle(self) -> None:
-        """The step is over: what it changed is so from now on."""
+    def settle(self, groups: Sequence[dict[str, Any]] = ()) -> None:
+        """The step is over: what it changed is so from now on, and in groups without a gradient what it changes there.
+
+        groups: all that the optimizer has, after a step.
+        """
+        for group in groups if self._groups else ():
+            if id(group) not in self._groups:
+                self.run(group, [nn.Parameter(torch.zeros(1))], [{}])
         for group, moved in self._groups.values():
             group.update(moved)
         vars(self.base).update(self._attributes)
@@ -142,8 +163,8 @@ def needs_all(name: str, settings: Sequence[str] = ()) -> str:
     """What to say of an optimizer whose update of one parameter depends on the others."""
     because = f" (of its group {', '.join(map(repr, settings))} depend on them)" if settings else ""
     return (
-        f"wrap: {name} needs all of its parameters at once{because}, and a step gives it a bucket at a time; use one "
-        "that updates each by itself, such as collage.AdamW, or leave it unwrapped on float32 weights"
+        f"wrap: {name} needs all of its parameters at once{because}, or draws random numbers, and a step gives it a "
+        "bucket at a time; use one that updates each by itself, such as collage.AdamW, or leave it on float32 weights"
     )
 
 

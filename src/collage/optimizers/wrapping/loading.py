@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from collage.formats import format_of
-from collage.optimizers.loading import in_order, paired, require_state_dict
-from collage.optimizers.parameters import Group, Parameter, name_of
+from collage.optimizers.loading import in_order, is_foreign, paired, require_state_dict
+from collage.optimizers.parameters import Group, Parameter, State, name_of
 from collage.optimizers.wrapping.foreign import Values
+from collage.optimizers.wrapping.probing import Kept
 from collage.optimizers.wrapping.slots import Formats, keys_of
 from collage.sharding import as_bytes, from_bytes, local, placed
 
@@ -35,9 +36,22 @@ def _renamed(key: str) -> str:
     return STEP if key == "step" else key
 
 
-def of_theta(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A state_dict without what is the optimizer's own; of one that was not wrapped nothing but its groups is left."""
+def arranged(saved: Mapping[str, Any], groups: Sequence[Group], names: Sequence[str]) -> tuple[dict[str, Any], bool]:
+    """The saved state in the order of the groups, and whether it is the optimizer's own, which knows no planes.
+
+    names: the settings of a group that are not the optimizer's. Such a state has none; they stay as they are.
+    """
     require_state_dict(saved)
+    ordered, is_raw = in_order(groups, dict(saved)), is_foreign(saved)
+    if is_raw and len(groups) == len(ordered["param_groups"]):
+        ours = [{name: group[name] for name in names} for group in groups]
+        theirs = [{**own, **group} for own, group in zip(ours, ordered["param_groups"], strict=True)]
+        ordered = {**ordered, "param_groups": theirs}
+    return ordered, is_raw
+
+
+def of_theta(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict without what is the optimizer's own."""
     return {
         **saved,
         "state": {
@@ -48,33 +62,56 @@ def of_theta(saved: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_theta(saved: dict[str, Any], parameters: Sequence[Parameter], live: Mapping[Tensor, State]) -> dict[str, Any]:
+    """The optimizer's own state_dict, with what there is of theta in the place of its states."""
+    found = {number: dict(live[p.tensor]) for p, number, _ in paired(parameters, saved) if live.get(p.tensor)}
+    return {**saved, "state": found}
+
+
 def checked_states(
-    saved: Mapping[str, Any],
-    groups: Sequence[Group],
+    saved: dict[str, Any],  # as `arranged`
+    is_raw: bool,
     parameters: Sequence[Parameter],
     formats_of: Callable[[Parameter], Formats],
-) -> dict[Tensor, tuple[Values, bool]]:
-    """The optimizer's states of each parameter, copied to where it is, and whether they are in no planes yet.
+    kept: Callable[[Parameter], Kept],
+) -> dict[Tensor, Values]:
+    """The optimizer's states of each parameter, copied to where it is.
 
     Raises ValueError, naming the parameter, for planes of another shape or format.
     """
-    require_state_dict(saved)
-    ordered = in_order(groups, dict(saved))
-    found: dict[Tensor, tuple[Values, bool]] = {}
-    for parameter, number, _ in paired(parameters, ordered):
-        theirs = ordered["state"].get(number)
+    found: dict[Tensor, Values] = {}
+    for parameter, number, _ in paired(parameters, saved):
+        theirs = {k: x for k, x in saved["state"].get(number, {}).items() if not k.startswith("param_")}
         if theirs:
-            own = {k: x for k, x in theirs.items() if not k.startswith("param_")}
-            is_raw = STEP not in theirs
-            moved = {k: _moved(x, parameter.tensor) for k, x in own.items()}
-            found[parameter.tensor] = moved if is_raw else _in_planes(moved, parameter, formats_of(parameter)), is_raw
+            moved = _moved(theirs, parameter.tensor)
+            formats = formats_of(parameter)
+            _require_all(moved, parameter, formats, kept(parameter))
+            found[parameter.tensor] = moved if is_raw else _in_planes(moved, parameter, formats)
     return found
 
 
+def _require_all(state: Values, parameter: Parameter, formats: Formats, kept: Kept) -> None:
+    """Raise ValueError for a state that is missing, or has not the parameter's shape and should."""
+    for name in kept.first - state.keys():
+        raise ValueError(
+            f"param '{parameter.name}': its state has no '{name}', which the optimizer keeps; is it one of another "
+            f"optimizer, or of other settings? It has {', '.join(state)}"
+        )
+    wanted = tuple(parameter.tensor.shape)
+    for name in kept.shaped & state.keys() if local(parameter.tensor).numel() else ():
+        shape = tuple(getattr(state[name], "shape", ()))
+        if formats.of(name) and shape != wanted:
+            raise ValueError(f"param '{parameter.name}': {name} has shape {shape}, not the parameter's {wanted}")
+
+
 def _moved(value: Any, param: Tensor) -> Any:
-    """A copy where its parameter is; of what is no number for each element, as it is."""
+    """A copy where its parameter is, of numbers that are not 0-d; of what holds others, too."""
     if isinstance(value, Tensor) and value.dim():
         return placed(value.detach().to(local(param).device, copy=True), param)
+    if isinstance(value, dict):
+        return {k: _moved(x, param) for k, x in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(x, param) for x in value)
     return deepcopy(value)
 
 

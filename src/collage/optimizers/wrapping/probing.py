@@ -8,36 +8,51 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from collage.gradients.randomness import Randomness
 from collage.optimizers.wrapping.foreign import Foreign, Values, needs_all, same
+from collage.optimizers.wrapping.slots import is_shaped
 from collage.sharding import local
 
 LARGEST = 16  # of each dimension of what is tried
-STEPS = 3
-CLOSE = (
-    1e-3  # of the largest update: operations on other shapes may round otherwise; another update differs by far more
-)
+GRADIENTS = (1.0, 1e-3, 1e4)  # how large they are in each step that is tried: some clip those of a norm beyond theirs
+CLOSE = 1e-3  # of the largest update: other shapes may be rounded otherwise; another update differs by far more
+
+
+class Kept(NamedTuple):
+    """What an optimizer keeps of a parameter: its states after some steps, and the names of those after the first.
+
+    shaped: those with a number for each of the parameter's.
+    """
+
+    states: Values
+    first: frozenset[str] = frozenset()
+    shaped: frozenset[str] = frozenset()
+
+
+Shape = tuple[int, ...]
 
 
 class Tried(NamedTuple):
-    """How far some steps moved parameters, the states they have then, and their group."""
+    """How far each step moved the parameters, the states they have then, and their group."""
 
-    moves: list[Tensor]
-    states: list[Values]
+    moves: list[Tensor]  # of each parameter: [steps, *shape]
+    states: list[Kept]
     group: dict[str, Any]
 
 
-def probed(foreign: Foreign, group: dict[str, Any]) -> list[Values]:
-    """The states that some steps make of parameters like the group's, in float32.
+def probed(foreign: Foreign, group: dict[str, Any]) -> dict[Shape, Kept]:
+    """What the optimizer keeps of parameters like the group's, in float32, by the `small` shape.
 
     Raises TypeError, ValueError, in one sentence, where the optimizer cannot be wrapped.
     """
     if not group["params"]:
-        return []
-    pairs = [shape for shape in sorted({_small(param) for param in group["params"]}, key=len) for _ in range(2)]
+        return {}
+    pairs = [shape for shape in sorted({small(param) for param in group["params"]}, key=len) for _ in range(2)]
     device = local(group["params"][0]).device
     try:
-        together = _stepped(foreign, group, pairs, device)
-        alone = [_stepped(foreign, group, [shape], device, k) for k, shape in enumerate(pairs)]
+        foreign.require_apart()
+        together = _stepped(foreign, group, [Run(shape, k, device) for k, shape in enumerate(pairs)])
+        alone = [_stepped(foreign, group, [Run(shape, k, device)]) for k, shape in enumerate(pairs)]
     except Exception as error:
         raise TypeError(
             f"wrap: {foreign.name} cannot make a step of its own on {device.type}: {type(error).__name__}: {error}; "
@@ -49,7 +64,7 @@ def probed(foreign: Foreign, group: dict[str, Any]) -> list[Values]:
             raise ValueError(needs_all(foreign.name, differing))
     if not all(map(_close, together.moves, (own.moves[0] for own in alone))):
         raise ValueError(needs_all(foreign.name))
-    return together.states
+    return dict(zip(pairs, together.states, strict=True))
 
 
 def is_elementwise(foreign: Foreign, group: dict[str, Any]) -> bool:
@@ -59,46 +74,70 @@ def is_elementwise(foreign: Foreign, group: dict[str, Any]) -> bool:
         return True
     device = local(group["params"][0]).device
     try:
-        whole, flat = (_stepped(foreign, group, [shape], device, view=view).moves[0] for view in (shape, (-1,)))
+        runs = Run(shape, 0, device), Run(shape, 0, device, (-1,))
+        whole, flat = (_stepped(foreign, group, [run]).moves[0] for run in runs)
     except Exception:  # it takes no vectors
         return False
-    return _close(whole.flatten(), flat)
+    return _close(whole.flatten(1), flat)
 
 
-def _small(param: Tensor) -> tuple[int, ...]:
+def small(param: Tensor) -> Shape:
+    """The shape in which one like it is tried."""
     return tuple(min(n, LARGEST) for n in param.shape)
 
 
-def _stepped(
-    foreign: Foreign,
-    group: dict[str, Any],
-    shapes: Sequence[tuple[int, ...]],
-    device: torch.device,
-    first: int = 0,
-    view: tuple[int, ...] | None = None,
-) -> Tried:
-    """Some steps of parameters of these shapes. Nothing of the optimizer moves.
+class Run(NamedTuple):
+    """A parameter that is tried, and its gradients."""
 
-    first: position of the first among those that are tried together, which says what numbers they have.
-    """
-    params = [nn.Parameter(_numbers(shape, first + k, device, view)) for k, shape in enumerate(shapes)]
-    start = [param.detach().clone() for param in params]
-    trial, group = Foreign(foreign.base, foreign.arguments), {**group, "params": []}
+    shape: Shape
+    seed: int
+    device: torch.device
+    view: Shape | None = None  # as which it is seen
+
+    def numbers(self, step: int) -> Tensor:
+        """The parameter at step 0, then its gradients."""
+        generator = torch.Generator().manual_seed(self.seed + 100 * step)
+        drawn = torch.randn(self.shape, generator=generator, device="cpu").to(self.device)
+        return drawn if self.view is None else drawn.reshape(self.view)
+
+
+def _stepped(foreign: Foreign, group: dict[str, Any], runs: Sequence[Run]) -> Tried:
+    """Some steps. Nothing of the optimizer moves, nor torch's random generators."""
+    params = [nn.Parameter(run.numbers(0)) for run in runs]
+    drawn, trial = Randomness(params), Foreign(foreign.base, foreign.arguments)
     trial.makes_states = foreign.makes_states
-    states: list[Values | None] = [None] * len(params)
-    for step in range(STEPS):
-        for k, (param, shape) in enumerate(zip(params, shapes, strict=True)):
-            param.grad = _numbers(shape, first + k + 100 * (step + 1), device, view)
-        states = list(trial.run(group, params, states))
-        group = {**group, **trial.moved(group)}
-        trial.forget()
-    return Tried([p.detach() - x for p, x in zip(params, start, strict=True)], [own or {} for own in states], group)
+    group, states = {**group, "params": []}, list[Values | None]([None] * len(params))
+    moves, first = [], list[frozenset[str]]()
+    try:
+        if trial.has("train"):  # Schedule-Free's step refuses what is not told
+            states, group = _tried(trial, group, params, states, "train")
+        for step, size in enumerate(GRADIENTS):
+            before = [param.detach().clone() for param in params]
+            for param, run in zip(params, runs, strict=True):
+                param.grad = size * run.numbers(step + 1)
+            states, group = _tried(trial, group, params, states, "step")
+            first = first or [frozenset(own or ()) for own in states]
+            moves.append([param.detach() - x for param, x in zip(params, before, strict=True)])
+    finally:
+        drawn.restore()
+    kept = [_kept(own or {}, names, param) for own, names, param in zip(states, first, params, strict=True)]
+    return Tried([torch.stack(own) for own in zip(*moves, strict=True)], kept, group)
 
 
-def _numbers(shape: tuple[int, ...], seed: int, device: torch.device, view: tuple[int, ...] | None) -> Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(device)
-    return drawn if view is None else drawn.reshape(view)
+def _tried(
+    trial: Foreign, group: dict[str, Any], params: Sequence[nn.Parameter], states: Sequence[Values | None], method: str
+) -> tuple[list[Values | None], dict[str, Any]]:
+    """The states after a method, and the group as it is then."""
+    after = list[Values | None](trial.run(group, params, states, method))
+    group = {**group, **trial.moved(group)}
+    trial.forget()
+    return after, group
+
+
+def _kept(states: Values, first: frozenset[str], param: Tensor) -> Kept:
+    return Kept(states, first, frozenset(name for name, x in states.items() if param.dim() and is_shaped(x, param)))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= CLOSE * a.abs().max()) if a.numel() else True
+    """Whether the moves of each step are alike."""
+    return all(bool((x - y).abs().max() <= CLOSE * x.abs().max()) for x, y in zip(a, b, strict=True) if x.numel())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,16 @@ def checked(states: Mapping[str, str] | None) -> dict[str, str]:
         if fmt == "bf16+kahan":
             raise ValueError(f"states[{name!r}]: 'bf16+kahan' holds what grows, and this is assigned; use 'bf16x2'")
     return dict(states or {})
+
+
+def require_known(states: Iterable[str], kept: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError for a name in `wrap`'s ``states`` that no parameter has a state of."""
+    known = dict.fromkeys(name for own in kept for name in own)
+    for name in states:
+        if name not in known:
+            raise ValueError(
+                f"states[{name!r}]: the optimizer keeps no such state; it keeps {', '.join(known) or 'none'}"
+            )
 
 
 def keys_of(name: str, fmt: str) -> list[str]:
