@@ -60,16 +60,26 @@ def carry_out(batch: Batch, backend: str, capturable: bool = False) -> None:
     """
     positions = _by_kind(batch.grads or batch.visible())
     backends = {kind: choose(backend, kind[0]) for kind in positions}
-    on_device = capturable and all(chosen.FOLDS_ON_DEVICE for chosen in backends.values())
+    counted = _counted(batch, capturable and all(chosen.FOLDS_ON_DEVICE for chosen in backends.values()))
+    if counted is not None:
+        for kind, chosen in backends.items():
+            chosen.step(counted.take(positions[kind]))
+
+
+def begun(batch: Batch, backend: str, capturable: bool = False) -> Batch | None:
+    """`carry_out` up to where the backends step: they may be given the batch, or its parts. None: a skipped step."""
+    places = set(map(_device, batch.visible()))
+    return _counted(batch, capturable and all(choose(backend, place).FOLDS_ON_DEVICE for place in places))
+
+
+def _counted(batch: Batch, on_device: bool) -> Batch | None:
+    """The batch as a backend takes it, its steps counted up; None: it is skipped."""
     if not on_device and batch.skip is not None and bool(batch.skip):
-        return
+        return None
     numbers = _count_up(batch, on_device)
     if on_device:
-        whole = replace(batch, steps=())
-    else:
-        whole = replace(batch, lr=float(batch.lr), steps=numbers, counters=(), scale=float(batch.scale), skip=None)
-    for kind, chosen in backends.items():
-        chosen.step(whole.take(positions[kind]))
+        return replace(batch, steps=())
+    return replace(batch, lr=float(batch.lr), steps=numbers, counters=(), scale=float(batch.scale), skip=None)
 
 
 def squares(grads: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,140 @@
+"""Orthogonalisation by Newton-Schulz steps, as Muon has it (Jordan et al. 2024), of one matrix at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from collage.rules import Setting
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SCALES = (None, "original", "match_rms_adamw")
+MOST_STEPS = 100  # as in torch
+
+
+def scale_of(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
+    """By how much lr is adjusted to a matrix of that shape, as torch.optim.Muon does it.
+
+    >>> scale_of("match_rms_adamw", 100, 25)
+    2.0
+    """
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+class Orthogonalisation(NamedTuple):
+    """How a group's matrices are orthogonalised.
+
+    sizes: rows of each block that is orthogonalised by itself, or of all of them; None: the whole matrix is one.
+    dtype: of the multiplications; None: bfloat16 on a GPU and float32 on a CPU, where that is faster.
+    """
+
+    coefficients: tuple[float, float, float]
+    steps: int
+    eps: float
+    adjust_lr_fn: str | None
+    dtype: torch.dtype | None
+    split: int | tuple[int, ...] | None
+
+    @staticmethod
+    def of(group: Mapping[str, Any]) -> Orthogonalisation:
+        """As a group's settings have it, which were checked."""
+        return Orthogonalisation(
+            group["ns_coefficients"], group["ns_steps"], group["eps"], group["adjust_lr_fn"],
+            DTYPES.get(group["ns_dtype"]), group["split"],
+        )  # fmt: skip
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        return self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """Each block of a matrix's rows, nearly orthogonal, times the scale of its shape: float32. Pure.
+
+        matrix: [rows, columns], in the dtype of the multiplications.
+        """
+        sizes = sizes_of(self.split, len(matrix))
+        if len(set(sizes)) > 1:
+            return torch.cat([self._scaled(block) for block in torch.split(matrix, sizes)])
+        if len(sizes) == 1:
+            return self._scaled(matrix)
+        return self._scaled(matrix.reshape(len(sizes), sizes[0], -1)).reshape(matrix.shape)
+
+    def _scaled(self, blocks: Tensor) -> Tensor:
+        scale = scale_of(self.adjust_lr_fn, *blocks.shape[-2:])
+        return newton_schulz(blocks, self.coefficients, self.steps, self.eps).float().mul_(scale)
+
+
+def newton_schulz(blocks: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Matrices with the same singular vectors, whose singular values these steps bring close to 1 (some 0.7 to 1.2).
+
+    The bits of a single matrix are those of torch.optim.Muon, whose order of operations this is.
+
+    Args:
+        blocks: [rows, columns], or [blocks, rows, columns], each by itself.
+        coefficients: of x, x**3 and x**5, which every step applies to all singular values.
+        eps: the least norm that one is divided by.
+    """
+    a, b, c = coefficients
+    is_tall = blocks.shape[-2] > blocks.shape[-1]
+    x = blocks.mT if is_tall else blocks
+    fused = torch.addmm if x.dim() == 2 else torch.baddbmm
+    x = x / _norm(x).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = fused(x, fused(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Of each matrix."""
+    norm: Tensor = x.norm() if x.dim() == 2 else torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return norm
+
+
+def sizes_of(split: int | Sequence[int] | None, rows: int) -> list[int]:
+    """Rows of each block. Raises ValueError where they are not all rows.
+
+    >>> sizes_of(64, 192), sizes_of((128, 32, 32), 192), sizes_of(None, 192)
+    ([64, 64, 64], [128, 32, 32], [192])
+    """
+    if split is None:
+        return [rows]
+    sizes = [split] * (rows // split) if isinstance(split, int) else list(split)
+    if sum(sizes) != rows:
+        wanted = f"blocks of {split} rows" if isinstance(split, int) else f"{split}, which are {sum(sizes)}"
+        raise ValueError(f"split: asks for {wanted}, of {rows} rows; give rows that divide these, or add up to them")
+    return sizes
+
+
+def check(group: dict[str, Any]) -> None:
+    """Raise, naming the setting, for one of a group that is out of range; numbers of other kinds become Python's."""
+    group["eps"] = Setting("eps").checked(group["eps"])
+    numbers = group["ns_coefficients"]
+    try:
+        numbers = tuple(map(float, numbers))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"ns_coefficients: needs three finite numbers, got {group['ns_coefficients']!r}")
+    group["ns_coefficients"] = numbers
+    steps = group["ns_steps"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < MOST_STEPS:
+        raise ValueError(f"ns_steps: needs an integer in [0, {MOST_STEPS}), got {steps!r}")
+    for name, known in (("adjust_lr_fn", SCALES), ("ns_dtype", (None, *DTYPES))):
+        if group[name] not in known:
+            raise ValueError(f"{name}: unknown {group[name]!r}; known: {', '.join(map(str, known))}")
+    group["split"] = _checked_split(group["split"])
+
+
+def _checked_split(split: Any) -> int | tuple[int, ...] | None:
+    if split is None:
+        return None
+    sizes = split if isinstance(split, list | tuple) else (split,)
+    if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise ValueError(f"split: needs a number of rows, or several, each > 0, or None; got {split!r}")
+    return split if isinstance(split, int) else tuple(sizes)
