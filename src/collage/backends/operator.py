@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,14 +44,27 @@ def step_(
     capturable: bool,  # read t and lr where they are, if the backend can: nothing waits for the device
 ) -> None:
     """One step of all parameters of one group and strategy."""
-    known = Strategy.parse(strategy)
-    batch = Batch(
-        RULES[rule], known.formats(RULES[rule].roles), known.register, lr, hyper.tolist(), maximize, seed % 2**64,
-        planes, grads, (), [key % 2**64 for key in keys], regions_of(regions), list(sums), steps,
-    )  # fmt: skip
+    columns = columns_of(planes, grads, steps, sums, keys, regions)
+    carry_out(batch_of(rule, strategy, lr, hyper, maximize, seed, columns), backend, capturable)
+
+
+def columns_of(
+    planes: Sequence[Tensor], grads: Sequence[Tensor], steps: Sequence[Tensor], sums: Tensor, keys: Sequence[int],
+    regions: Sequence[int],
+) -> tuple[Any, ...]:  # fmt: skip
+    """The columns of a batch out of an operator's arguments."""
+    return planes, grads, (), [key % 2**64 for key in keys], regions_of(regions), list(sums), steps
+
+
+def batch_of(
+    rule: str, strategy: str, lr: Tensor, hyper: Tensor, maximize: bool, seed: int, columns: tuple[Any, ...]
+) -> Batch:
+    """The batch of an operator's arguments. Raises for a setting that becomes 0, before anything is counted."""
+    known, own = Strategy.parse(strategy), RULES[rule]
+    batch = Batch(own, known.formats(own.roles), known.register, lr, hyper.tolist(), maximize, seed % 2**64, *columns)
     if lr.is_cpu:  # reading it elsewhere would wait
-        batch.constants(1)  # raises before anything is counted
-    carry_out(batch, backend, capturable)
+        batch.constants(1)
+    return batch
 
 
 def carry_out(batch: Batch, backend: str, capturable: bool = False) -> None:

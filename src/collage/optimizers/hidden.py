@@ -25,7 +25,7 @@ def is_matrix(param: Tensor, flatten: bool) -> bool:
     return param.dim() == 2 or (flatten and param.dim() > 2)
 
 
-def require_blocks(parameter: Parameter, split: int | Sequence[int] | None) -> None:
+def require_blocks(parameter: Parameter, split: Sequence[int]) -> None:
     """Raise ValueError, naming it, for a parameter that Muon cannot see as a matrix of such blocks of rows."""
     shape, name = tuple(parameter.tensor.shape), parameter.name
     if is_flat_shard(parameter.tensor):

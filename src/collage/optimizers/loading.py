@@ -139,7 +139,7 @@ def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
     names = {"param_names": ours["param_names"]} if "param_names" in ours else {}  # they give the random bits
     if "strategy" not in theirs:
         return {**settings, **{key: value for key, value in theirs.items() if key not in _TORCH_ONLY}, **names}
-    for key in ("decoupled_weight_decay", "amsgrad", "nesterov"):  # they make another rule of the same settings
+    for key in ("decoupled_weight_decay", "amsgrad", "nesterov", "use_muon"):  # another rule of the same settings
         if theirs.get(key, ours.get(key)) != ours.get(key):
             here = ours.get(key, "no such setting")
             raise ValueError(

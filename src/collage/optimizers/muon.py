@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from collage.backends import Batch, choose, operator
-from collage.backends.batch import cut
-from collage.optimizers import edits, hidden, orthogonal
+from collage.backends import Batch
+from collage.optimizers import edits, hidden, matrices, orthogonal
 from collage.optimizers.base import PrecisionOptimizer
+from collage.optimizers.orthogonal import Orthogonalisation
 from collage.optimizers.parameters import Group
 from collage.optimizers.plan import Columns
 from collage.optimizers.settings import known_settings
-from collage.rules import RULES, Rule
+from collage.rules import Rule
 from collage.rules.adamw import ADAMW
 from collage.rules.muon import MUON
 from collage.saying import warn_once
-from collage.sharding import from_whole, whole
 from collage.strategies import Strategy
-
-MOMENTUM = {False: RULES["momentum"], True: RULES["momentum_nesterov"]}  # by `nesterov`
-APPLY = RULES["apply"]
 
 
 class Muon(PrecisionOptimizer):
@@ -91,7 +86,7 @@ class Muon(PrecisionOptimizer):
         strategy: str | Strategy = "collage-plus",
         *,
         adamw: Mapping[str, Any] | None = None,
-        split: int | Sequence[int] | None = None,
+        split: int | Sequence[int] = (),
         flatten: bool = False,
         ns_dtype: str | None = None,
         cast: bool = False,
@@ -150,32 +145,16 @@ class Muon(PrecisionOptimizer):
         if columns.rule is not MUON:
             super()._step(columns, batch)
             return
-        begun = operator.begun(batch, self.backend, columns.group["capturable"])
-        how = orthogonal.Orthogonalisation.of(columns.group)
-        if begun is not None:
-            for k, param in enumerate(columns.params):
-                self._step_one(begun.take([k]), param, how, MOMENTUM[columns.group["nesterov"]])
+        group = columns.group
+        how = Orthogonalisation.of(group)
+        matrices.carry_out(batch, columns.params, how, group["nesterov"], self.backend, group["capturable"])
         edits.advance(columns.seen)
 
-    def _step_one(self, one: Batch, param: Tensor, how: orthogonal.Orthogonalisation, momentum: Rule) -> None:
-        """The step of one parameter, whose counter is up already."""
-        theta, buffer = cut(one.formats, one.planes)
-        # What a register of the arithmetic holds
-        format, dtype = ("fp32", torch.float32) if one.register == torch.float32 else ("bf16", torch.bfloat16)
-        direction = torch.empty(theta[0].shape, dtype=dtype, device=theta[0].device)
-        first = replace(
-            one, rule=momentum, formats=(one.formats[1], format), hyper=one.hyper[:1], planes=[*buffer, direction],
-            sums=(), kept=None,
-        )  # fmt: skip
-        backend = choose(self.backend, direction.device)
-        backend.step(first)
-        full = whole(direction.to(how.dtype_on(direction.device)), param)
-        update = from_whole(how(full.flatten(1)).reshape(full.shape), param).contiguous()
-        second = replace(
-            one, rule=APPLY, formats=one.formats[:1], hyper=one.hyper[1:], planes=theta, grads=[update], scale=1.0,
-            maximize=False, kept=None,
-        )  # fmt: skip
-        backend.step(second)
+    def _operator(self, group: Group, *arguments: Any) -> None:
+        if group["use_muon"]:
+            torch.ops.collage.muon_(*arguments, group["nesterov"], *Orthogonalisation.of(group))
+        else:
+            super()._operator(group, *arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_adamw": self._adamw}

@@ -28,29 +28,26 @@ def scale_of(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
 
 
 class Orthogonalisation(NamedTuple):
-    """How a group's matrices are orthogonalised.
+    """How a group's matrices are orthogonalised: its settings, which were checked.
 
-    sizes: rows of each block that is orthogonalised by itself, or of all of them; None: the whole matrix is one.
-    dtype: of the multiplications; None: bfloat16 on a GPU and float32 on a CPU, where that is faster.
+    ns_dtype: of the multiplications; None: bfloat16 on a GPU and float32 on a CPU, where that is faster.
+    split: as `sizes_of` takes it.
     """
 
-    coefficients: tuple[float, float, float]
-    steps: int
+    ns_coefficients: tuple[float, ...]
+    ns_steps: int
     eps: float
     adjust_lr_fn: str | None
-    dtype: torch.dtype | None
-    split: int | tuple[int, ...] | None
+    ns_dtype: str | None
+    split: Sequence[int]
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> Orthogonalisation:
-        """As a group's settings have it, which were checked."""
-        return Orthogonalisation(
-            group["ns_coefficients"], group["ns_steps"], group["eps"], group["adjust_lr_fn"],
-            DTYPES.get(group["ns_dtype"]), group["split"],
-        )  # fmt: skip
+        return Orthogonalisation(*map(group.__getitem__, Orthogonalisation._fields))
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        return self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        """Of the multiplications."""
+        return DTYPES[self.ns_dtype or ("float32" if device.type == "cpu" else "bfloat16")]
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Each block of a matrix's rows, nearly orthogonal, times the scale of its shape: float32. Pure.
@@ -59,14 +56,14 @@ class Orthogonalisation(NamedTuple):
         """
         sizes = sizes_of(self.split, len(matrix))
         if len(set(sizes)) > 1:
-            return torch.cat([self._scaled(block) for block in torch.split(matrix, sizes)])
+            return torch.cat([self._scaled(block) for block in torch.split(matrix, list(sizes))])
         if len(sizes) == 1:
             return self._scaled(matrix)
         return self._scaled(matrix.reshape(len(sizes), sizes[0], -1)).reshape(matrix.shape)
 
     def _scaled(self, blocks: Tensor) -> Tensor:
         scale = scale_of(self.adjust_lr_fn, *blocks.shape[-2:])
-        return newton_schulz(blocks, self.coefficients, self.steps, self.eps).float().mul_(scale)
+        return newton_schulz(blocks, self.ns_coefficients, self.ns_steps, self.eps).float().mul_(scale)
 
 
 def newton_schulz(blocks: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
@@ -96,18 +93,21 @@ def _norm(x: Tensor) -> Tensor:
     return norm
 
 
-def sizes_of(split: int | Sequence[int] | None, rows: int) -> list[int]:
-    """Rows of each block. Raises ValueError where they are not all rows.
+def sizes_of(split: Sequence[int], rows: int) -> Sequence[int]:
+    """Rows of each block that is orthogonalised by itself: of one after another, of every one, or () for a single one.
 
-    >>> sizes_of(64, 192), sizes_of((128, 32, 32), 192), sizes_of(None, 192)
-    ([64, 64, 64], [128, 32, 32], [192])
+    Raises:
+        ValueError: these are not all rows.
+
+    >>> sizes_of((128, 32, 32), 192), sizes_of((64,), 192), sizes_of((), 192)
+    ((128, 32, 32), (64, 64, 64), (192,))
     """
-    if split is None:
-        return [rows]
-    sizes = [split] * (rows // split) if isinstance(split, int) else list(split)
+    if not split:
+        return (rows,)
+    sizes = split if len(split) > 1 else tuple(split) * (rows // split[0])
     if sum(sizes) != rows:
-        wanted = f"blocks of {split} rows" if isinstance(split, int) else f"{split}, which are {sum(sizes)}"
-        raise ValueError(f"split: asks for {wanted}, of {rows} rows; give rows that divide these, or add up to them")
+        wanted = f"{tuple(split)}, which add up to {sum(split)}" if len(split) > 1 else f"blocks of {split[0]}"
+        raise ValueError(f"split: asks for {wanted}, and there are {rows} rows")
     return sizes
 
 
@@ -131,10 +131,8 @@ def check(group: dict[str, Any]) -> None:
     group["split"] = _checked_split(group["split"])
 
 
-def _checked_split(split: Any) -> int | tuple[int, ...] | None:
-    if split is None:
-        return None
-    sizes = split if isinstance(split, list | tuple) else (split,)
-    if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-        raise ValueError(f"split: needs a number of rows, or several, each > 0, or None; got {split!r}")
-    return split if isinstance(split, int) else tuple(sizes)
+def _checked_split(split: Any) -> tuple[int, ...]:
+    sizes = () if split is None else tuple(split) if isinstance(split, list | tuple) else (split,)
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise ValueError(f"split: needs the rows of each block, or of all blocks, each > 0; got {split!r}")
+    return sizes
