@@ -137,9 +137,10 @@ class Muon(PrecisionOptimizer):
                 raise TypeError(f"{name}: needs True or False, got {group[name]!r}")
         super()._validate(group)
         if group["use_muon"]:
-            orthogonal.check(group)
+            found = orthogonal.checked(group)
             for parameter in self._those_of(group, group["params"]):
-                hidden.require_blocks(parameter, group["split"])
+                hidden.require_blocks(parameter, found["split"])
+            group.update(found)
 
     def _step(self, columns: Columns, batch: Batch) -> None:
         if columns.rule is not MUON:

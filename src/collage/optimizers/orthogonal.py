@@ -111,28 +111,33 @@ def sizes_of(split: Sequence[int], rows: int) -> Sequence[int]:
     return sizes
 
 
-def check(group: dict[str, Any]) -> None:
-    """Raise, naming the setting, for one of a group that is out of range; numbers of other kinds become Python's."""
-    group["eps"] = Setting("eps").checked(group["eps"])
-    numbers = group["ns_coefficients"]
-    try:
-        numbers = tuple(map(float, numbers))
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"ns_coefficients: needs three finite numbers, got {group['ns_coefficients']!r}")
-    group["ns_coefficients"] = numbers
+def checked(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's settings of the orthogonalisation as Python's numbers. Raises, naming the setting, for a wrong one."""
     steps = group["ns_steps"]
     if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < MOST_STEPS:
         raise ValueError(f"ns_steps: needs an integer in [0, {MOST_STEPS}), got {steps!r}")
     for name, known in (("adjust_lr_fn", SCALES), ("ns_dtype", (None, *DTYPES))):
         if group[name] not in known:
             raise ValueError(f"{name}: unknown {group[name]!r}; known: {', '.join(map(str, known))}")
-    group["split"] = _checked_split(group["split"])
+    return {
+        "ns_coefficients": _coefficients(group["ns_coefficients"]),
+        "eps": Setting("eps").checked(group["eps"]),
+        "split": _split(group["split"]),
+    }
 
 
-def _checked_split(split: Any) -> tuple[int, ...]:
-    sizes = () if split is None else tuple(split) if isinstance(split, list | tuple) else (split,)
+def _coefficients(given: Any) -> tuple[float, ...]:
+    try:
+        numbers = tuple(map(float, given))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"ns_coefficients: needs three finite numbers, got {given!r}")
+    return numbers
+
+
+def _split(given: Any) -> tuple[int, ...]:
+    sizes = tuple(given) if isinstance(given, list | tuple) else (given,)
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-        raise ValueError(f"split: needs the rows of each block, or of all blocks, each > 0; got {split!r}")
+        raise ValueError(f"split: needs the rows of each block, or of all blocks, each > 0; got {given!r}")
     return sizes
