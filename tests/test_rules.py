@@ -121,7 +121,7 @@ KINDS = {
     "sgd-dampening": Kind(collage.SGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}, SGD),
     "sgd-nesterov": Kind(collage.SGD, torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, SGD),
     "lion": Kind(collage.Lion, Lion64, {"weight_decay": 0.1}, ("exp_avg",)),
-    "muon": Kind(collage.Muon, Muon64, {"weight_decay": 0.1}, SGD),  # and AdamW in the second group
+    "muon": Kind(collage.Muon, Muon64, {"ns_dtype": "float32"}, SGD),  # and AdamW in the second group
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 of_torch = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("lion", "muon")])

@@ -50,8 +50,8 @@ class Muon(PrecisionOptimizer):
         split: rows of each block that is orthogonalised by itself, or a tuple of all of them, as torch.split takes
             them: ``head_dim`` for one block per head, ``(d, d, d)`` for a fused QKV weight [3 d, d].
         flatten: whether weights of more than two dimensions, as of convolutions, are seen as matrices [out, all else].
-        ns_dtype: of the multiplications, "bfloat16" or "float32". None: bfloat16 on a GPU, and on a CPU float32, which
-            is faster there and gives other bits.
+        ns_dtype: of the multiplications: "bfloat16", which gives torch.optim.Muon's bits, or "float32". None: bfloat16
+            where the hardware multiplies it (GPUs, CPUs with AMX or AVX512-BF16), else float32, which is faster there.
 
     Raises:
         ValueError, TypeError: an argument out of range, a parameter of a wrong dtype or shape; named, with the fix.
