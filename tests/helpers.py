@@ -105,7 +105,7 @@ ONE_SLOT = {
 
 def cases() -> Iterator[Case]:
     """Every rule under every strategy, or in the formats of ONE_SLOT, with the gradients that it may be given."""
-    for rule in RULES.values():
+    for rule in (rule for rule in RULES.values() if rule.elementwise):
         for formats in ONE_SLOT.get(rule.name, ()):
             yield Case(rule, formats, torch.float32, torch.float32 if rule.name == "assign" else torch.bfloat16)
         for name in STRATEGIES if rule.name not in ONE_SLOT else ():

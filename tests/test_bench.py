@@ -41,7 +41,7 @@ def test_bytes_are_those_of_the_tensors(name: str, optimizer: str) -> None:
     opt = kind.make(contestants.parameters(SHAPES, CPU, strategy.dtype), 1e-3, strategy)
     alive = 0
     for parameter in opt.parameters():
-        formats = kind.formats(opt.strategy_of(parameter))
+        formats = kind.formats(opt.strategy_of(parameter), parameter.tensor.shape)
         planes = [plane for name in formats for plane in zeros(format_of(name), parameter.tensor)]
         alive += sum(tensor.nbytes for tensor in (*planes, parameter.tensor.grad))
     row = ours(kind, name)
@@ -167,3 +167,28 @@ def test_a_rank_is_measured_by_what_it_has() -> None:
     compare(rows)
     assert [row["of_limit"] for row in rows[1:]] == [0.5, 0.5]
     assert per_dtensor(rows, 1000) == {"bf16": {"times": 0.6, "us": -4.0}}
+
+
+def test_muon_is_timed_beside_torchs_and_its_orthogonalisation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--optimizer muon --params 1200K --rounds 1 --strategies collage-plus --no-monitor"
+    assert main(["bench", *options.split(), "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    names = ["limit of collage-plus", "collage-plus", "orthogonalisation alone"]
+    assert result["failed"] == {}
+    assert [row["name"] for row in result["rows"]] == [*names, "A: torch bf16", "torch fp32", "D: torch + master"]
+    assert [row["bytes_kept"] for row in result["rows"]] == [8, 8, 2, 6, 12, 16]
+    assert result["orthogonalisation"].keys() == {"collage-plus"}
+    assert [row["to_d"] is not None for row in result["rows"]] == [True] * 6
+    # In bfloat16 or float32, the orthogonalised update is the same to 1e-3
+    assert [row["edq_ratio"] for row in result["rows"][-2:]] == pytest.approx([1.0, 1.0], abs=1e-2)
+    assert result["rows"][1]["edq_ratio"] == pytest.approx(1.0, abs=1e-2)
+    assert "Of a step's time the orthogonalisation takes: collage-plus" in capsys.readouterr().out
+
+
+def test_what_is_no_hidden_matrix_is_adamws() -> None:
+    kind = KINDS["muon"]
+    assert [kind.rule(shape).name for shape in ((64, 300), (50257, 768), (1000,), (8, 2, 260))] == [
+        "muon", "adamw", "adamw", "adamw",
+    ]  # fmt: skip

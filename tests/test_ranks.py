@@ -22,6 +22,7 @@ OPTIMIZERS = {
     "Adam": {"weight_decay": 0.1},
     "SGD": {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True},
     "Lion": {"weight_decay": 0.1},
+    "Muon": {"weight_decay": 0.1, "flatten": True, "adjust_lr_fn": "match_rms_adamw"},
 }
 FEW = ("collage-plus-sr", "collage-exact", "collage-8bit")  # of each kind of plane one
 VARIANTS = ((False, "auto"), (True, "auto"), (False, "reference"))  # monitored; backend

@@ -54,6 +54,51 @@ class Lion64(torch.optim.Optimizer):
                 p.copy_(theta)
 
 
+class Muon64(torch.optim.Optimizer):
+    """Muon of matrices, as torch.optim.Muon has it, in float64; AdamW of the rest. torch's multiplies in bfloat16."""
+
+    def __init__(self, params: Any, maximize: bool = False, **settings: Any) -> None:
+        defaults = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.1, "betas": (0.9, 0.999), **settings}
+        super().__init__(params, {"maximize": maximize, **defaults})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state |= {"theta": p.double(), "m": torch.zeros_like(p).double(), "v": torch.zeros_like(p).double()}
+                    state["t"] = 0
+                state["t"] += 1
+                g = p.grad.double() * (-1 if group["maximize"] else 1)
+                update = self.muons(group, state, g) if p.dim() == 2 else self.adamws(group, state, g)
+                state["theta"] -= group["lr"] * (update + group["weight_decay"] * state["theta"])
+                p.copy_(state["theta"])
+
+    def muons(self, group: Any, state: Any, g: Tensor) -> Tensor:
+        mu = group["momentum"]
+        state["m"] = mu * state["m"] + (1 - mu) * g
+        x = mu * state["m"] + (1 - mu) * g if group["nesterov"] else state["m"]
+        if x.shape[0] > x.shape[1]:
+            return self.orthogonal(x.T).T * (x.shape[0] / x.shape[1]) ** 0.5
+        return self.orthogonal(x)
+
+    @staticmethod
+    def orthogonal(x: Tensor) -> Tensor:
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return x
+
+    @staticmethod
+    def adamws(group: Any, state: Any, g: Tensor) -> Tensor:
+        (beta1, beta2), t = group["betas"], state["t"]
+        state["m"] = beta1 * state["m"] + (1 - beta1) * g
+        state["v"] = beta2 * state["v"] + (1 - beta2) * g * g
+        return state["m"] / (1 - beta1**t) / ((state["v"] / (1 - beta2**t)).sqrt() + 1e-8)
+
+
 class Kind(NamedTuple):
     """An optimizer of ours under some settings, and whose steps it should make."""
 
@@ -76,9 +121,10 @@ KINDS = {
     "sgd-dampening": Kind(collage.SGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}, SGD),
     "sgd-nesterov": Kind(collage.SGD, torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, SGD),
     "lion": Kind(collage.Lion, Lion64, {"weight_decay": 0.1}, ("exp_avg",)),
+    "muon": Kind(collage.Muon, Muon64, {"ns_dtype": "float32"}, SGD),  # and AdamW in the second group
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-of_torch = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lion"])
+of_torch = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("lion", "muon")])
 
 
 def params_of(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -342,7 +388,9 @@ def test_a_monitor_sees_every_rule_and_changes_no_bit(kind, strategy):
     assert mon is not None
     total = mon.report().total
     assert total.steps == 3
-    assert (total.v_ratio is not None) == ("exp_avg_sq" in KINDS[kind].keys)
+    muon = kind == "muon"  # whose second group is AdamW's, and followed by the shadow
+    assert mon.report().unfollowed == (["p0"] if muon else [])
+    assert (total.v_ratio is not None) == (muon or "exp_avg_sq" in KINDS[kind].keys)
     assert (total.m_error is not None) == bool(KINDS[kind].keys)
     assert total.edq_ratio == pytest.approx(1.0, abs=1e-2)
     assert total.edq_shadow == pytest.approx(1.0, abs=5e-2)
@@ -350,7 +398,8 @@ def test_a_monitor_sees_every_rule_and_changes_no_bit(kind, strategy):
     if strategy == "fp32":
         assert total.v_ratio in (None, 1.0)
         assert total.m_error in (None, 0.0)
-        assert total.edq_shadow == pytest.approx(total.edq_ratio, rel=1e-12)  # summed in another order
+        followed = mon.report().by_group[1] if muon else total
+        assert followed.edq_shadow == pytest.approx(followed.edq_ratio, rel=1e-12)  # summed in another order
     elif total.v_ratio is not None:
         assert total.v_ratio == pytest.approx(1.0, abs=2e-2)
 

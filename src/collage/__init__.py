@@ -11,6 +11,7 @@ from collage.monitor import monitor
 from collage.optimizers.adam import Adam
 from collage.optimizers.adamw import AdamW
 from collage.optimizers.lion import Lion
+from collage.optimizers.muon import Muon
 from collage.optimizers.sgd import SGD
 from collage.optimizers.wrap import wrap
 from collage.strategies import STRATEGIES, Strategy
@@ -25,6 +26,7 @@ __all__ = [
     "AdamW",
     "GradientAccumulator",
     "Lion",
+    "Muon",
     "Strategy",
     "clip_grad_norm_",
     "high_precision_state_dict",

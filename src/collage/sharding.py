@@ -78,6 +78,19 @@ def placed(tensor: Any, param: Any) -> Any:
     return tensor if tensor.placements == placements or not placements else tensor.redistribute(mesh, placements)
 
 
+def whole(part: Tensor, param: Any) -> Tensor:
+    """All of a tensor of which this rank has a part, placed as the parameter is. A collective if that is sharded."""
+    if not is_dtensor(param):
+        return part
+    result: Tensor = _of_parts(part, param.shape, param.device_mesh, param.placements).full_tensor()
+    return result
+
+
+def from_whole(tensor: Tensor, param: Any) -> Tensor:
+    """This rank's part of a tensor of the parameter's shape, all of which it has."""
+    return local(placed(tensor, param))
+
+
 def _placements_of(tensor: Any, param: Any) -> tuple[Any, ...]:
     """Where the parts of a parameter's gradient or state lie; of a plane with words for blocks of its rows, likewise.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,14 +44,27 @@ def step_(
     capturable: bool,  # read t and lr where they are, if the backend can: nothing waits for the device
 ) -> None:
     """One step of all parameters of one group and strategy."""
-    known = Strategy.parse(strategy)
-    batch = Batch(
-        RULES[rule], known.formats(RULES[rule].roles), known.register, lr, hyper.tolist(), maximize, seed % 2**64,
-        planes, grads, (), [key % 2**64 for key in keys], regions_of(regions), list(sums), steps,
-    )  # fmt: skip
+    columns = columns_of(planes, grads, steps, sums, keys, regions)
+    carry_out(batch_of(rule, strategy, lr, hyper, maximize, seed, columns), backend, capturable)
+
+
+def columns_of(
+    planes: Sequence[Tensor], grads: Sequence[Tensor], steps: Sequence[Tensor], sums: Tensor, keys: Sequence[int],
+    regions: Sequence[int],
+) -> tuple[Any, ...]:  # fmt: skip
+    """The columns of a batch out of an operator's arguments."""
+    return planes, grads, (), [key % 2**64 for key in keys], regions_of(regions), list(sums), steps
+
+
+def batch_of(
+    rule: str, strategy: str, lr: Tensor, hyper: Tensor, maximize: bool, seed: int, columns: tuple[Any, ...]
+) -> Batch:
+    """The batch of an operator's arguments. Raises for a setting that becomes 0, before anything is counted."""
+    known, own = Strategy.parse(strategy), RULES[rule]
+    batch = Batch(own, known.formats(own.roles), known.register, lr, hyper.tolist(), maximize, seed % 2**64, *columns)
     if lr.is_cpu:  # reading it elsewhere would wait
-        batch.constants(1)  # raises before anything is counted
-    carry_out(batch, backend, capturable)
+        batch.constants(1)
+    return batch
 
 
 def carry_out(batch: Batch, backend: str, capturable: bool = False) -> None:
@@ -60,16 +74,26 @@ def carry_out(batch: Batch, backend: str, capturable: bool = False) -> None:
     """
     positions = _by_kind(batch.grads or batch.visible())
     backends = {kind: choose(backend, kind[0]) for kind in positions}
-    on_device = capturable and all(chosen.FOLDS_ON_DEVICE for chosen in backends.values())
+    counted = _counted(batch, capturable and all(chosen.FOLDS_ON_DEVICE for chosen in backends.values()))
+    if counted is not None:
+        for kind, chosen in backends.items():
+            chosen.step(counted.take(positions[kind]))
+
+
+def begun(batch: Batch, backend: str, capturable: bool = False) -> Batch | None:
+    """`carry_out` up to where the backends step: they may be given the batch, or its parts. None: a skipped step."""
+    places = set(map(_device, batch.visible()))
+    return _counted(batch, capturable and all(choose(backend, place).FOLDS_ON_DEVICE for place in places))
+
+
+def _counted(batch: Batch, on_device: bool) -> Batch | None:
+    """The batch as a backend takes it, its steps counted up; None: it is skipped."""
     if not on_device and batch.skip is not None and bool(batch.skip):
-        return
+        return None
     numbers = _count_up(batch, on_device)
     if on_device:
-        whole = replace(batch, steps=())
-    else:
-        whole = replace(batch, lr=float(batch.lr), steps=numbers, counters=(), scale=float(batch.scale), skip=None)
-    for kind, chosen in backends.items():
-        chosen.step(whole.take(positions[kind]))
+        return replace(batch, steps=())
+    return replace(batch, lr=float(batch.lr), steps=numbers, counters=(), scale=float(batch.scale), skip=None)
 
 
 def squares(grads: Sequence[Tensor]) -> Tensor:

@@ -95,7 +95,8 @@ class Traced(torch.optim.Optimizer):
                 if len(grads) > 0:
                     torch.ops.collage.adopt_(tensors, seen[0], names, rule, strategy, self.backend)
                     lr = group["lr"]
-                    torch.ops.collage.step_(
+                    self._operator(
+                        group,
                         tensors, grads, steps, torch.empty(0, 5, dtype=torch.float64, device="cpu"),
                         lr if isinstance(lr, Tensor) else numbers([lr])[0],
                         numbers(self.rule_of(group).hyper(group)), rule, strategy, self.backend, keys, regions,
@@ -104,6 +105,10 @@ class Traced(torch.optim.Optimizer):
                     edits.advance(seen[0])
             first += len(group["params"])
         return loss
+
+    def _operator(self, group: Group, *arguments: Any) -> None:
+        """The step of a group's parameters as one operator."""
+        torch.ops.collage.step_(*arguments)
 
     def _init_group(
         self,

@@ -15,6 +15,8 @@ from collage.strategies import ROLES, Strategy
 
 # What torch's optimizers keep in a group and ours do not, or have as their own: dropped when their state is loaded.
 _TORCH_ONLY = ("foreach", "fused", "differentiable", "capturable", "amsgrad", "decoupled_weight_decay")
+# Settings that make another rule of the same slots. That there is a dampening tells SGD's, whose momentum is a sum.
+_OF_RULES = ("decoupled_weight_decay", "amsgrad", "nesterov", "use_muon")
 
 
 def paired(parameters: Iterable[Parameter], saved: dict[str, Any]) -> list[tuple[Parameter, int, str]]:
@@ -139,7 +141,7 @@ def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
     names = {"param_names": ours["param_names"]} if "param_names" in ours else {}  # they give the random bits
     if "strategy" not in theirs:
         return {**settings, **{key: value for key, value in theirs.items() if key not in _TORCH_ONLY}, **names}
-    for key in ("decoupled_weight_decay", "amsgrad", "nesterov"):  # they make another rule of the same settings
+    for key in (*_OF_RULES, *({"dampening"} - ours.keys())):
         if theirs.get(key, ours.get(key)) != ours.get(key):
             here = ours.get(key, "no such setting")
             raise ValueError(

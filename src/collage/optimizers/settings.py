@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -11,6 +11,14 @@ def checked_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= int(seed) < 2**64:
         raise ValueError(f"seed: needs an integer in [0, 2**64), got {seed!r}")
     return int(seed)
+
+
+def known_settings(who: str, settings: Mapping[str, Any], known: Collection[str]) -> Mapping[str, Any]:
+    """The settings. Raises TypeError for one that is not known."""
+    unknown = sorted(settings.keys() - set(known))
+    if unknown:
+        raise TypeError(f"{who}: cannot take {', '.join(unknown)}; it is unknown")
+    return settings
 
 
 def without_foreign(settings: Mapping[str, Any], who: str, foreign: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collage.rules.assign import ASSIGN
 from collage.rules.average import AVERAGE
 from collage.rules.lion import LION
 from collage.rules.momentum import MOMENTUM, MOMENTUM_NESTEROV
+from collage.rules.muon import MUON
 from collage.rules.rule import Advance, Rule, Setting, Slot
 from collage.rules.sgd import SGD, SGD_MOMENTUM, SGD_NESTEROV
 
@@ -18,7 +19,7 @@ __all__ = ["RULES", "Advance", "Rule", "Setting", "Slot"]
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
-        *(ADAMW, ADAMW_AMSGRAD, ADAM, ADAM_AMSGRAD, SGD, SGD_MOMENTUM, SGD_NESTEROV, LION),
+        *(ADAMW, ADAMW_AMSGRAD, ADAM, ADAM_AMSGRAD, SGD, SGD_MOMENTUM, SGD_NESTEROV, LION, MUON),
         *(AVERAGE, ACCUMULATE, MOMENTUM, MOMENTUM_NESTEROV, APPLY, ASSIGN),
     )
 }

@@ -35,7 +35,7 @@ SPREADS = ("even", "small", *MODELS)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
-    add("--params", type=count, metavar="N", help="parameters, e.g. 1M or 1B (default: 64M)")
+    add("--params", type=count, metavar="N", help="parameters, e.g. 1M or 1B (default: 64M; of muon 4M)")
     add(
         "--shapes",
         choices=SPREADS,
@@ -96,7 +96,7 @@ def _add_choices_of_rows(parser: argparse.ArgumentParser) -> None:
 # Of a timing alone: what they are if they are not given, and why --accuracy takes none of them.
 SMALL = "it measures the tensors that its numbers need"
 TIMING: dict[str, tuple[Any, str]] = {
-    "params": (64 * 10**6, SMALL),
+    "params": (None, SMALL),
     "shapes": ("even", SMALL),
     "device": ("cpu", "a format has the same bits on every device"),
     "plan": (False, "it has no floor that could be planned with"),
@@ -128,6 +128,7 @@ def settle(args: argparse.Namespace) -> None:
             if getattr(args, mode) and name not in taken and given is not None and given is not False:
                 raise ValueError(f"{flag_of(name)}: means nothing to {flag_of(mode)}, which has its own; leave it out")
         setattr(args, name, default if given is None else given)
+    args.params = args.params or KINDS[args.optimizer].params
     chosen = [flag_of(mode) for mode in ("accuracy", *INSTEAD) if getattr(args, mode)]
     if chosen[1:]:
         raise ValueError(f"{chosen[0]}, {chosen[1]}: each is measured instead of steps; give one of them")

@@ -22,17 +22,34 @@ from collage.strategies import Strategy
 
 Shapes = Sequence[tuple[int, ...]]
 BETAS, EPS = (0.9, 0.999), 1e-8
+LARGE = (4096, 4096)
 
 
 class Kind(NamedTuple):
-    """An optimizer to time: ours, its settings but lr, and torch's of the same rule."""
+    """An optimizer to time: ours, its settings but lr, and torch's of the same rule.
+
+    hidden: whether it is for hidden matrices, and others are AdamW's.
+    params: how many are timed by default: those that are orthogonalised take thousands of operations each.
+    """
 
     ours: type[PrecisionOptimizer]
     settings: dict[str, Any]
     torch: type[torch.optim.Optimizer] | None
+    hidden: bool = False
+    params: int = 64 * 10**6
 
     def make(self, params: Iterable[Any], lr: float, strategy: Strategy) -> PrecisionOptimizer:
-        return self.ours(params, lr=lr, strategy=strategy, **self.settings)  # type: ignore[call-arg]
+        return self.ours(self.grouped(params), lr=lr, strategy=strategy, **self.settings)  # type: ignore[call-arg]
+
+    def grouped(self, params: Iterable[Any]) -> list[Any]:
+        """Parameters, or pairs of a name and one, in groups where there are two kinds of them."""
+        entries = list(params)
+        if not self.hidden:
+            return entries
+        kinds: dict[bool, list[Any]] = {True: [], False: []}
+        for entry in entries:
+            kinds[is_hidden((entry[1] if isinstance(entry, tuple) else entry).shape)].append(entry)
+        return [{"params": own, "use_muon": hidden} for hidden, own in kinds.items() if own]
 
     def moved(self, strategy: Strategy, shapes: Shapes) -> float:
         """Bytes that a step reads and writes; of a master's 16-bit copy it only writes."""
@@ -45,26 +62,33 @@ class Kind(NamedTuple):
 
     def planes(self, strategy: Strategy, shapes: Shapes) -> int:
         """Bytes of all planes of parameters of these shapes, of which small ones have others."""
-        rule = self.rule
-        return sum(many * nbytes(rule, strategy.of(shape), shape) for shape, many in Counter(shapes).items())
+        each = Counter(shapes).items()
+        return sum(many * nbytes(self.rule(shape), strategy.of(shape), shape) for shape, many in each)
 
-    def formats(self, strategy: Strategy) -> tuple[str, ...]:
-        return strategy.formats(self.rule.roles)
+    def formats(self, strategy: Strategy, shape: Sequence[int] = LARGE) -> tuple[str, ...]:
+        """Of the slots of a parameter of that shape."""
+        return strategy.formats(self.rule(shape).roles)
 
-    @property
-    def rule(self) -> Rule:
-        """Of these settings."""
-        probe = self.make([nn.Parameter(torch.zeros(1))], 0.0, Strategy.parse("fp32"))
+    def rule(self, shape: Sequence[int] = LARGE) -> Rule:
+        """Of these settings, and a parameter of that shape."""
+        probe = self.make([nn.Parameter(torch.empty(*shape, device="meta"))], 0.0, Strategy.parse("fp32"))
         return probe.rule_of(probe.param_groups[0])
 
 
+def is_hidden(shape: Sequence[int]) -> bool:
+    """Whether a parameter of a model that is known by shapes alone is taken for a hidden matrix."""
+    return len(shape) == 2 and max(shape) <= 64 * min(shape)
+
+
 ADAM = {"betas": BETAS, "eps": EPS, "weight_decay": 0.0}
+MUON = {"momentum": 0.95, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
 KINDS = {
     "adamw": Kind(collage.AdamW, ADAM, torch.optim.AdamW),
     "amsgrad": Kind(collage.AdamW, {**ADAM, "amsgrad": True}, torch.optim.AdamW),
     "adam": Kind(collage.Adam, ADAM, torch.optim.Adam),
     "sgd": Kind(collage.SGD, {"momentum": 0.9}, torch.optim.SGD),
     "lion": Kind(collage.Lion, {"betas": (0.9, 0.99)}, None),
+    "muon": Kind(collage.Muon, MUON, getattr(torch.optim, "Muon", None), hidden=True, params=4 * 10**6),
 }
 
 
@@ -143,7 +167,8 @@ def limit(kind: Kind, name: str) -> Row:
         opt = kind.make(parameters(shapes, device, strategy.dtype), lr, strategy)
         streams: dict[tuple[str, ...], tuple[list[Tensor], list[Tensor]]] = {}  # small parameters have other planes
         for parameter in opt.parameters():
-            planes, grads = streams.setdefault(kind.formats(opt.strategy_of(parameter)), ([], []))
+            formats = kind.formats(opt.strategy_of(parameter), parameter.tensor.shape)
+            planes, grads = streams.setdefault(formats, ([], []))
             planes += [plane for slot in opt.planes(parameter) for plane in slot]
             grads.append(torch.zeros_like(parameter.tensor))
         backend = choose("auto", device)

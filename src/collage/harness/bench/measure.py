@@ -15,7 +15,7 @@ from rich.console import Console
 
 from collage.harness.bench import sharded
 from collage.harness.bench.contestants import Contestant, Row, Shapes, count
-from collage.harness.bench.others import A, D
+from collage.harness.bench.muon import ALONE, shares
 from collage.harness.bench.rows import arrived
 from collage.harness.console import bar, progress
 from collage.harness.machine import machine
@@ -55,7 +55,8 @@ def measure(
     table = [entry(row, times[name], shapes) for name, (row, _, _) in contestants.items()]
     contestants.clear()
     for line, row in zip(table, (row for row in lines if row.name in times), strict=True):
-        line["edq_ratio"] = None if row.name.startswith("limit") else arrived(optimizer, row, device)
+        without = row.name.startswith("limit") or row.name == ALONE
+        line["edq_ratio"] = None if without else arrived(optimizer, row, device)
     compare(table)
     return {
         "optimizer": optimizer,
@@ -67,6 +68,7 @@ def measure(
         "rows": table,
         "ranks": sharded.count(),
         "per_dtensor": per_dtensor(table, len(shapes)),
+        "orthogonalisation": shares(table),
         "failed": failed,
     }
 
@@ -118,8 +120,9 @@ def compare(table: list[dict[str, Any]]) -> None:
         planes = by_name.get(f"limit of {line['name'].partition(',')[0]}")
         bound = planes * sharded.share(line, table) if planes else line["bytes_moved"] / fastest if fastest else None
         line["of_limit"] = bound / line["ns_per_param"] if bound else None
-        for letter, name in (("d", D), ("a", A)):
-            line[f"to_{letter}"] = line["ns_per_param"] / by_name[name] if name in by_name else None
+        for letter in "da":
+            other = next((ns for name, ns in by_name.items() if name.startswith(f"{letter.upper()}: ")), None)
+            line[f"to_{letter}"] = line["ns_per_param"] / other if other else None
 
 
 def per_dtensor(table: list[dict[str, Any]], tensors: int) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +20,25 @@ def torchs(kind: Kind, label: str, dtype: torch.dtype, **how: Any) -> Row:
         opt = kind.torch(params, lr=lr, **kind.settings, **how)  # type: ignore[misc, call-arg]
         return Contestant(params, opt.step, lambda: params)
 
-    kept = dtype.itemsize * (1 + len(kind.rule.slots))
+    kept = dtype.itemsize * (1 + len(kind.rule().slots))
     return Row(label, build, each(2 * kept - dtype.itemsize), each(kept))
 
 
-def with_masters(kind: type[torch.optim.Optimizer], preallocated: bool, **settings: Any) -> Build:
+Make = Callable[[Sequence[Tensor], float], Callable[[], Any]]  # (parameters, lr) -> a step
+
+
+def adamw(**kind: Any) -> Make:
+    """torch's: parameters, lr -> its step."""
+    return lambda params, lr: torch.optim.AdamW(params, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, **kind).step
+
+
+def with_masters(make: Make, preallocated: bool) -> Build:
     """bfloat16 weights and gradients, a float32 master copy under an optimizer of torch's, and the two casts."""
 
     def build(shapes: Shapes, lr: float, device: torch.device) -> Contestant:
         params = parameters(shapes, device)
         masters: list[Tensor] = [nn.Parameter(p.detach().float()) for p in params]
-        opt = kind(masters, lr=lr, **settings)  # type: ignore[call-arg]
+        update = make(masters, lr)
         grads = [torch.zeros_like(master) for master in masters] if preallocated else []
         for master, grad in zip(masters, grads, strict=False):
             master.grad = grad
@@ -42,7 +51,7 @@ def with_masters(kind: type[torch.optim.Optimizer], preallocated: bool, **settin
                 for master, param in zip(masters, params, strict=True):
                     assert param.grad is not None
                     master.grad = param.grad.float()
-            opt.step()
+            update()
             torch._foreach_copy_(params, masters)
 
         return Contestant(params, step, lambda: masters)
@@ -50,10 +59,9 @@ def with_masters(kind: type[torch.optim.Optimizer], preallocated: bool, **settin
     return build
 
 
-def option_d(label: str, preallocated: bool, **how: Any) -> Row:
-    """The same of AdamW."""
-    build = with_masters(torch.optim.AdamW, preallocated, betas=BETAS, eps=EPS, weight_decay=0.0, **how)
-    return Row(label, build, each(40), each(20))
+def option_d(label: str, preallocated: bool, make: Make, states: int = 2) -> Row:
+    """The same as a row. states: that the optimizer keeps for each parameter."""
+    return Row(label, with_masters(make, preallocated), each(24 + 8 * states), each(12 + 4 * states))
 
 
 def optimi() -> Row:
@@ -100,9 +108,9 @@ WAYS: tuple[tuple[str, torch.dtype, dict[str, bool]], ...] = (
     ("torch fused fp32", torch.float32, {"fused": True}),
 )
 MASTERS = (
-    option_d(D, preallocated=True, fused=True),
-    option_d("D as people write it", preallocated=False, fused=True),
-    option_d("D with foreach", preallocated=True, foreach=True),
+    option_d(D, preallocated=True, make=adamw(fused=True)),
+    option_d("D as people write it", preallocated=False, make=adamw(fused=True)),
+    option_d("D with foreach", preallocated=True, make=adamw(foreach=True)),
 )
 EXTRA = (
     optimi(),

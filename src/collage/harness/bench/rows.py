@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from collage.harness.bench import muon
 from collage.harness.bench.contestants import KINDS, Row, limit, ours
 from collage.harness.bench.others import EXTRA, MASTERS, WAYS, torchs
 from collage.harness.bench.sharded import sharded
@@ -17,13 +18,15 @@ DEFAULT = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", "fp32-mas
 def rows(
     optimizer: str, strategies: Sequence[str], monitor: bool, others: bool, extra: bool, shards: bool = False
 ) -> list[Row]:
-    """The lines of the table, limits first. Others but torch's own of the same rule are there for AdamW alone."""
+    """The lines of the table, limits first. Others but torch's own of the same rule are there for AdamW and Muon."""
     kind = KINDS[optimizer]
     known = list(dict.fromkeys(str(Strategy.parse(name)) for name in strategies))
     watched = "collage-plus" if "collage-plus" in known else known[-1]
     found = [limit(kind, name) for name in known] + [ours(kind, name) for name in known]
     found += [sharded(kind, name) for name in known if shards]
     found += [ours(kind, watched, every) for every in (10, 1)] if monitor else []
+    if kind.hidden:
+        return [*found, muon.alone(), *(muon.OTHERS if others else ())]
     found += [torchs(kind, label, dtype, **how) for label, dtype, how in WAYS] if others and kind.torch else []
     if optimizer == "adamw":
         found += [*(MASTERS if others else ()), *(EXTRA if extra else ())]
@@ -37,7 +40,8 @@ def arrived(optimizer: str, row: Row, device: torch.device, steps: int = 50, lr:
 
     1.0: all of the intended movement arrived. Gradients N(0, 1e-3), new at every step.
     """
-    kind, shape = KINDS[optimizer], (16, 4096)
+    kind = KINDS[optimizer]
+    shape = (64, 4096) if kind.hidden else (16, 4096)
     if kind.torch is None:
         return None
     contestant = row.build([shape], lr, device)

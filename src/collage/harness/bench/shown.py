@@ -67,6 +67,9 @@ def show(result: dict[str, Any], screen: Console) -> None:
     for name, more in result["per_dtensor"].items():
         each = f", {fixed(more['us'], 1)} us more for each DTensor" if result["ranks"] == 1 else ""
         say(screen, f"{name}, sharded over {result['ranks']}: {fixed(more['times'], 2)} times as long{each}")
+    if result["orthogonalisation"]:
+        parts = ", ".join(f"{name} {percent(share)}" for name, share in result["orthogonalisation"].items())
+        say(screen, f"Of a step's time the orthogonalisation takes: {parts}")
     spreads = [line["spread"] for line in result["rows"]]
     load = "" if result["load_before"] is None else f"; load before: {fixed(result['load_before'], 2)}"
     say(

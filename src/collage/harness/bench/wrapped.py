@@ -33,6 +33,10 @@ class Kind(NamedTuple):
     make: type[torch.optim.Optimizer]
     settings: dict[str, Any]
 
+    def alone(self, params: Any, lr: float) -> Callable[[], Any]:
+        """The step of the optimizer itself."""
+        return self.make(params, lr=lr, **self.settings).step  # type: ignore[call-arg]
+
 
 KINDS = {
     "AdamW(fused=True)": Kind(torch.optim.AdamW, {"fused": True}),
@@ -87,7 +91,7 @@ def measured(shapes: Shapes, rounds: int, tick: Callable[[int], None]) -> Iterat
             s: collage.wrap(kind.make, parameters(shapes, device), lr=LR, strategy=s, **kind.settings)
             for s in STRATEGIES
         }
-        masters = with_masters(kind.make, False, **kind.settings)(shapes, LR, device)
+        masters = with_masters(kind.alone, False)(shapes, LR, device)
         steps: dict[str, Callable[[], Any]] = {"master": masters.step} | {s: own.step for s, own in wrapped.items()}
         for step in steps.values():
             step()

@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a name ({', '.join((*RECIPES, *KNOWN))}), a config.json or folder of transformers, or a file of weights",
     )
     add("--strategies", metavar="NAMES", help="comma-separated (default: all that `collage info` lists)")
-    add("--optimizer", choices=tuple(KINDS), default="adamw", help="which rule (default: %(default)s)")
+    # What Muon orthogonalises has temporaries of its size, which nothing here predicts
+    known = tuple(name for name, kind in KINDS.items() if not kind.hidden)
+    add("--optimizer", choices=known, default="adamw", help="which rule (default: %(default)s)")
     add("--ranks", type=int, default=1, metavar="N", help="that FSDP2 shards over; the table is of one (default: 1)")
     add(
         "--sequences",
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         work = _work(found, args)
         model = found.build("meta", torch.float32)
         with screen.status("counting ..."):
-            predictions = predict(model, names, work, KINDS[args.optimizer].rule)
+            predictions = predict(model, names, work, KINDS[args.optimizer].rule())
         plan = shown.Plan(found.name, args.optimizer, shown.count(model), work, args.memory, predictions)
         shown.show(plan, screen)
         beside = _measured(args, predictions, work, screen) if args.measure else []
