@@ -107,6 +107,11 @@ def _tell_of_remainders(format: str, names: Sequence[str], changed: Sequence[int
         )  # fmt: skip
 
 
+def written(visible: Sequence[Tensor], seen: Tensor, sharded: Sequence[Tensor] = ()) -> None:
+    """After writes of ours that are no single step of a kernel's: whatever the versions are, nobody else made them."""
+    seen[VERSION] = _row(versions_now(visible, sharded))
+
+
 def advance(seen: Tensor) -> None:
     """After a step that was made: it has added 1 to each version."""
     seen[VERSION].add_(1)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from collage.backends import Batch, Noise, choose, operator
 from collage.monitor.shadow import Follower
-from collage.optimizers import edits
 from collage.optimizers.base import PrecisionOptimizer
-from collage.optimizers.parameters import Group, Parameter
-from collage.optimizers.plan import Columns
+from collage.optimizers.parameters import Group
 from collage.optimizers.settings import checked_seed
 from collage.optimizers.wrapping import loading
-from collage.optimizers.wrapping.bucket import Arena, Memory, buckets, decoded, taken
-from collage.optimizers.wrapping.foreign import OWN, Foreign, Values
-from collage.optimizers.wrapping.probing import Kept, is_elementwise, probed, small
+from collage.optimizers.wrapping.bucket import Memory
+from collage.optimizers.wrapping.foreign import OWN, Foreign
+from collage.optimizers.wrapping.probing import Kept, is_elementwise, probed
 from collage.optimizers.wrapping.shadow import WrappedShadow
-from collage.optimizers.wrapping.slots import Formats, checked, packed, require_known, unpacked
+from collage.optimizers.wrapping.slots import Formats, checked, require_known
+from collage.optimizers.wrapping.stepping import InBuckets
 from collage.rules import Rule
 from collage.rules.assign import ASSIGN
-from collage.sharding import any_dtensor, local, region
 from collage.strategies import Strategy
 
 REWRITING = ("train", "eval")  # methods of optimizers that write weights outside of a step
@@ -104,7 +101,7 @@ def _arguments(kind: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> di
     return {**dict(zip(names[1:], args[1:], strict=False)), **{k: v for k, v in kwargs.items() if k != names[0]}}
 
 
-class Wrapped(PrecisionOptimizer):
+class Wrapped(InBuckets):
     """What `wrap` makes.
 
     Attributes:
@@ -145,17 +142,13 @@ class Wrapped(PrecisionOptimizer):
         for parameter in self.parameters():
             found = self.base.state.get(parameter.tensor)
             if found and self._foreign.has_stepped(found):
-                self.base.state[parameter.tensor] = self._packed([parameter], [found])[0]
+                self.base.state[parameter.tensor] = self._in_planes(parameter, found)
             else:
                 self.base.state.pop(parameter.tensor, None)
 
     def rule_of(self, group: Group) -> Rule:
         """Of theta alone: it becomes what the optimizer made of it. The states are the optimizer's."""
         return ELEMENTWISE if self._is_elementwise(group) else RULE
-
-    def formats_of(self, parameter: Parameter) -> Formats:
-        """The formats of a parameter's states."""
-        return Formats(self.strategy_of(parameter), self.states)
 
     def _is_elementwise(self, group: Group) -> bool:
         """Whether a shadow can follow single elements; tried once for a group, and only if there is one."""
@@ -179,147 +172,11 @@ class Wrapped(PrecisionOptimizer):
                 "increment but a new float32 number; use 'collage-plus', 'collage-light' or 'bf16'"
             )
 
-    def _traced(self, closure: Callable[[], Any] | None) -> Any:
-        raise RuntimeError("wrap: a compiled step knows the rules of this package alone; call opt.step() uncompiled")
-
-    def _is_skipped(self) -> bool:
-        return bool(getattr(self, "found_inf", None))  # waits: the optimizer itself would not look
-
-    def _count_on_device(self) -> None:
-        """Nothing is: the optimizer's own counters stay where it has them."""
-
-    def _looks_in_the_step(self, found: Tensor) -> bool:
-        return False
-
-    def _count_on_device(self) -> None:
-        """Nothing is counted there; and ``capturable`` is the optimizer's own."""
-
-    def _prepare(self) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("wrap: its step reads counters on the host; leave opt.step() out of the CUDA graph")
-        super()._prepare()
-        self._foreign.forget()
-
-    def _advance(self) -> None:
-        try:
-            super()._advance()
-        finally:
-            self._memory.release(self._most)
-        self._foreign.settle()
-
-    def _batch(self, group: Group, columns: Columns, grads: Sequence[Tensor]) -> Batch:
-        """Of theta: its gradients, until the optimizer has made new numbers of them."""
-        scale = getattr(self, "grad_scale", None)
-        return Batch(
-            columns.rule, columns.formats, torch.float32, 1.0, (1.0,), False, group["seed"], columns.planes, grads, (),
-            columns.keys, columns.places, (), columns.steps, 1.0 if scale is None else scale, None, columns.kept,
-        )  # fmt: skip
-
-    def _step(self, columns: Columns, batch: Batch) -> None:
-        for positions in self._buckets(columns.group, columns.params):
-            some = [columns.plans[k].parameter for k in positions]
-            self._bucket(columns.group, some, batch.take(positions))
-        edits.advance(columns.seen)
-
-    def _buckets(self, group: Group, params: Sequence[Tensor]) -> Iterator[list[int]]:
-        """Positions of the parameters that are taken together."""
-        return buckets([taken(p, self._shaped(group, p)) for p in params], self._most)
-
-    def _arena(self, group: Group, some: Sequence[Parameter]) -> Arena:
-        """Memory for their bucket."""
-        device = local(some[0].tensor).device if some else torch.device("cpu")
-        return self._memory.take(sum(decoded(p.tensor, self._shaped(group, p.tensor)) for p in some), device)
-
-    def _bucket(self, group: Group, some: Sequence[Parameter], batch: Batch) -> None:
-        """The step of these parameters. batch: of theta, with their gradients."""
-        arena = self._arena(group, some)
-        theta = [nn.Parameter(arena.like(p.tensor)) for p in some]
-        values, rows = [local(own.detach()) for own in theta], list(batch.rows())
-        choose(self.backend, values[0].device).decode(batch.formats[0], [row.slots[0] for row in rows], values)
-        for own, parameter, row in zip(theta, some, rows, strict=True):
-            own.grad = _unscaled(row.grad, batch.scale, arena.like(parameter.tensor))
-        states = self._run("step", group, some, theta, arena)
-        operator.carry_out(replace(batch, grads=values, scale=1.0), self.backend, group["capturable"])
-        self._store(some, states, arena)
-
-    def _run(
-        self, method: str, group: Group, some: Sequence[Parameter], theta: Sequence[nn.Parameter], arena: Arena
-    ) -> list[Values]:
-        """Run a method of the optimizer on float32 numbers of theta. Returns the states that it left, unpacked."""
-        states = [self.base.state.get(p.tensor, {}) for p in some]
-        formats = [self.formats_of(p) for p in some]
-        return self._foreign.run(group, theta, unpacked(states, [p.tensor for p in some], formats, arena.like), method)
-
-    def _store(self, some: Sequence[Parameter], states: Sequence[Values], arena: Arena) -> None:
-        """Store the states that the optimizer left, in planes; nothing stays in the bucket's memory."""
-        before = [self.base.state.get(p.tensor, {}) for p in some]
-        for parameter, own in zip(some, self._packed(some, states, before), strict=True):
-            self.base.state[parameter.tensor] = {k: x.clone() if arena.holds(x) else x for k, x in own.items()}
-
-    def _packed(
-        self, some: Sequence[Parameter], states: Sequence[Values], before: Sequence[Values] | None = None
-    ) -> list[Values]:
-        tensors, formats = [p.tensor for p in some], [self.formats_of(p) for p in some]
-        return packed(states, tensors, formats, before or [{}] * len(some), self._noise(some))
-
-    def _noise(self, some: Sequence[Parameter]) -> Callable[[str, list[int]], Noise]:
-        """The random bits of a state, by its name, of those of these parameters that are in the given positions."""
-        sharded = any_dtensor([p.tensor for p in some])
-
-        def noise(name: str, columns: list[int]) -> Noise:
-            taken = [some[k] for k in columns]
-            steps = [int(self.state.get(p.tensor, {}).get("step", 0)) for p in taken]
-            places = [region(p.tensor) for p in taken] if sharded else []
-            return Noise(name, taken[0].group["seed"], steps, [p.key for p in taken], places)
-
-        return noise
-
-    @property
-    def _most(self) -> int:
-        """Float32 numbers of a bucket."""
-        return int(self.bucket_mb * 2**20) // 4
-
-    def _kept(self, index: int, param: Tensor) -> Kept:
-        """What the optimizer keeps of a parameter of that group, as far as was tried."""
-        return self._tried[index].get(small(param), Kept({}))
-
-    def _shaped(self, group: Group, param: Tensor) -> int:
-        """How many states of its shape the optimizer keeps of a parameter."""
-        return len(self._kept(next(i for i, own in enumerate(self.param_groups) if own is group), param).shaped)
-
     def __getattr__(self, name: str) -> Any:
         foreign = self.__dict__.get("_foreign")
         if name in REWRITING and foreign and foreign.has(name):
             return partial(self._rewrite, name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-
-    @torch.no_grad()
-    def _rewrite(self, method: str) -> None:
-        """Run a method of the optimizer that writes weights, on those that have a state."""
-        edits.require_own((p.tensor for p in self.parameters()), f"{method}()")
-        self._foreign.forget()
-        for index, group in enumerate(self.param_groups):
-            some = [p for p in self.parameters() if p.group_index == index and self.base.state.get(p.tensor)]
-            for positions in [*self._buckets(group, [p.tensor for p in some])] or [[]]:
-                self._rewrite_bucket(method, group, [some[k] for k in positions])
-        self._memory.release(self._most)
-        self._foreign.settle()
-
-    def _rewrite_bucket(self, method: str, group: Group, some: Sequence[Parameter]) -> None:
-        arena = self._arena(group, some)
-        theta = [nn.Parameter(arena.like(p.tensor)) for p in some]
-        values = [local(own.detach()) for own in theta]
-        self.tell(
-            (parameter, edits.decode(self.strategy_of(parameter).param, self.theta(parameter), value), value.numel())
-            for value, parameter in zip(values, some, strict=True)
-        )
-        states = self._run(method, group, some, theta, arena)
-        for value, parameter in zip(values, some, strict=True):
-            noise = self._noise([parameter])(f"param_{method}", [0])  # no bits that a step draws
-            planes = [self.theta(parameter)]
-            choose(self.backend, value.device).encode(self.strategy_of(parameter).param, [value], planes, noise)
-        self._store(some, states, arena)
-        self._written([p.tensor for p in some])
 
     @torch.no_grad()
     def reset_moments(self) -> None:
@@ -361,7 +218,7 @@ class Wrapped(PrecisionOptimizer):
         for parameter in self.parameters():
             if parameter.tensor in loaded:
                 state = loaded[parameter.tensor]
-                self.base.state[parameter.tensor] = self._packed([parameter], [state])[0] if is_raw else state
+                self.base.state[parameter.tensor] = self._in_planes(parameter, state) if is_raw else state
 
     def __getstate__(self) -> dict[str, Any]:
         mine = ("base", "states", "bucket_mb", "_tried")
@@ -382,15 +239,6 @@ class Wrapped(PrecisionOptimizer):
                 f"group {index}: {_shown(Formats(Strategy.parse(group['strategy']), self.states), tried.values())}"
             )
         return "\n".join(lines)
-
-
-def _unscaled(grad: Tensor | None, scale: float | Tensor, out: Any) -> Any:
-    """The gradient in float32, as the optimizer is given it, in memory of the bucket."""
-    assert grad is not None
-    part = local(out).copy_(grad)
-    if isinstance(scale, Tensor) or scale != 1.0:
-        part.div_(torch.as_tensor(scale, dtype=torch.float32, device=part.device))
-    return out
 
 
 def _shown(formats: Formats, tried: Iterable[Kept]) -> str:

@@ -11,8 +11,6 @@ from torch import Tensor
 from collage.sharding import in_rows, is_dtensor, local
 
 ALIGNED = 16  # numbers: so torch's own memory begins, and by where they begin matrix products choose how they sum
-DECODED = 2  # float32 numbers of an element while its optimizer steps, beside its states: theta and the gradient
-MADE = 2  # what the optimizer itself makes meanwhile, in memory of its own
 
 
 class Memory:
@@ -45,7 +43,7 @@ class Arena:
         end = self._used + part.numel()
         if not part.is_contiguous() or end > self._memory.numel():
             return torch.empty_like(param.detach(), dtype=torch.float32)
-        taken, self._used = self._memory[self._used : end].view(part.shape), end + -end % ALIGNED
+        taken, self._used = self._memory[self._used : end].view(part.shape), aligned(end)
         return in_rows(taken, param.shape, param) if is_dtensor(param) else taken
 
     def holds(self, value: object) -> bool:
@@ -55,15 +53,9 @@ class Arena:
         return local(value).untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
 
 
-def decoded(param: Tensor, states: int) -> int:
-    """How many float32 numbers a parameter is while its optimizer, which keeps so many states of its shape, steps."""
-    numel = local(param).numel()
-    return (numel + -numel % ALIGNED) * (DECODED + states)
-
-
-def taken(param: Tensor, states: int) -> int:
-    """The same with what the optimizer makes meanwhile."""
-    return decoded(param, states) + local(param).numel() * MADE
+def aligned(numel: int) -> int:
+    """How many numbers of an arena a tensor takes."""
+    return numel + -numel % ALIGNED
 
 
 def buckets(sizes: Sequence[int], most: int) -> Iterator[list[int]]:

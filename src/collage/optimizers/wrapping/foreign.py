@@ -134,8 +134,9 @@ class Foreign:
         self._groups, self._attributes = {}, {}
 
     def _settings(self, group: Mapping[str, Any]) -> Values:
-        foreign = [key for key in OWN if key not in self.base.defaults]
-        return {k: deepcopy(v) for k, v in group.items() if k not in ("params", "param_names", *foreign)}
+        """A group's, as the optimizer has them; what a step might write to is copied."""
+        ours = {"params", "param_names", *OWN} - self.base.defaults.keys()
+        return {k: copied(v) for k, v in group.items() if k not in ours}
 
     def _twin(self, group: Mapping[str, Any], params: Sequence[Tensor], states: Sequence[Values | None]) -> Any:
         """The optimizer with these parameters alone, and no hooks: those are of the step as a whole."""
@@ -148,8 +149,7 @@ class Foreign:
 
     def _note(self, group: dict[str, Any], twin: Any) -> None:
         (after,) = twin.param_groups
-        before = self._settings(group)
-        moved = {k: v for k, v in after.items() if k != "params" and (k not in before or not same(v, before[k]))}
+        moved = {k: v for k, v in after.items() if k != "params" and (k not in group or not same(v, group[k]))}
         known = self._groups.setdefault(id(group), (group, moved))[1]
         if moved.keys() != known.keys() or not all(same(moved[k], known[k]) for k in moved):
             differing = sorted(k for k in moved.keys() | known.keys() if not same(moved.get(k), known.get(k)))
@@ -166,6 +166,13 @@ def needs_all(name: str, settings: Sequence[str] = ()) -> str:
         f"wrap: {name} needs all of its parameters at once{because}, or draws random numbers, and a step gives it a "
         "bucket at a time; use one that updates each by itself, such as collage.AdamW, or leave it on float32 weights"
     )
+
+
+def copied(value: Any) -> Any:
+    """A copy of what may be written to."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value if isinstance(value, _NUMBERS) else deepcopy(value)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from collage.backends import Batch, Noise, Row, choose, reference
+from collage.backends import Backend, Batch, Noise, Row, choose, reference
 from collage.collectives import Spread, spreads_of
 from collage.formats import format_of, split
 from collage.layout import Planes
@@ -48,7 +49,7 @@ class Following:
         """Start at these numbers of theta and the optimizer's states, sampled."""
         formats = self.formats(met)
         self._theta[name] = list(split(format_of(formats.strategy.param), theta))
-        self._states[name] = packed([deepcopy(states)], [theta], [formats], [{}], lambda *_: None)[0]
+        self._states[name] = packed([deepcopy(states)], [theta], [formats], [{}], lambda *_: None, _backend(theta))[0]
 
     def follow(self, name: str, theta: Tensor, met: Met) -> None:
         """Go on from these weights; the states stay."""
@@ -61,15 +62,16 @@ class Following:
         names, formats = list(met), [self.formats(own) for own in met.values()]
         param = formats[0].strategy.param
         old = [format_of(param).value(self._theta[name]) for name in names]
+        backend = _backend(old[0])
         theta = [nn.Parameter(x.clone()) for x in old]
         for own, grad in zip(theta, grads, strict=True):
             own.grad = grad.clone()
         before = [self._states[name] for name in names]
-        new = foreign.run(group, theta, unpacked(before, old, formats, torch.empty_like), noted=False)
+        new = foreign.run(group, theta, unpacked(before, old, formats, torch.empty_like, backend), noted=False)
         values, keys = [own.detach() for own in theta], [own.key for own in met.values()]
         places = [own.sampling.drawn(x.shape) for own, x in zip(met.values(), values, strict=True)]
         sums = list(torch.zeros(len(names), len(reference.SUMS), dtype=torch.float64, device="cpu"))
-        choose("auto", values[0].device).step(
+        backend.step(
             Batch(
                 ASSIGN, (param,), torch.float32, 1.0, (1.0,), False, group["seed"],
                 [plane for name in names for plane in self._theta[name]], values, [step] * len(names), keys, places,
@@ -81,7 +83,7 @@ class Following:
             taken = [keys[k] for k in columns], [places[k] for k in columns]
             return Noise(name, group["seed"], [step] * len(columns), *taken)
 
-        self._states |= dict(zip(names, packed(new, old, formats, before, noise), strict=True))
+        self._states |= dict(zip(names, packed(new, old, formats, before, noise, backend), strict=True))
         return [own - x for own, x in zip(values, old, strict=True)], sums
 
     def moment(self, name: str, met: Met, role: str) -> Tensor | None:
@@ -130,7 +132,8 @@ class WrappedShadow:
         spread = spreads_of([parameter.tensor])[0]
         met = self._met[parameter.name] = Met(of, parameter.key, Sampling(parameter.tensor, self._stride), spread)
         state, formats = self._optimizer.base.state.get(parameter.tensor, {}), self._optimizer.formats_of(parameter)
-        numbers = unpacked([state], [parameter.tensor], [formats], torch.empty_like)[0] if state else {}
+        wide = partial(torch.empty_like, dtype=torch.float32)
+        numbers = unpacked([state], [parameter.tensor], [formats], wide, _backend(row.slots[0][0]))[0] if state else {}
         sampled = {
             name: met.sampling.take(local(x)).clone()
             if isinstance(x, Tensor) and x.shape == parameter.tensor.shape
@@ -200,6 +203,10 @@ class WrappedShadow:
             error = m.double().flatten() - exact_m.double().flatten()
             found += Sampled(m_error2=float(error.square().sum()), m_shadow2=float(exact_m.double().square().sum()))
         return found
+
+
+def _backend(tensor: Tensor) -> Backend:
+    return choose("auto", tensor.device)
 
 
 def _each(stepping: Sequence[Stepping]) -> Iterator[tuple[Any, Batch, Row]]:

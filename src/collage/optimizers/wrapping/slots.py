@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from collage.backends import Noise, choose
+from collage.backends import Backend, Noise
 from collage.formats import FORMATS, format_of
 from collage.layout import Planes, bytes_per_value
 from collage.optimizers.planes import zeros
@@ -27,14 +28,20 @@ ROLES = {name: role for role, names in _NAMES.items() for name in names}
 MASTER = 4  # bytes per number from which on float32 alone is as good
 
 
-class Formats(NamedTuple):
-    """Which format a state has, by its name: that of its role, or what `states` says."""
+class Formats:
+    """Which format a state has, by its name: that of its role, or what `states` says (given)."""
 
-    strategy: Strategy
-    given: Mapping[str, str]
+    def __init__(self, strategy: Strategy, given: Mapping[str, str]) -> None:
+        self.strategy, self.given = strategy, given
+        self._found: dict[str, str | None] = {}
 
     def of(self, name: str) -> str | None:
         """None: it is left as the optimizer makes it."""
+        if name not in self._found:
+            self._found[name] = self._of(name)
+        return self._found[name]
+
+    def _of(self, name: str) -> str | None:
         if name in self.given:
             twin = format_of(self.given[name]).twin
             return twin if twin and self.strategy.small is self.strategy else self.given[name]
@@ -75,9 +82,10 @@ def require_known(states: Iterable[str], kept: Iterable[Mapping[str, Any]]) -> N
             )
 
 
-def keys_of(name: str, fmt: str) -> list[str]:
+@cache
+def keys_of(name: str, fmt: str) -> tuple[str, ...]:
     """The keys of a state's planes."""
-    return [name + suffix for suffix in format_of(fmt).suffixes]
+    return tuple(name + suffix for suffix in format_of(fmt).suffixes)
 
 
 def unpacked(
@@ -85,21 +93,21 @@ def unpacked(
     params: Sequence[Tensor],
     formats: Sequence[Formats],
     out: Callable[[Tensor], Tensor],
+    backend: Backend,
 ) -> list[dict[str, Any]]:
     """The states with float32 numbers for those kept in planes. out: makes a float32 tensor like a parameter."""
     result = [dict(own) for own in states]
-    cells: dict[tuple[str, torch.device], tuple[list[Planes], list[Tensor]]] = {}
+    cells: dict[str, tuple[list[Planes], list[Tensor]]] = {}
     for own, param, fmts in zip(result, params, formats, strict=True):
         for name, fmt in fmts.of_state(own, param).items():
             if fmt == "fp32":
                 continue  # the optimizer is given the plane itself
-            planes = [local(own.pop(key)) for key in keys_of(name, fmt)]
+            all_planes, outs = cells.setdefault(fmt, ([], []))
+            all_planes.append([local(own.pop(key)) for key in keys_of(name, fmt)])
             own[name] = out(param)
-            all_planes, outs = cells.setdefault((fmt, planes[0].device), ([], []))
-            all_planes.append(planes)
             outs.append(local(own[name]))
-    for (fmt, device), (many, outs) in cells.items():
-        choose("auto", device).decode(fmt, many, outs)
+    for fmt, (many, outs) in cells.items():
+        backend.decode(fmt, many, outs)
     return result
 
 
@@ -109,10 +117,11 @@ def packed(
     formats: Sequence[Formats],
     before: Sequence[Mapping[str, Any]],  # as they were kept; their planes are written to
     noise: Callable[[str, list[int]], Noise | None],  # of a state, by its name, of these parameters by position
+    backend: Backend,
 ) -> list[dict[str, Any]]:
     """The states as they are kept: those of a known name in planes, all others as they are."""
     result: list[dict[str, Any]] = []
-    cells: dict[tuple[str, str, torch.device], tuple[list[Tensor], list[Planes], list[int]]] = {}
+    cells: dict[tuple[str, str], tuple[list[Tensor], list[Planes], list[int]]] = {}
     for k, (own, param, fmts, old) in enumerate(zip(states, params, formats, before, strict=True)):
         kept = dict(own)
         for name, fmt in fmts.of_state(own, param).items():
@@ -122,11 +131,11 @@ def packed(
             keys = keys_of(name, fmt)
             planes = [old[key] for key in keys] if all(key in old for key in keys) else zeros(format_of(fmt), param)
             kept |= dict(zip(keys, planes, strict=True))
-            values, many, columns = cells.setdefault((name, fmt, value.device), ([], [], []))
+            values, many, columns = cells.setdefault((name, fmt), ([], [], []))
             values.append(value.float())
             many.append([local(plane) for plane in planes])
             columns.append(k)
         result.append(kept)
-    for (name, fmt, device), (values, many, columns) in cells.items():
-        choose("auto", device).encode(fmt, values, many, noise(name, columns))
+    for (name, fmt), (values, many, columns) in cells.items():
+        backend.encode(fmt, values, many, noise(name, columns) if format_of(fmt).stochastic else None)
     return result
