@@ -283,10 +283,10 @@ def test_another_base_is_refused():
     _, opt = trained(BASES["SGD"], 2, strategy="collage-plus")
     others = weights()
     other = collage.wrap(torch.optim.AdamW, groups_of(others, BASES["AdamW"]))
-    with pytest.raises(ValueError, match="its state has no '(exp_avg|exp_avg_sq|step)', which the optimizer keeps"):
+    with pytest.raises(ValueError, match=r"its state has no '(exp_avg|exp_avg_sq|step)', which the optimizer keeps"):
         other.load_state_dict(opt.state_dict())
     _, alone = trained(BASES["SGD"], 2)
-    with pytest.raises(ValueError, match="its state has no '(exp_avg|exp_avg_sq|step)', which the optimizer keeps"):
+    with pytest.raises(ValueError, match=r"its state has no '(exp_avg|exp_avg_sq|step)', which the optimizer keeps"):
         other.load_state_dict(alone.state_dict())
     assert not other.state
     assert not other.base.state

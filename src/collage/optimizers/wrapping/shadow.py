@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ class Following:
         before = [self._states[name] for name in names]
         new = foreign.run(group, theta, unpacked(before, old, formats, torch.empty_like), noted=False)
         values, keys = [own.detach() for own in theta], [own.key for own in met.values()]
+        deltas = [own - x for own, x in zip(values, old, strict=True)]  # now: a number may be its plane
         places = [own.sampling.drawn(x.shape) for own, x in zip(met.values(), values, strict=True)]
         sums = list(torch.zeros(len(names), len(reference.SUMS), dtype=torch.float64, device="cpu"))
         choose("auto", values[0].device).step(
@@ -82,7 +84,7 @@ class Following:
             return Noise(name, group["seed"], [step] * len(columns), *taken)
 
         self._states |= dict(zip(names, packed(new, old, formats, before, noise), strict=True))
-        return [own - x for own, x in zip(values, old, strict=True)], sums
+        return deltas, sums
 
     def moment(self, name: str, met: Met, role: str) -> Tensor | None:
         """The number of the first state of that role."""
@@ -130,7 +132,8 @@ class WrappedShadow:
         spread = spreads_of([parameter.tensor])[0]
         met = self._met[parameter.name] = Met(of, parameter.key, Sampling(parameter.tensor, self._stride), spread)
         state, formats = self._optimizer.base.state.get(parameter.tensor, {}), self._optimizer.formats_of(parameter)
-        numbers = unpacked([state], [parameter.tensor], [formats], torch.empty_like)[0] if state else {}
+        wide = partial(torch.empty_like, dtype=torch.float32)
+        numbers = unpacked([state], [parameter.tensor], [formats], wide)[0] if state else {}
         sampled = {
             name: met.sampling.take(local(x)).clone()
             if isinstance(x, Tensor) and x.shape == parameter.tensor.shape
