@@ -86,8 +86,7 @@ def give(params: Sequence[Tensor], step: int) -> None:
     """Gradients, of the numbers that bfloat16 has."""
     g = torch.Generator().manual_seed(100 + step)
     for p in params:
-        drawn = torch.randn(p.shape, generator=g)
-        p.grad = drawn.bfloat16().to(p.dtype)
+        p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=g).bfloat16())  # strided as autograd's
 
 
 def groups_of(params: list[nn.Parameter], base: Base) -> list[dict[str, Any]]:

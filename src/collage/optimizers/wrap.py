@@ -189,9 +189,6 @@ class Wrapped(PrecisionOptimizer):
     def _is_skipped(self) -> bool:
         return bool(getattr(self, "found_inf", None))  # waits: the optimizer itself would not look
 
-    def _count_on_device(self) -> None:
-        """Nothing is: the optimizer's own counters stay where it has them."""
-
     def _looks_in_the_step(self, found: Tensor) -> bool:
         return False
 
@@ -209,7 +206,7 @@ class Wrapped(PrecisionOptimizer):
             super()._advance()
         finally:
             self._memory.release(self._most)
-        self._foreign.settle()
+        self._foreign.settle(self.param_groups)
 
     def _batch(self, group: Group, columns: Columns, grads: Sequence[Tensor]) -> Batch:
         """Of theta: its gradients, until the optimizer has made new numbers of them."""
