@@ -86,14 +86,14 @@ def give(params: Sequence[Tensor], step: int) -> None:
     """Gradients, of the numbers that bfloat16 has."""
     g = torch.Generator().manual_seed(100 + step)
     for p in params:
-        drawn = torch.randn(p.shape, generator=g)
-        p.grad = drawn.bfloat16().to(p.dtype)
+        p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=g).bfloat16())  # strided as autograd's
 
 
 def groups_of(params: list[nn.Parameter], base: Base) -> list[dict[str, Any]]:
     """Two, of which the second has a learning rate of its own, where the optimizer has one."""
     other = {"lr": 2e-3} if base.settings.get("lr", 1.0) is not None else {}
-    return [{"params": params[:2]}, {"params": params[2:], **other}]
+    named = [(str(k), p) for k, p in enumerate(params)]
+    return [{"params": named[:2]}, {"params": named[2:], **other}]
 
 
 def schedule_of(opt: torch.optim.Optimizer, steps: int) -> Callable[[], None]:

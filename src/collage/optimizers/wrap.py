@@ -160,15 +160,19 @@ class Wrapped(InBuckets):
 
     def shadow(self, stride: int, strategies: Sequence[Strategy]) -> Follower:
         """What follows the steps: the optimizer itself, in float32 and under other strategies."""
+        for strategy in strategies:
+            self._require_float32("strategies", strategy)
         return WrappedShadow(self, self._foreign, stride, strategies)
 
     def _validate(self, group: Group) -> None:
         super(PrecisionOptimizer, self)._validate(group)
         group["seed"] = checked_seed(group["seed"])
-        strategy = Strategy.parse(group["strategy"])
+        self._require_float32("strategy", Strategy.parse(group["strategy"]))
+
+    def _require_float32(self, setting: str, strategy: Strategy) -> None:
         if strategy.register != torch.float32:
             raise ValueError(
-                f"strategy: '{strategy}' adds increments in bfloat16 arithmetic, and {self._foreign.name} gives no "
+                f"{setting}: '{strategy}' adds increments in bfloat16 arithmetic, and {self._foreign.name} gives no "
                 "increment but a new float32 number; use 'collage-plus', 'collage-light' or 'bf16'"
             )
 

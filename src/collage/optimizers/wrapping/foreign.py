@@ -153,7 +153,9 @@ class Foreign:
         known = self._groups.setdefault(id(group), (group, moved))[1]
         if moved.keys() != known.keys() or not all(same(moved[k], known[k]) for k in moved):
             differing = sorted(k for k in moved.keys() | known.keys() if not same(moved.get(k), known.get(k)))
-            raise RuntimeError(needs_all(self.name, differing))
+            raise RuntimeError(
+                f"{needs_all(self.name, differing)}. Some parameters have made this step; go on from a saved state"
+            )
         own = vars(self.base)
         numbers = {k: v for k, v in vars(twin).items() if isinstance(v, _NUMBERS)}
         self._attributes |= {k: v for k, v in numbers.items() if k not in own or own[k] != v}

@@ -52,14 +52,11 @@ def arranged(saved: Mapping[str, Any], groups: Sequence[Group], names: Sequence[
 
 def of_theta(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A state_dict without what is the optimizer's own."""
-    return {
-        **saved,
-        "state": {
-            number: {"step" if key == STEP else key: x for key, x in own.items() if key.startswith("param_")}
-            for number, own in saved["state"].items()
-            if STEP in own
-        },
+    found = {
+        number: {"step" if key == STEP else key: x for key, x in own.items() if key.startswith("param_")}
+        for number, own in saved["state"].items()
     }
+    return {**saved, "state": {number: own for number, own in found.items() if own}}
 
 
 def with_theta(saved: dict[str, Any], parameters: Sequence[Parameter], live: Mapping[Tensor, State]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class Following:
         before = [self._states[name] for name in names]
         new = foreign.run(group, theta, unpacked(before, old, formats, torch.empty_like, backend), noted=False)
         values, keys = [own.detach() for own in theta], [own.key for own in met.values()]
+        deltas = [own - x for own, x in zip(values, old, strict=True)]  # now: a number may be its plane
         places = [own.sampling.drawn(x.shape) for own, x in zip(met.values(), values, strict=True)]
         sums = list(torch.zeros(len(names), len(reference.SUMS), dtype=torch.float64, device="cpu"))
         backend.step(
@@ -84,7 +85,7 @@ class Following:
             return Noise(name, group["seed"], [step] * len(columns), *taken)
 
         self._states |= dict(zip(names, packed(new, old, formats, before, noise, backend), strict=True))
-        return [own - x for own, x in zip(values, old, strict=True)], sums
+        return deltas, sums
 
     def moment(self, name: str, met: Met, role: str) -> Tensor | None:
         """The number of the first state of that role."""

@@ -66,7 +66,7 @@ class InBuckets(PrecisionOptimizer):
             super()._advance()
         finally:
             self._memory.release(self._most())
-        self._foreign.settle()
+        self._foreign.settle(self.param_groups)
 
     def _batch(self, group: Group, columns: Columns, grads: Sequence[Tensor]) -> Batch:
         """Of theta: its gradients, until the optimizer has made new numbers of them."""
@@ -224,7 +224,7 @@ class InBuckets(PrecisionOptimizer):
         values = [local(own.detach()) for own in theta]
         numbers = [(piece.formats.strategy.param, self.theta(piece.parameter)) for piece in pieces]
         found = [edits.decode(*number, value) for number, value in zip(numbers, values, strict=True)]
-        self.tell((p.parameter, n, x.numel()) for p, n, x in zip(pieces, found, values, strict=True))
+        self.tell((p.parameter, n, p.numel) for p, n in zip(pieces, found, strict=True) if n)
         kept = self._taken(pieces)
         states = self._run(method, group, pieces, theta, kept, arena, backend)
         for k, ((fmt, planes), value) in enumerate(zip(numbers, values, strict=True)):
