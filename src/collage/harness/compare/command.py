@@ -195,13 +195,14 @@ def summarise(plan: Plan, results: list[training.RunResult]) -> dict[str, Any]:
     rows = verdict.table(plan.strategies, runs)
     about = machine(config.compute_dtype())
     return {
-        "title": f"{'Fine-tuning' if plan.warm else 'Training from scratch'}: {config.model}",
+        "title": f"{'Fine-tuning' if plan.warm else 'Training from scratch'}: {config.model}, {config.optimizer}",
         "command": plan.command,
         "version": collage.__version__,
         "machine": about,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "regime": "finetune" if plan.warm else "scratch",
         "model": config.model,
+        "optimizer": " ".join([config.optimizer, *config.optimizer_args]),
         "parameters": results[0].parameters,
         "steps": config.steps,
         "pretrain_steps": plan.warm.steps if plan.warm else None,
@@ -214,7 +215,13 @@ def summarise(plan: Plan, results: list[training.RunResult]) -> dict[str, Any]:
         "runs": runs,
         "table": rows,
         "floors": {name: floor._asdict() for name, floor in floors_table().items()},
-        "advice": verdict.advice(rows, runs, config.steps, config.betas[1]),
+        "advice": verdict.advice(rows, runs, config.steps, _beta2(config, results)),
         "update_histogram": next((r.update_histogram for r in results if r.update_histogram), None),
         "caveats": verdict.caveats(config, plan.strategies, len(plan.seeds), about["kernels"]),
     }
+
+
+def _beta2(config: RunConfig, results: list[training.RunResult]) -> float | None:
+    """The decay rate of the second moment; None where the optimizer keeps none."""
+    keeps = any("exp_avg_sq" in result.bytes_by_slot for result in results)
+    return config.betas[1] if config.betas and keeps else None
