@@ -56,6 +56,10 @@ class Named:
         kinds = [p.kind for p in inspect.signature(self.kind).parameters.values()]
         return self.wrapped and inspect.Parameter.VAR_KEYWORD in kinds
 
+    def takes(self, setting: str, like: Any) -> bool:
+        """Whether it has a setting of this name that is of the kind of a value: a number, or so many numbers."""
+        return setting in self.defaults and _numbers(self.defaults[setting]) == _numbers(like) > 0
+
     def require_settings(self, names: Iterable[str]) -> None:
         """Raise ValueError for a setting that it does not have."""
         for name in names:
@@ -176,3 +180,13 @@ def _settings(of: Any) -> dict[str, Any]:
 def _meant(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _numbers(value: Any) -> int:
+    """How many numbers a setting is; 0: none, it is something else."""
+    if isinstance(value, tuple | list):
+        return len(value) if all(map(_numbers, value)) else 0
+    return int(isinstance(value, int | float) and not isinstance(value, bool))
+
+
+ADAMW = find("adamw").defaults

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from collage.optimizers.named import OURS, WRAP, Named, find
+from collage.optimizers.named import ADAMW, OURS, WRAP, Named, find
 from collage.strategies import Strategy
 
 OPTIMIZERS = f"{', '.join(OURS)}, or {WRAP}package.module.Class, such as {WRAP}torch.optim.NAdam"
@@ -19,8 +19,6 @@ LR = (
 )
 FLAGS = ("lr", "betas", "eps", "weight_decay")  # settings of an optimizer with options of their own
 _RUNS = ("seed", "params", "strategy")  # and those of the run
-
-_ADAMW = find("adamw").defaults
 
 
 class Usual(NamedTuple):
@@ -55,8 +53,8 @@ def chosen(name: str, recipe: Mapping[str, Any], given: Mapping[str, Any]) -> di
     """
     named = find(name)
     usual = USUAL.get(name) or Usual(_own_lr(named))
-    scale = usual.lr / _ADAMW["lr"]
-    settings = {key: recipe[key] if named.defaults.get(key) == _ADAMW[key] else _own(named, key) for key in FLAGS}
+    scale = usual.lr / ADAMW["lr"]
+    settings = {key: recipe[key] if named.defaults.get(key) == ADAMW[key] else _own(named, key) for key in FLAGS}
     settings["lr"] = recipe["lr"] * scale
     if usual.decays:
         settings["weight_decay"] = recipe["weight_decay"] / scale
@@ -70,7 +68,7 @@ def chosen(name: str, recipe: Mapping[str, Any], given: Mapping[str, Any]) -> di
 
 def _own_lr(named: Named) -> float:
     lr = named.defaults.get("lr")
-    return float(lr) if isinstance(lr, int | float) else float(_ADAMW["lr"])
+    return float(lr) if isinstance(lr, int | float) else float(ADAMW["lr"])
 
 
 def _own(named: Named, key: str) -> Any:
@@ -80,10 +78,7 @@ def _own(named: Named, key: str) -> Any:
 
 def _fits(named: Named, key: str) -> bool:
     """Whether the option can say what the optimizer takes under this name: a number, or for betas two."""
-    own = named.defaults.get(key, "missing")
-    if key == "betas":
-        return isinstance(own, tuple | list) and len(own) == 2
-    return key == "lr" or isinstance(own, int | float)
+    return key == "lr" or named.takes(key, ADAMW[key])
 
 
 def _require_flag(named: Named, key: str) -> None:
