@@ -176,6 +176,34 @@ def test_settings_given_to_by_name_win(tmp_path: Path) -> None:
         assert {key: others[key] for key in chosen} == {**chosen, "weight_decay": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "want"),
+    [
+        ("sgd", {"lr": 1e-3, "momentum": 0.5, "weight_decay": 0.1}),
+        ("lion", {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}),
+        ("adam", {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}),
+    ],
+)
+def test_by_name_takes_of_the_arguments_what_the_optimizer_has(
+    tmp_path: Path, optimizer: str, want: dict[str, Any]
+) -> None:
+    """The arguments' own betas are AdamW's: Lion keeps its own, and SGD, which has none, is not given any."""
+    settings = {"momentum": 0.5} if optimizer == "sgd" else {}
+    run = trainer(tmp_path, by_name("collage-plus", optimizer, **settings), model(), weight_decay=0.1)
+    run.create_optimizer()
+    assert type(run.optimizer).__name__.lower() == optimizer
+    decaying, others = run.optimizer.param_groups
+    assert {key: decaying[key] for key in want} == want
+    assert others["weight_decay"] == 0.0
+    assert "lm_head.weight" in decaying["param_names"]
+
+
+def test_by_name_takes_betas_that_were_chosen(tmp_path: Path) -> None:
+    run = trainer(tmp_path, by_name(optimizer="lion"), model(), adam_beta2=0.95)
+    run.create_optimizer()
+    assert run.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+
+
 def test_by_name_where_every_parameter_decays(tmp_path: Path) -> None:
     """As an adapter's do: Trainer's other group is empty."""
     built = model()
@@ -189,6 +217,8 @@ def test_by_name_where_every_parameter_decays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("strategy", "settings", "error"), [
     ("collage-plsu", {}, "collage-plsu"),
+    ("collage-plus", {"optimizer": "sdg"}, "optimizer: unknown 'sdg'"),
+    ("collage-plus", {"optimizer": "sgd", "betas": (0.9, 0.99)}, "betas: SGD has lr"),
     ("collage-plus", {"lr": -1.0}, "lr: needs a finite number"),
     ("collage-plus", {"fused": True}, "cannot take fused"),
 ])  # fmt: skip
@@ -202,17 +232,25 @@ def test_by_name_outside_of_a_trainer() -> None:
         _, _ = by_name()
 
 
-@pytest.mark.parametrize("strategy", ["collage-plus", "collage-plus-sr", "fp32-master"])
-def test_a_resumed_trainer_has_the_bits_of_one_that_went_on(tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"),
+    [
+        ("collage-plus", "adamw"),
+        ("collage-plus-sr", "adamw"),
+        ("fp32-master", "adamw"),
+        ("collage-plus-sr", "lion"),
+    ],
+)
+def test_a_resumed_trainer_has_the_bits_of_one_that_went_on(tmp_path: Path, strategy: str, optimizer: str) -> None:
     settings = {
         "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "warmup_steps": 4,
         "weight_decay": 0.1, "max_steps": 6,
     }  # fmt: skip
-    whole = trainer(tmp_path, by_name(strategy, seed=3), model(), **settings)
+    whole = trainer(tmp_path, by_name(strategy, optimizer, seed=3), model(), **settings)
     whole.train()
     torch.manual_seed(1)  # weights of its own, until it loads
     built = LlamaForCausalLM(whole.model.config).bfloat16()
-    resumed = trainer(tmp_path, by_name(strategy, seed=3), built, **settings)
+    resumed = trainer(tmp_path, by_name(strategy, optimizer, seed=3), built, **settings)
     resumed.add_callback(EDQCallback(every=1))  # a measured step would refuse weights that lost their components
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     require_equal(words(resumed.model, resumed.optimizer), words(whole.model, whole.optimizer))
