@@ -29,10 +29,10 @@ def by_name(
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """An optimizer as a `Trainer` would make its own: of its arguments, in its two groups, and with names.
 
-    The learning rate comes from the `TrainingArguments`, and so do weight decay, betas and eps where the optimizer has
-    them; betas and eps that are the `TrainingArguments`' own defaults, which are AdamW's, leave it its own. The
-    parameters without decay are those of `Trainer.get_decay_parameter_names`. Only parameters that require a gradient
-    are taken, when training begins.
+    The learning rate comes from the `TrainingArguments`, and so do weight decay, where the optimizer has one, and
+    betas and eps, where it has two betas; those that are the `TrainingArguments`' own defaults, which are AdamW's,
+    leave it its own. The parameters without decay are those of `Trainer.get_decay_parameter_names`. Only parameters
+    that require a gradient are taken, when training begins.
 
     Args:
         strategy: a name in ``collage.STRATEGIES``, or a ``collage.Strategy``.
@@ -78,10 +78,10 @@ class _ByName(tuple[type[torch.optim.Optimizer], dict[str, Any]]):
 
 def _of_arguments(args: TrainingArguments, named: Named) -> dict[str, Any]:
     """What an optimizer has of the settings that the arguments have."""
-    usual = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    found = {key: value for key, value in usual.items() if value != ADAMW[key] and named.takes(key, value)}
+    adams = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    found = {key: value for key, value in adams.items() if value != ADAMW[key] and named.takes(key, value)}
     decay = {"weight_decay": args.weight_decay} if named.takes("weight_decay", args.weight_decay) else {}
-    return {"lr": args.learning_rate, **decay, **found}
+    return {"lr": args.learning_rate, **decay, **(found if named.takes("betas", adams["betas"]) else {})}
 
 
 def _groups(trainer: Trainer, model: nn.Module, decay: float | None) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def _groups(trainer: Trainer, model: nn.Module, decay: float | None) -> list[dic
 
 def _group(named: list[tuple[str, nn.Parameter]]) -> dict[str, Any]:
     """One which may be empty: then torch wants to be told that it has names too."""
-    return {"params": [p for _, p in named], "param_names": [name for name, _ in named]}
+    return {"params": named} if named else {"params": [], "param_names": []}
 
 
 class EDQCallback(TrainerCallback):
