@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, partial
@@ -24,7 +24,6 @@ WRAP = "wrap:"
 OURS: dict[str, type[PrecisionOptimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lion": Lion}
 KNOWN = f"{', '.join(OURS)}, or '{WRAP}' and the full name of any other, as {WRAP}torch.optim.NAdam"
 
-_NO_SETTINGS = ("params", "optimizer_or_class", "strategy")
 _FORMS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -48,7 +47,7 @@ class Named:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """Every setting, and the value it has where none is given; `inspect.Parameter.empty` for one that must be."""
-        return {**_settings(self.kind), **(_settings(_wrap()) if self.wrapped else {})}
+        return {**_settings(self.kind), **(_keywords(_wrap()) if self.wrapped else {})}
 
     @cached_property
     def takes_others(self) -> bool:
@@ -171,10 +170,16 @@ def _wrap() -> Any:
     return wrap
 
 
-def _settings(of: Any) -> dict[str, Any]:
-    """Name and default of the keyword arguments of a function, or of a class."""
+def _settings(kind: type) -> dict[str, Any]:
+    """Name and default of an optimizer's arguments, but for its parameters, which come first."""
+    _, *named = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in named if p.kind in _FORMS and p.name != "strategy"}
+
+
+def _keywords(of: Callable[..., Any]) -> dict[str, Any]:
+    """Name and default of what a function takes by name alone."""
     named = inspect.signature(of).parameters.values()
-    return {p.name: p.default for p in named if p.kind in _FORMS and p.name not in _NO_SETTINGS}
+    return {p.name: p.default for p in named if p.kind == inspect.Parameter.KEYWORD_ONLY and p.name != "strategy"}
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
