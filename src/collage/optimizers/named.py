@@ -18,6 +18,7 @@ from collage.optimizers.adamw import AdamW
 from collage.optimizers.base import PrecisionOptimizer
 from collage.optimizers.lion import Lion
 from collage.optimizers.sgd import SGD
+from collage.optimizers.wrap import wrap
 from collage.strategies import Strategy
 
 WRAP = "wrap:"
@@ -47,7 +48,7 @@ class Named:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """Every setting, and the value it has where none is given; `inspect.Parameter.empty` for one that must be."""
-        return {**_settings(self.kind), **(_keywords(_wrap()) if self.wrapped else {})}
+        return {**_settings(self.kind), **(_keywords(wrap) if self.wrapped else {})}
 
     @cached_property
     def takes_others(self) -> bool:
@@ -72,7 +73,7 @@ class Named:
         Raises ValueError for a setting that it does not have, and what its constructor raises.
         """
         self.require_settings(settings.keys() - set(getattr(self.kind, "foreign", ())))
-        maker: Any = partial(_wrap(), self.kind) if self.wrapped else self.kind
+        maker: Any = partial(wrap, self.kind) if self.wrapped else self.kind
         made: PrecisionOptimizer = maker(params, strategy=strategy, **settings)
         return made
 
@@ -162,12 +163,6 @@ def _module(name: str, module_name: str) -> ModuleType:
 
 def _is_optimizer(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-
-
-def _wrap() -> Any:
-    from collage.optimizers.wrap import wrap  # type: ignore[import-untyped]
-
-    return wrap
 
 
 def _settings(kind: type) -> dict[str, Any]:
