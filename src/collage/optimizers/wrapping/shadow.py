@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +131,8 @@ class WrappedShadow:
         spread = spreads_of([parameter.tensor])[0]
         met = self._met[parameter.name] = Met(of, parameter.key, Sampling(parameter.tensor, self._stride), spread)
         state, formats = self._optimizer.base.state.get(parameter.tensor, {}), self._optimizer.formats_of(parameter)
-        numbers = unpacked([state], [parameter.tensor], [formats], torch.empty_like)[0] if state else {}
+        wide = partial(torch.empty_like, dtype=torch.float32)
+        numbers = unpacked([state], [parameter.tensor], [formats], wide)[0] if state else {}
         sampled = {
             name: met.sampling.take(local(x)).clone()
             if isinstance(x, Tensor) and x.shape == parameter.tensor.shape
