@@ -4,6 +4,7 @@ stand-ins (Lightning itself runs in test_lightning.py)."""
 from __future__ import annotations
 
 import pickle
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,11 @@ def trainer(tmp_path: Path, optimizer: Any, built: nn.Module, **settings: Any) -
 def words(built: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
     """Every bit of the weights and of the optimizer's state."""
     found = {}
+    saved = optimizer.state_dict()
+    places = dict(zip((p for group in optimizer.param_groups for p in group["params"]), count()))
     for name, p in built.named_parameters():
-        for key, x in {"param": p.detach(), **optimizer.state[p]}.items():
-            found[f"{name} {key}"] = x.reshape(-1).view(torch.uint8).clone()
+        for key, x in {"param": p.detach(), **saved["state"].get(places.get(p), {})}.items():
+            found[f"{name} {key}"] = torch.as_tensor(x).reshape(-1).view(torch.uint8).clone()
     return found
 
 
@@ -239,12 +242,14 @@ def test_by_name_outside_of_a_trainer() -> None:
         ("collage-plus-sr", "adamw"),
         ("fp32-master", "adamw"),
         ("collage-plus-sr", "lion"),
+        ("collage-plus-sr", "wrap:torch.optim.NAdam"),
+        ("collage-plus", "wrap:schedulefree.AdamWScheduleFree"),
     ],
 )
 def test_a_resumed_trainer_has_the_bits_of_one_that_went_on(tmp_path: Path, strategy: str, optimizer: str) -> None:
     settings = {
         "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "warmup_steps": 4,
-        "weight_decay": 0.1, "max_steps": 6,
+        "weight_decay": 0.1, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2,
     }  # fmt: skip
     whole = trainer(tmp_path, by_name(strategy, optimizer, seed=3), model(), **settings)
     whole.train()
@@ -254,6 +259,7 @@ def test_a_resumed_trainer_has_the_bits_of_one_that_went_on(tmp_path: Path, stra
     resumed.add_callback(EDQCallback(every=1))  # a measured step would refuse weights that lost their components
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     require_equal(words(resumed.model, resumed.optimizer), words(whole.model, whole.optimizer))
+    assert resumed.optimizer.state_dict()["param_groups"] == whole.optimizer.state_dict()["param_groups"]
 
 
 def test_a_resumed_run_measures_the_steps_of_the_whole(tmp_path: Path) -> None:
