@@ -41,6 +41,17 @@ def test_a_name_makes_the_optimizer_of_that_class(name: str) -> None:
     assert_same_bits(name, found, want)
 
 
+@pytest.mark.parametrize("strategy", ["collage-plus-sr", "fp32-master"])
+def test_a_wrapped_one_is_what_wrap_makes(strategy: str) -> None:
+    made, own = (nn.Parameter(torch.ones(2, 4).bfloat16()) for _ in range(2))
+    settings = {"lr": 0.1, "momentum_decay": 0.01, "seed": 3, "states": {"exp_avg": "fp32"}}
+    opt = make_optimizer("wrap:torch.optim.NAdam", [("w", made)], strategy, **settings)
+    found = stepped(opt, made)
+    want = stepped(collage.wrap(torch.optim.NAdam, [("w", own)], strategy=strategy, **settings), own)
+    assert_same_bits(strategy, found, want)
+    assert opt.param_groups[0]["param_names"] == ["w"]
+
+
 def test_another_optimizer_is_imported_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find("wrap:torch.optim.NAdam").kind is torch.optim.NAdam
     (tmp_path / "their_optimizers.py").write_text("import torch\nclass Mine(torch.optim.SGD):\n    pass\n")
@@ -82,6 +93,9 @@ def test_a_setting_that_the_optimizer_does_not_have_is_named() -> None:
     with pytest.raises(ValueError, match="betas: SGD has lr"):
         make_optimizer("sgd", w, betas=(0.9, 0.99))
     make_optimizer("sgd", w, fused=None, foreach=False)  # torch's switches, off, as everywhere
+    with pytest.raises(ValueError, match=r"^beta: NAdam has lr, betas, .*, states, bucket_mb, .* did you mean 'betas'"):
+        make_optimizer("wrap:torch.optim.NAdam", w, beta=0.9)
+    make_optimizer("wrap:pytorch_optimizer.ScheduleFreeSGD", w, beta=0.9)  # its constructor takes what it likes
 
 
 # What a recipe's settings mean to it
@@ -99,11 +113,17 @@ def test_adamw_has_the_recipes_settings() -> None:
         ("lion", {"lr": 4e-5, "betas": (0.9, 0.99), "eps": None, "weight_decay": 1.0, "optimizer_args": ()}),
         # where the optimizer's own default is AdamW's, the recipe's value is meant; other defaults stay
         ("adam", {**RECIPE, "weight_decay": 0.0, "optimizer_args": ()}),
+        ("wrap:torch.optim.AdamW", {**RECIPE, "optimizer_args": ()}),
+        ("wrap:torch.optim.NAdam", {**RECIPE, "lr": 8e-4, "weight_decay": 0, "optimizer_args": ()}),
+        ("wrap:lion_pytorch.Lion", {"lr": 4e-5, "betas": (0.9, 0.99), "eps": None, "weight_decay": 0.0}),
+        ("wrap:adan_pytorch.Adan", {**RECIPE, "betas": None, "weight_decay": 0}),  # three betas: no option can say them
+        ("wrap:torch.optim.Adafactor", {"lr": 4e-3, "betas": None, "eps": None, "weight_decay": 0.0}),  # two eps
+        ("wrap:torch.optim.SGD", {"lr": 4e-2, "betas": None, "eps": None, "weight_decay": 1e-3}),
     ],
 )
 def test_others_take_of_a_recipe_what_means_the_same(name: str, want: dict[str, Any]) -> None:
     found = choice.chosen(name, RECIPE, {})
-    assert found.keys() == want.keys()
+    assert found.keys() == {*RECIPE, "optimizer_args"}
     for key, value in want.items():
         assert found[key] == (pytest.approx(value) if isinstance(value, float) else value), key  # lr times 100
 
@@ -132,11 +152,22 @@ def test_a_run_trains_with_what_was_chosen(tmp_path: Path, model: str) -> None:
     assert [group["weight_decay"] for group in groups] == [config.weight_decay, 0.0][: 1 + (model == "tiny-bert")]
 
 
-@pytest.mark.parametrize(("optimizer", "slots"), [("sgd", {"momentum_buffer"}), ("lion", {"exp_avg"})])
-def test_memory_is_counted_of_what_the_optimizer_keeps(tmp_path: Path, optimizer: str, slots: set[str]) -> None:
-    result = training.run(small(tmp_path, optimizer, save_every=0))
+@pytest.mark.parametrize(
+    ("optimizer", "slots", "size"),
+    [
+        ("sgd", {"momentum_buffer"}, 8),
+        ("lion", {"exp_avg"}, 8),
+        ("wrap:torch.optim.NAdam", {"exp_avg", "exp_avg_sq", "exp_avg_sq_lo"}, 12),
+        ("wrap:torch.optim.Adafactor", {"row_var", "col_var", "variance", "variance_lo"}, 6),
+        ("wrap:pytorch_optimizer.SOAP", {"exp_avg", "exp_avg_sq", "exp_avg_sq_lo", "GG", "Q"}, 33),
+    ],
+)
+def test_memory_is_counted_of_what_the_optimizer_keeps(
+    tmp_path: Path, optimizer: str, slots: set[str], size: int
+) -> None:
+    result = training.run(small(tmp_path, optimizer, save_every=0, steps=1))
     assert result.bytes_by_slot.keys() == {"gradient", "param", "param_lo", *slots}
-    assert result.to_dict()["bytes_per_param"] == 8
+    assert round(result.to_dict()["bytes_per_param"]) == size
 
 
 # Commands
@@ -163,6 +194,12 @@ def tiny(command: str, out: Path, *given: str) -> list[str]:
         (["--optimizer-args", "amsgrad=true", "amsgrad=false"], "--optimizer-args: amsgrad is given twice"),
         (["--optimizer-args", "amsgrad=1"], "--optimizer: adamw: amsgrad: needs True or False, got 1"),
         (["--optimizer", "sgd", "--optimizer-args", "momentum=-1"], "--optimizer: sgd: momentum: needs a finite"),
+        (["--optimizer", "wrap:torch.optim.LBFGS"], "--optimizer: wrap:torch.optim.LBFGS: wrap: LBFGS"),
+        (["--optimizer", "wrap:prodigyopt.Prodigy"], "Prodigy needs all of its parameters at once"),
+        (
+            ["--optimizer", "wrap:adan_pytorch.Adan", "--betas", "0.9", "0.9"],
+            "give --optimizer-args 'betas=(0.02, 0.08",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -189,6 +226,24 @@ def test_a_run_is_resumed_with_its_own_optimizer(tmp_path: Path, capsys: pytest.
     assert "optimizer_args: saved ['dampening=0', 'momentum=0.9'" in capsys.readouterr().err
     assert main([*tiny("train", tmp_path, "--save-every", "2", "--resume")]) == 2
     assert "optimizer: saved 'sgd', here 'adamw'" in capsys.readouterr().err
+
+
+def test_a_strategy_that_the_optimizer_cannot_have_is_known_before_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--optimizer", "wrap:torch.optim.NAdam", "--strategies", "bf16,kahan"]
+    assert main([*tiny("compare", tmp_path / "run"), *given]) == 2
+    told, err = capsys.readouterr()
+    assert told == ""
+    assert "wrap:torch.optim.NAdam: strategy: 'kahan' adds increments in bfloat16 arithmetic" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_that_does_not_take_the_models_parameters_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tiny("train", tmp_path, "--optimizer", "wrap:torch.optim.Muon")) == 2
+    assert "optimizer: wrap:torch.optim.Muon: Muon only supports 2D parameters" in capsys.readouterr().err
 
 
 def test_runs_from_before_there_was_a_choice_go_on(tmp_path: Path) -> None:

@@ -315,7 +315,13 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "strategy"),
-    [*(("adamw", strategy) for strategy in STRATEGIES), ("sgd", "collage-plus"), ("lion", "collage-plus-sr")],
+    [
+        *(("adamw", strategy) for strategy in STRATEGIES),
+        ("sgd", "collage-plus"),
+        ("lion", "collage-plus-sr"),
+        ("wrap:schedulefree.AdamWScheduleFree", "collage-plus-sr"),
+        ("wrap:torch.optim.Adafactor", "collage-exact"),
+    ],
 )
 def test_resume_is_bit_exact(text: str, tmp_path: Path, optimizer: str, strategy: str) -> None:
     settings = {"optimizer": optimizer, "strategy": strategy, "steps": 6, "save_every": 3}

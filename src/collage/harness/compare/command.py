@@ -120,6 +120,9 @@ def plan_of(args: argparse.Namespace) -> Plan:
     out = args.out or Path("runs") / f"{args.model}-{regime}"
     steps = args.steps or (FINETUNE_STEPS if args.finetune else STEPS)
     run = RunConfig.from_options(args, out=out, steps=steps, eval_every=max(1, steps // 4))
+    for strategy in strategies:  # raises for one that the optimizer cannot have
+        with options.flags_named(RunConfig):
+            replace(run, strategy=strategy)
     warm = _warm_up(args, run) if args.finetune else None
     if warm is not None:
         run = replace(run, data=tuple(args.finetune_data or ()))

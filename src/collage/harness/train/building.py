@@ -17,7 +17,6 @@ from collage.harness.tasks.masks import CausalBlocks, MaskedBlocks
 from collage.harness.train import choice
 from collage.harness.train.config import RunConfig
 from collage.optimizers.base import PrecisionOptimizer
-from collage.optimizers.named import find
 from collage.strategies import Strategy
 
 
@@ -84,7 +83,7 @@ def optimizer_of(config: RunConfig, model: nn.Module) -> PrecisionOptimizer:
     groups: list[dict[str, Any]] = [{"params": [(name, p) for name, p in named if name not in spared]}]
     if spared:
         groups.append({"params": [(name, p) for name, p in named if name in spared], "weight_decay": 0.0})
-    return find(config.optimizer).make(groups, **choice.settings_of(vars(config)))
+    return choice.made(vars(config), groups)
 
 
 def datasets(config: RunConfig, corpus: Corpus, flag: str = "--data") -> tuple[Dataset[Any], Subset[Any]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from collage.optimizers.base import PrecisionOptimizer
 from collage.optimizers.named import ADAMW, OURS, WRAP, Named, find
 from collage.strategies import Strategy
 
@@ -116,18 +117,18 @@ def _value(text: str) -> Any:
         return text
 
 
-def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What the optimizer of a run (the fields of a RunConfig) is made with, besides its parameters."""
+def made(run: Mapping[str, Any], params: Iterable[Any], **more: Any) -> PrecisionOptimizer:
+    """The optimizer of a run (the fields of a RunConfig). Raises ValueError for what it refuses."""
+    named = find(run["optimizer"])
     own = {key: run[key] for key in FLAGS if run[key] is not None}
-    others = parsed(find(run["optimizer"]), run["optimizer_args"])
-    return {**own, **others, "strategy": run["strategy"], "seed": run["seed"]}
+    settings = {**own, **parsed(named, run["optimizer_args"]), "seed": run["seed"], **more}
+    try:
+        return named.make(params, run["strategy"], **settings)
+    except Exception as error:  # other packages raise what they like
+        raise ValueError(f"optimizer: {named.name}: {error}") from error
 
 
 def require_makeable(run: Mapping[str, Any]) -> None:
     """Raise ValueError, before anything is built, for settings that a run's optimizer refuses."""
-    settings = settings_of(run)
     weight = nn.Parameter(torch.zeros(2, 2, dtype=Strategy.parse(run["strategy"]).dtype, device="cpu"))
-    try:
-        find(run["optimizer"]).make([("weight", weight)], **{**settings, "backend": "reference"})
-    except Exception as error:  # other packages raise what they like
-        raise ValueError(f"optimizer: {run['optimizer']}: {error}") from error
+    made(run, [("weight", weight)], backend="reference")
