@@ -444,6 +444,27 @@ def test_a_wrapped_optimizer_is_taken(wrap: Any) -> None:
     assert optimizer.monitors == []
 
 
+@pytest.mark.parametrize("wrap", [accelerated, ByClass, lambda x: ByAttribute(accelerated(ByClass(x)))])
+def test_weights_that_an_optimizer_lends_to_an_evaluation(wrap: Any) -> None:
+    """Schedule-Free evaluates the average of its iterates: eval() and train() get through what wraps it."""
+    built = collage.to_bf16(nn.Linear(64, 64))
+    named = list(built.named_parameters())
+    inner = collage.make_optimizer("wrap:schedulefree.AdamWScheduleFree", named, "fp32-master", lr=1e-2)
+    optimizer = wrap(inner)
+    optimizer.train()
+    for _ in range(3):
+        built(torch.ones(1, 64).bfloat16()).square().sum().backward()
+        inner.step()
+    trained = collage.high_precision_state_dict(built, optimizer)["weight"]
+    optimizer.eval()
+    averaged = collage.high_precision_state_dict(built, optimizer)["weight"]
+    assert_same_bits("the visible average", built.weight.detach(), averaged.bfloat16())
+    assert float((averaged - trained).abs().max()) > 1e-3
+    optimizer.train()
+    back = collage.high_precision_state_dict(built, optimizer)["weight"]
+    torch.testing.assert_close(back, trained, rtol=0, atol=2**-24)  # an interpolation and its inverse, in float32
+
+
 def test_what_is_no_optimizer_of_this_package_is_named() -> None:
     built = nn.Linear(4, 2).bfloat16()
     scheduler = torch.optim.lr_scheduler.ConstantLR(collage.AdamW(built.parameters()))
