@@ -56,15 +56,20 @@ def chosen(name: str, recipe: Mapping[str, Any], given: Mapping[str, Any]) -> di
     usual = USUAL.get(name) or Usual(_own_lr(named))
     scale = usual.lr / ADAMW["lr"]
     settings = {key: recipe[key] if named.defaults.get(key) == ADAMW[key] else _own(named, key) for key in FLAGS}
-    settings["lr"] = recipe["lr"] * scale
+    settings["lr"] = _shown(recipe["lr"] * scale)
     if usual.decays:
-        settings["weight_decay"] = recipe["weight_decay"] / scale
+        settings["weight_decay"] = _shown(recipe["weight_decay"] / scale)
     for key in FLAGS:
         if key in given:
             _require_flag(named, key)
             settings[key] = given[key]
     others = {**usual.others, **parsed(named, given.get("optimizer_args", ()))}
     return {**settings, "optimizer_args": tuple(f"{key}={value!r}" for key, value in sorted(others.items()))}
+
+
+def _shown(x: float) -> float:
+    """1e-6, not the 1.0000000000000002e-06 that comes of 1e-5 times 0.1."""
+    return float(f"{x:.12g}")
 
 
 def _own_lr(named: Named) -> float:
