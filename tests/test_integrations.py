@@ -4,6 +4,7 @@ stand-ins (Lightning itself runs in test_lightning.py)."""
 from __future__ import annotations
 
 import pickle
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,11 @@ def trainer(tmp_path: Path, optimizer: Any, built: nn.Module, **settings: Any) -
 def words(built: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
     """Every bit of the weights and of the optimizer's state."""
     found = {}
+    saved = optimizer.state_dict()
+    places = dict(zip((p for group in optimizer.param_groups for p in group["params"]), count()))
     for name, p in built.named_parameters():
-        for key, x in {"param": p.detach(), **optimizer.state[p]}.items():
-            found[f"{name} {key}"] = x.reshape(-1).view(torch.uint8).clone()
+        for key, x in {"param": p.detach(), **saved["state"].get(places.get(p), {})}.items():
+            found[f"{name} {key}"] = torch.as_tensor(x).reshape(-1).view(torch.uint8).clone()
     return found
 
 
@@ -176,6 +179,34 @@ def test_settings_given_to_by_name_win(tmp_path: Path) -> None:
         assert {key: others[key] for key in chosen} == {**chosen, "weight_decay": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "want"),
+    [
+        ("sgd", {"lr": 1e-3, "momentum": 0.5, "weight_decay": 0.1}),
+        ("lion", {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}),
+        ("adam", {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}),
+    ],
+)
+def test_by_name_takes_of_the_arguments_what_the_optimizer_has(
+    tmp_path: Path, optimizer: str, want: dict[str, Any]
+) -> None:
+    """The arguments' own betas are AdamW's: Lion keeps its own, and SGD, which has none, is not given any."""
+    settings = {"momentum": 0.5} if optimizer == "sgd" else {}
+    run = trainer(tmp_path, by_name("collage-plus", optimizer, **settings), model(), weight_decay=0.1)
+    run.create_optimizer()
+    assert type(run.optimizer).__name__.lower() == optimizer
+    decaying, others = run.optimizer.param_groups
+    assert {key: decaying[key] for key in want} == want
+    assert others["weight_decay"] == 0.0
+    assert "lm_head.weight" in decaying["param_names"]
+
+
+def test_by_name_takes_betas_that_were_chosen(tmp_path: Path) -> None:
+    run = trainer(tmp_path, by_name(optimizer="lion"), model(), adam_beta2=0.95)
+    run.create_optimizer()
+    assert run.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+
+
 def test_by_name_where_every_parameter_decays(tmp_path: Path) -> None:
     """As an adapter's do: Trainer's other group is empty."""
     built = model()
@@ -189,6 +220,8 @@ def test_by_name_where_every_parameter_decays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("strategy", "settings", "error"), [
     ("collage-plsu", {}, "collage-plsu"),
+    ("collage-plus", {"optimizer": "sdg"}, "optimizer: unknown 'sdg'"),
+    ("collage-plus", {"optimizer": "sgd", "betas": (0.9, 0.99)}, "betas: SGD has lr"),
     ("collage-plus", {"lr": -1.0}, "lr: needs a finite number"),
     ("collage-plus", {"fused": True}, "cannot take fused"),
 ])  # fmt: skip
@@ -202,20 +235,31 @@ def test_by_name_outside_of_a_trainer() -> None:
         _, _ = by_name()
 
 
-@pytest.mark.parametrize("strategy", ["collage-plus", "collage-plus-sr", "fp32-master"])
-def test_a_resumed_trainer_has_the_bits_of_one_that_went_on(tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"),
+    [
+        ("collage-plus", "adamw"),
+        ("collage-plus-sr", "adamw"),
+        ("fp32-master", "adamw"),
+        ("collage-plus-sr", "lion"),
+        ("collage-plus-sr", "wrap:torch.optim.NAdam"),
+        ("collage-plus", "wrap:schedulefree.AdamWScheduleFree"),
+    ],
+)
+def test_a_resumed_trainer_has_the_bits_of_one_that_went_on(tmp_path: Path, strategy: str, optimizer: str) -> None:
     settings = {
         "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "warmup_steps": 4,
-        "weight_decay": 0.1, "max_steps": 6,
+        "weight_decay": 0.1, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2,
     }  # fmt: skip
-    whole = trainer(tmp_path, by_name(strategy, seed=3), model(), **settings)
+    whole = trainer(tmp_path, by_name(strategy, optimizer, seed=3), model(), **settings)
     whole.train()
     torch.manual_seed(1)  # weights of its own, until it loads
     built = LlamaForCausalLM(whole.model.config).bfloat16()
-    resumed = trainer(tmp_path, by_name(strategy, seed=3), built, **settings)
+    resumed = trainer(tmp_path, by_name(strategy, optimizer, seed=3), built, **settings)
     resumed.add_callback(EDQCallback(every=1))  # a measured step would refuse weights that lost their components
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     require_equal(words(resumed.model, resumed.optimizer), words(whole.model, whole.optimizer))
+    assert resumed.optimizer.state_dict()["param_groups"] == whole.optimizer.state_dict()["param_groups"]
 
 
 def test_a_resumed_run_measures_the_steps_of_the_whole(tmp_path: Path) -> None:
@@ -398,6 +442,27 @@ def test_a_wrapped_optimizer_is_taken(wrap: Any) -> None:
     assert watch.report().total.steps == 1
     unwrapped(wrapped, collage.AdamW).monitors = []
     assert optimizer.monitors == []
+
+
+@pytest.mark.parametrize("wrap", [accelerated, ByClass, lambda x: ByAttribute(accelerated(ByClass(x)))])
+def test_weights_that_an_optimizer_lends_to_an_evaluation(wrap: Any) -> None:
+    """Schedule-Free evaluates the average of its iterates: eval() and train() get through what wraps it."""
+    built = collage.to_bf16(nn.Linear(64, 64))
+    named = list(built.named_parameters())
+    inner = collage.make_optimizer("wrap:schedulefree.AdamWScheduleFree", named, "fp32-master", lr=1e-2)
+    optimizer = wrap(inner)
+    optimizer.train()
+    for _ in range(3):
+        built(torch.ones(1, 64).bfloat16()).square().sum().backward()
+        inner.step()
+    trained = collage.high_precision_state_dict(built, optimizer)["weight"]
+    optimizer.eval()
+    averaged = collage.high_precision_state_dict(built, optimizer)["weight"]
+    assert_same_bits("the visible average", built.weight.detach(), averaged.bfloat16())
+    assert float((averaged - trained).abs().max()) > 1e-3
+    optimizer.train()
+    back = collage.high_precision_state_dict(built, optimizer)["weight"]
+    torch.testing.assert_close(back, trained, rtol=0, atol=2**-24)  # an interpolation and its inverse, in float32
 
 
 def test_what_is_no_optimizer_of_this_package_is_named() -> None:

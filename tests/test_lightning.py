@@ -22,12 +22,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's remarks about a
 class Model(L.LightningModule):
     """Two layers with a norm between; with two optimizers, stepped by hand in turns, if `several`."""
 
-    def __init__(self, several: bool = False, strategy: str = "collage-plus-sr") -> None:
+    def __init__(self, several: bool = False, strategy: str = "collage-plus-sr", optimizer: str = "adamw") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 1))
         collage.to_bf16(self)
-        self.automatic_optimization, self.strategy = not several, strategy
+        self.automatic_optimization, self.strategy, self.optimizer = not several, strategy, optimizer
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         loss = self.net(batch[0]).square().mean()
@@ -41,7 +41,7 @@ class Model(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.automatic_optimization:
-            optimizer = collage.AdamW(self.named_parameters(), lr=1e-2, strategy=self.strategy)
+            optimizer = collage.make_optimizer(self.optimizer, self.named_parameters(), self.strategy, lr=1e-2)
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
         named = list(self.named_parameters())
         return [collage.AdamW(named[:3], lr=1e-2, strategy="bf16"), collage.AdamW(named[3:], lr=1e-2)]
@@ -66,25 +66,60 @@ def logs(trainer: L.Trainer, name: str = "edq_ratio") -> dict[int, float]:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
 
 
-@pytest.mark.parametrize("strategy", ["collage-plus-sr", "fp32-master"])
-def test_a_resumed_fit_has_the_bits_of_one_that_went_on(tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"),
+    [("collage-plus-sr", "adamw"), ("fp32-master", "adamw"), ("collage-plus-sr", "wrap:torch.optim.NAdam")],
+)
+def test_a_resumed_fit_has_the_bits_of_one_that_went_on(tmp_path: Path, strategy: str, optimizer: str) -> None:
     """Weights, states, schedule; and the same steps are measured."""
     settings = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2}
-    whole, watch = Model(strategy=strategy), EDQCallback(every=3, shadow=None)
+    whole, watch = Model(False, strategy, optimizer), EDQCallback(every=3, shadow=None)
     straight = fit(tmp_path / "straight", whole, watch, 3, **settings)
-    resumed, again = Model(strategy=strategy), EDQCallback(every=3, shadow=None)
+    resumed, again = Model(False, strategy, optimizer), EDQCallback(every=3, shadow=None)
     checkpoint = str(tmp_path / "straight" / "kept" / "epoch=0.ckpt")
     trainer = fit(tmp_path / "resumed", resumed, again, 3, checkpoint, **settings)
-    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+    states = [run.optimizers[0].state_dict()["state"] for run in (trainer, straight)]
+    for k, ((name, p), q) in enumerate(zip(whole.named_parameters(), resumed.parameters(), strict=True)):
         assert_same_bits(name, q, p)
-        ours, theirs = (run.optimizers[0].state[x] for run, x in ((trainer, q), (straight, p)))
-        assert ours.keys() == theirs.keys()
+        ours, theirs = (state[k] for state in states)
+        assert ours.keys() == theirs.keys() >= {"param_lo" if "plus" in strategy else "param_master", "exp_avg"}
         for key, plane in theirs.items():
             assert_same_bits(f"{name} {key}", ours[key], plane)
     first = straight.num_training_batches // 2  # steps of the epoch that was not trained again
     assert logs(trainer) == {step: value for step, value in logs(straight).items() if step >= first}
     assert watch.report().total.steps == 5  # 1, 3, 6, 9, 12
     assert again.report().total.steps == 3
+
+
+class ScheduleFree(Model):
+    """Evaluates the average of its iterates, as Schedule-Free's authors say it is to be done in Lightning."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.seen = self.net[0].weight.detach().clone()
+
+    def on_train_epoch_start(self) -> None:
+        self.optimizers().train()
+
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self.optimizers().eval()
+
+    def on_validation_model_train(self) -> None:
+        super().on_validation_model_train()
+        self.optimizers().train()
+
+
+def test_weights_that_an_optimizer_lends_to_an_evaluation(tmp_path: Path) -> None:
+    """By train() and eval(), through Lightning's own wrapper; it goes on from the weights that it had."""
+    model = ScheduleFree(optimizer="wrap:schedulefree.AdamWScheduleFree", strategy="fp32-master")
+    data = torch.utils.data.DataLoader(torch.randn(8, 1, 8, generator=torch.Generator().manual_seed(1)), batch_size=4)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=3, precision="bf16-mixed", enable_model_summary=False, **quiet)
+    trainer.fit(model, data, data)
+    trained = model.net[0].weight.detach().clone()
+    assert not torch.equal(model.seen, trained)
+    trainer.optimizers[0].eval()
+    assert_same_bits("the average", model.net[0].weight.detach(), model.seen)
 
 
 def test_it_does_not_change_the_run_and_stops_with_it(tmp_path: Path) -> None:

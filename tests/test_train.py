@@ -313,12 +313,22 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
 # Checkpoints and resume
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_resume_is_bit_exact(text: str, tmp_path: Path, strategy: str) -> None:
-    straight = config(text, tmp_path / "straight", strategy=strategy, steps=6, save_every=3, keep=9)
+@pytest.mark.parametrize(
+    ("optimizer", "strategy"),
+    [
+        *(("adamw", strategy) for strategy in STRATEGIES),
+        ("sgd", "collage-plus"),
+        ("lion", "collage-plus-sr"),
+        ("wrap:schedulefree.AdamWScheduleFree", "collage-plus-sr"),
+        ("wrap:torch.optim.Adafactor", "collage-exact"),
+    ],
+)
+def test_resume_is_bit_exact(text: str, tmp_path: Path, optimizer: str, strategy: str) -> None:
+    settings = {"optimizer": optimizer, "strategy": strategy, "steps": 6, "save_every": 3}
+    straight = config(text, tmp_path / "straight", **settings, keep=9)
     corpus = straight.corpus()
     training.run(straight, corpus)
-    resumed = config(text, tmp_path / "resumed", strategy=strategy, steps=6, save_every=3, resume=True, every=5)
+    resumed = config(text, tmp_path / "resumed", **settings, resume=True, every=5)
     shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     start, skipped = checkpoints.newest_whole(resumed.out)
     assert start is not None

@@ -12,6 +12,7 @@ from collage.optimizers.adam import Adam
 from collage.optimizers.adamw import AdamW
 from collage.optimizers.lion import Lion
 from collage.optimizers.muon import Muon
+from collage.optimizers.named import make_optimizer
 from collage.optimizers.sgd import SGD
 from collage.optimizers.wrap import wrap
 from collage.strategies import STRATEGIES, Strategy
@@ -31,6 +32,7 @@ __all__ = [
     "clip_grad_norm_",
     "high_precision_state_dict",
     "load_high_precision_state_dict",
+    "make_optimizer",
     "mcf",
     "monitor",
     "release_gradients",

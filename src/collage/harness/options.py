@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from collage.strategies import Strategy
@@ -55,8 +56,9 @@ def _add(group: argparse._ArgumentGroup, f: Field[Any], kind: Any, default: Any)
     if kind is bool:
         group.add_argument(flag, action="store_true", help=says)
         return
+    kind = next((one for one in get_args(kind) if NoneType in get_args(kind)), kind)  # str, of str | None
     inner = get_args(kind)
-    value = inner[0] if inner else kind  # of tuple[float, float], tuple[str, ...], str | None
+    value = inner[0] if inner else kind  # of tuple[float, float], tuple[str, ...]
     many: Any = ("+" if Ellipsis in inner else len(inner)) if get_origin(kind) is tuple else None
     told = "" if default is None or default == () else " (default: %(default)s)"
     choices = f.metadata["choices"]

@@ -14,8 +14,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from collage.monitor import Monitor, monitor
 from collage.monitor.quality import Quality, Report, Tally
-from collage.optimizers.adamw import AdamW
 from collage.optimizers.base import PrecisionOptimizer
+from collage.optimizers.named import ADAMW, Named, find
 from collage.strategies import Strategy
 from collage.unwrapping import unwrapped
 
@@ -24,31 +24,44 @@ NEVER = 2**62  # calls of a monitor
 LOGGED = tuple(f.name for f in fields(Quality) if f.name not in ("steps", "nonzero", "edited"))
 
 
-def by_name(strategy: str | Strategy = "collage-plus", **settings: Any) -> tuple[type[AdamW], dict[str, Any]]:
-    """`collage.AdamW` as a `Trainer` would make its own: of its arguments, in its two groups, and with names.
+def by_name(
+    strategy: str | Strategy = "collage-plus", optimizer: str = "adamw", **settings: Any
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """An optimizer as a `Trainer` would make its own: of its arguments, in its two groups, and with names.
 
-    Learning rate, betas, eps and weight decay come from the `TrainingArguments`, the parameters without decay from
-    `Trainer.get_decay_parameter_names`. Only parameters that require a gradient are taken, when training begins.
+    The learning rate comes from the `TrainingArguments`, and so do weight decay, where the optimizer has one, and
+    betas and eps, where it has two betas; those that are the `TrainingArguments`' own defaults, which are AdamW's,
+    leave it its own. The parameters without decay are those of `Trainer.get_decay_parameter_names`. Only parameters
+    that require a gradient are taken, when training begins.
 
     Args:
         strategy: a name in ``collage.STRATEGIES``, or a ``collage.Strategy``.
-        settings: of `collage.AdamW`; they win over the `TrainingArguments`.
+        optimizer: as in `collage.make_optimizer`: ``"sgd"``, or ``"wrap:torch.optim.NAdam"``.
+        settings: of the optimizer; they win over the `TrainingArguments`.
 
     Returns:
         What ``Trainer(..., optimizer_cls_and_kwargs=...)`` takes: a tuple that only a Trainer can unpack.
 
     Raises:
-        ValueError, TypeError: what `collage.AdamW` refuses, at once.
+        ValueError, TypeError: an unknown optimizer, and what the optimizer refuses, at once.
 
     >>> optimizer = by_name("collage-plus", seed=1)  # Trainer(model, args, optimizer_cls_and_kwargs=optimizer)
     """
-    weight = nn.Parameter(torch.zeros(1, dtype=Strategy.parse(strategy).dtype, device="cpu"))
-    AdamW([weight], **{**settings, "strategy": strategy, "backend": "reference"})
-    return _ByName((AdamW, {**settings, "strategy": strategy}))
+    named = find(optimizer)
+    weight = nn.Parameter(torch.zeros(2, 2, dtype=Strategy.parse(strategy).dtype, device="cpu"))
+    named.make([weight], **{**settings, "strategy": strategy, "backend": "reference"})
+    return _ByName((_Named, {**settings, "strategy": strategy, "name": optimizer}))
 
 
-class _ByName(tuple[type[AdamW], dict[str, Any]]):
-    """(AdamW, settings), which looks at the Trainer that unpacks it: Trainer tells an optimizer neither its arguments
+class _Named(torch.optim.Optimizer):
+    """A class, because Trainer calls nothing else to make an optimizer; called, it makes the one of this name."""
+
+    def __new__(cls, params: Any, name: str, **settings: Any) -> Any:
+        return find(name).make(params, **settings)
+
+
+class _ByName(tuple[type[torch.optim.Optimizer], dict[str, Any]]):
+    """(class, settings), which looks at the Trainer that unpacks it: Trainer tells an optimizer neither its arguments
     nor its parameters' names."""
 
     def __iter__(self) -> Iterator[Any]:
@@ -57,23 +70,35 @@ class _ByName(tuple[type[AdamW], dict[str, Any]]):
             raise RuntimeError(
                 "by_name: only a Trainer can unpack it; Trainer(..., optimizer_cls_and_kwargs=by_name(...))"
             )
-        trainer, args = scope["self"], scope["self"].args
+        trainer = scope["self"]
         model: nn.Module = scope.get("opt_model", trainer.model)  # under FSDP it is the wrapped one
-        betas = (args.adam_beta1, args.adam_beta2)
-        ours = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
-        ours |= self[1]
-        decaying = set(trainer.get_decay_parameter_names(model))
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        groups = [
-            _group([(name, p) for name, p in named if name in decaying], ours["weight_decay"]),
-            _group([(name, p) for name, p in named if name not in decaying], 0.0),
-        ]
-        return iter((self[0], {**ours, "params": groups}))
+        ours = {**_of_arguments(trainer.args, find(self[1]["name"])), **self[1]}
+        return iter((self[0], {**ours, "params": _groups(trainer, model, ours.get("weight_decay"))}))
 
 
-def _group(named: list[tuple[str, nn.Parameter]], decay: float) -> dict[str, Any]:
-    """One of Trainer's two, which may be empty: then torch wants to be told that it has names too."""
-    return {"params": [p for _, p in named], "param_names": [name for name, _ in named], "weight_decay": decay}
+def _of_arguments(args: TrainingArguments, named: Named) -> dict[str, Any]:
+    """What an optimizer has of the settings that the arguments have."""
+    adams = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    found = {key: value for key, value in adams.items() if value != ADAMW[key] and named.takes(key, value)}
+    decay = {"weight_decay": args.weight_decay} if named.takes("weight_decay", args.weight_decay) else {}
+    return {"lr": args.learning_rate, **decay, **(found if named.takes("betas", adams["betas"]) else {})}
+
+
+def _groups(trainer: Trainer, model: nn.Module, decay: float | None) -> list[dict[str, Any]]:
+    """Trainer's two: the second does not decay. One, if the optimizer has no decay."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if decay is None:
+        return [_group(named)]
+    decaying = set(trainer.get_decay_parameter_names(model))
+    return [
+        {**_group([(name, p) for name, p in named if name in decaying]), "weight_decay": decay},
+        {**_group([(name, p) for name, p in named if name not in decaying]), "weight_decay": 0.0},
+    ]
+
+
+def _group(named: list[tuple[str, nn.Parameter]]) -> dict[str, Any]:
+    """One which may be empty: then torch wants to be told that it has names too."""
+    return {"params": named} if named else {"params": [], "param_names": []}
 
 
 class EDQCallback(TrainerCallback):

@@ -120,6 +120,9 @@ def plan_of(args: argparse.Namespace) -> Plan:
     out = args.out or Path("runs") / f"{args.model}-{regime}"
     steps = args.steps or (FINETUNE_STEPS if args.finetune else STEPS)
     run = RunConfig.from_options(args, out=out, steps=steps, eval_every=max(1, steps // 4))
+    for strategy in strategies:  # raises for one that the optimizer cannot have
+        with options.flags_named(RunConfig):
+            replace(run, strategy=strategy)
     warm = _warm_up(args, run) if args.finetune else None
     if warm is not None:
         run = replace(run, data=tuple(args.finetune_data or ()))
@@ -195,13 +198,14 @@ def summarise(plan: Plan, results: list[training.RunResult]) -> dict[str, Any]:
     rows = verdict.table(plan.strategies, runs)
     about = machine(config.compute_dtype())
     return {
-        "title": f"{'Fine-tuning' if plan.warm else 'Training from scratch'}: {config.model}",
+        "title": f"{'Fine-tuning' if plan.warm else 'Training from scratch'}: {config.model}, {config.optimizer}",
         "command": plan.command,
         "version": collage.__version__,
         "machine": about,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "regime": "finetune" if plan.warm else "scratch",
         "model": config.model,
+        "optimizer": " ".join([config.optimizer, *config.optimizer_args]),
         "parameters": results[0].parameters,
         "steps": config.steps,
         "pretrain_steps": plan.warm.steps if plan.warm else None,
@@ -214,7 +218,13 @@ def summarise(plan: Plan, results: list[training.RunResult]) -> dict[str, Any]:
         "runs": runs,
         "table": rows,
         "floors": {name: floor._asdict() for name, floor in floors_table().items()},
-        "advice": verdict.advice(rows, runs, config.steps, config.betas[1]),
+        "advice": verdict.advice(rows, runs, config.steps, _beta2(config, results)),
         "update_histogram": next((r.update_histogram for r in results if r.update_histogram), None),
         "caveats": verdict.caveats(config, plan.strategies, len(plan.seeds), about["kernels"]),
     }
+
+
+def _beta2(config: RunConfig, results: list[training.RunResult]) -> float | None:
+    """The decay rate of the second moment; None where the optimizer keeps none."""
+    keeps = any("exp_avg_sq" in result.bytes_by_slot for result in results)
+    return config.betas[1] if config.betas and keeps else None

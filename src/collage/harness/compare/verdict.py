@@ -73,8 +73,11 @@ def seeds_noise(runs: Sequence[Row]) -> float | None:
     return stdev(losses) if len(losses) > 1 else None
 
 
-def advice(rows: Sequence[Row], runs: Sequence[Row], steps: int, beta2: float) -> str:
-    """The cheapest strategy that loses nothing that could be seen here, or why there is none; and what was not seen."""
+def advice(rows: Sequence[Row], runs: Sequence[Row], steps: int, beta2: float | None) -> str:
+    """The cheapest strategy that loses nothing that could be seen here, or why there is none; and what was not seen.
+
+    beta2: None where the optimizer has no second moment.
+    """
     gone = [row["strategy"] for row in rows if diverged(row)]
     if len(gone) == len(rows):
         return "All of these strategies diverged (no finite validation loss): nothing to recommend; lower --lr."
@@ -82,22 +85,23 @@ def advice(rows: Sequence[Row], runs: Sequence[Row], steps: int, beta2: float) -
     followed = any(row["v_ratio"] is not None for row in rows)
     fit = [row for row in rows if not diverged(row) and _whole(row, followed) and _within(row, noise)]
     parts = [
-        _recommended(fit, rows, noise) if fit else _none_fits(followed),
+        _recommended(fit, rows, noise, beta2 is not None) if fit else _none_fits(followed, beta2 is not None),
         f"Diverged (validation loss not finite): {', '.join(gone)}." if gone else "",
-        _too_short(steps, beta2) if followed else "",
+        _too_short(steps, beta2) if followed and beta2 is not None else "",
         _unknown(rows, noise),
     ]
     return " ".join(filter(None, parts))
 
 
-def _recommended(fit: Sequence[Row], rows: Sequence[Row], noise: float | None) -> str:
+def _recommended(fit: Sequence[Row], rows: Sequence[Row], noise: float | None, second: bool) -> str:
     best = min(fit, key=lambda row: (row["bytes_per_param"], row["optimizer_ms"] or 0.0))
     least = min(row["bytes_per_param"] for row in rows)
     cheapest = "compared here" if best["bytes_per_param"] == least else "that loses nothing seen here"
     v = "not measured" if best["v_ratio"] is None else f"{fixed(best['v_ratio'], 3)}× its shadow's"
+    moment = f", second moment {v}" if second else ""
     sentence = (
         f"Use {best['strategy']}: the cheapest {cheapest}, {short(best['bytes_per_param'])} bytes per parameter, "
-        f"EDQ ratio {fixed(best['edq_ratio'], 4)}, second moment {v}"
+        f"EDQ ratio {fixed(best['edq_ratio'], 4)}{moment}"
     )
     if noise is not None and best["difference"] is not None and best["strategy"] != REFERENCE:
         sentence += (
@@ -106,9 +110,9 @@ def _recommended(fit: Sequence[Row], rows: Sequence[Row], noise: float | None) -
     return f"{sentence}."
 
 
-def _none_fits(followed: bool) -> str:
+def _none_fits(followed: bool, second: bool) -> str:
     v = " with a second moment within 1 % of its shadow" if followed else "; the second moment was not measured"
-    return f"None of these strategies delivers its updates whole{v}."
+    return f"None of these strategies delivers its updates whole{v if second else ''}."
 
 
 def _whole(row: Mapping[str, Any], followed: bool) -> bool:

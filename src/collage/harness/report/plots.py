@@ -32,6 +32,7 @@ def setting(c: Comparison) -> str:
         f"{'Fine-tuning' if c.finetune else 'From scratch'}: {s.get('model')}",
         f"{s['parameters']:,} parameters" if s.get("parameters") else "",
         f"{s['steps']:,} steps" if s.get("steps") else "",
+        s.get("optimizer") or "",
         f"lr {short(s['lr'])}" if s.get("lr") else "",
         f"mean of {len(c.summary['seeds'])} seeds" if len(c.summary["seeds"]) > 1 else "one seed",
     ]

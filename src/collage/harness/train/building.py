@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 
-import collage
 from collage.harness.tasks import recipes, weights
 from collage.harness.tasks.data import Corpus, Tokens
 from collage.harness.tasks.masks import CausalBlocks, MaskedBlocks
+from collage.harness.train import choice
 from collage.harness.train.config import RunConfig
+from collage.optimizers.base import PrecisionOptimizer
 from collage.strategies import Strategy
 
 
@@ -73,19 +74,16 @@ def read_weights(path: str) -> dict[str, Tensor]:
     return {entry.name: entry.tensor for entry in weights.read(Path(path)) if entry.tensor is not None}
 
 
-def optimizer_of(config: RunConfig, model: nn.Module) -> collage.AdamW:
-    """AdamW on all parameters. In masked models biases and norm weights do not decay, as BERT was published."""
+def optimizer_of(config: RunConfig, model: nn.Module) -> PrecisionOptimizer:
+    """The run's, on all parameters. In masked models biases and norm weights do not decay, as BERT was published."""
     kinds = {name: weights.kind_of(name) for name, _ in model.named_parameters()}
-    masked = config.recipe.objective == "masked"
+    masked = config.recipe.objective == "masked" and config.weight_decay is not None
     spared = {name for name, kind in kinds.items() if masked and (kind == "norm" or name.endswith("bias"))}
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [{"params": [(name, p) for name, p in named if name not in spared]}]
     if spared:
         groups.append({"params": [(name, p) for name, p in named if name in spared], "weight_decay": 0.0})
-    return collage.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-        strategy=config.strategy, seed=config.seed,
-    )  # fmt: skip
+    return choice.made(vars(config), groups)
 
 
 def datasets(config: RunConfig, corpus: Corpus, flag: str = "--data") -> tuple[Dataset[Any], Subset[Any]]:

@@ -74,7 +74,7 @@ def _train(config: RunConfig, screen: Console) -> int:
         return 130
     if world.is_first():
         _save(result, config.out)
-    console.say(screen, _verdict(result))
+    console.say(screen, _verdict(config.optimizer, result))
     console.say(screen, f"weights: {config.out / WEIGHTS}")
     if not result.diverged:
         return 0
@@ -101,11 +101,12 @@ def _quality(edq_ratio: float | None, lost: float | None) -> str:
     return "no EDQ" if edq_ratio is None else f"EDQ ratio {fixed(edq_ratio, 4)}, lost {percent(lost)}"
 
 
-def _verdict(result: training.RunResult) -> str:
+def _verdict(optimizer: str, result: training.RunResult) -> str:
     total, frozen = result.report.total, len(result.report.frozen)
     since = f"since step {result.since_step} alone: " if result.since_step else ""
     said = [
-        f"{result.strategy}: validation loss {fixed(result.initial_loss, 4)} → {fixed(result.val_loss, 4)}",
+        f"{optimizer} under {result.strategy}: validation loss {fixed(result.initial_loss, 4)} → "
+        f"{fixed(result.val_loss, 4)}",
         f"{since}{_quality(total.edq_ratio, total.lost)}" + (f", {frozen} parameters frozen" if frozen else ""),
         *(
             f"{name} would have had {_quality(quality.edq_ratio, quality.lost)}"

@@ -17,3 +17,11 @@ def computed(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) ->
     """
     parameters = {name: p.to(dtype) for name, p in model.named_parameters()}
     return functional_call(model, parameters, args=(), kwargs=dict(inputs), tie_weights=True)
+
+
+def has_bf16_matrix_units() -> bool:
+    """Whether this machine multiplies matrices in bfloat16, on its GPU or its CPU."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))

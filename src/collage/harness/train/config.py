@@ -24,6 +24,8 @@ from collage.harness.tasks.data import (
 )
 from collage.harness.tasks.recipes import RECIPES, Recipe, get_recipe
 from collage.harness.tasks.recipes import Schedule as RecipeSchedule
+from collage.harness.train import choice
+from collage.harness.train.computing import has_bf16_matrix_units
 
 SCHEDULES = (*get_args(RecipeSchedule), "constant")
 COMPUTE = ("auto", "fp32", "bf16")
@@ -72,10 +74,14 @@ class RunConfig:
     batch_size: int = option(HOW, "sequences per step", least=1)
     micro_batch: int = option(HOW, "sequences per forward pass; a step adds them up", least=1)
     seq_len: int = option(HOW, "tokens per sequence", least=2)
-    lr: float = option(HOW, "peak learning rate")
-    betas: tuple[float, float] = option(HOW, "decay rates of the moments", metavar=("B1", "B2"))
-    eps: float = option(HOW, "added to the root of the second moment")
-    weight_decay: float = option(HOW, "decoupled")
+    optimizer: str = option(HOW, choice.OPTIMIZERS, "adamw", metavar="NAME")
+    optimizer_args: tuple[str, ...] = option(
+        HOW, "other settings of the optimizer, as momentum=0.9 nesterov=true", (), metavar="NAME=VALUE"
+    )
+    lr: float = option(HOW, choice.LR)
+    betas: tuple[float, float] | None = option(HOW, "decay rates of the moments", metavar=("B1", "B2"))
+    eps: float | None = option(HOW, "added to the root of the second moment")
+    weight_decay: float | None = option(HOW, "as the optimizer has it: decoupled in AdamW, Lion and Muon, else L2")
     max_grad_norm: float = option(HOW, "gradients are clipped to it; 0: not at all")
     schedule: str = option(HOW, "of the learning rate, after the warm-up", choices=SCHEDULES)
     warmup_steps: int = option(HOW, "of the learning rate", least=0)
@@ -94,9 +100,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_whole(self)
         _require_positive(self)
-        for beta in self.betas:
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"betas: both need to be in [0, 1), got {self.betas[0]:g} and {self.betas[1]:g}")
+        if self.betas is not None and not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas: both need to be in [0, 1), got {self.betas[0]:g} and {self.betas[1]:g}")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps: {self.warmup_steps} are more than the {self.steps} of --steps")
         _require_known("schedule", self.schedule, SCHEDULES)
@@ -109,6 +114,7 @@ class RunConfig:
         longest = get_recipe(self.model).positions
         if self.seq_len > longest:
             raise ValueError(f"seq_len: '{self.model}' has {longest} positions, got {self.seq_len}; at most {longest}")
+        choice.require_makeable(vars(self))
 
     @classmethod
     def of(cls, model: str, out: Path | str, **given: Any) -> RunConfig:
@@ -126,12 +132,12 @@ class RunConfig:
         stage = recipe.phases[phase - 1]
         finetune = chosen.get("finetune", False)
         settings: dict[str, Any] = {
-            "steps": stage.steps, "batch_size": stage.batch,
-            "seq_len": stage.seq_len, "lr": FINETUNE_LR if finetune else stage.lr, "betas": recipe.betas,
-            "eps": recipe.eps, "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm,
-            "schedule": "constant" if finetune else recipe.schedule,
+            "steps": stage.steps, "batch_size": stage.batch, "seq_len": stage.seq_len,
+            "max_grad_norm": recipe.max_grad_norm, "schedule": "constant" if finetune else recipe.schedule,
         }  # fmt: skip
-        settings |= chosen
+        lr = FINETUNE_LR if finetune else stage.lr
+        adamws = {"lr": lr, "betas": recipe.betas, "eps": recipe.eps, "weight_decay": recipe.weight_decay}
+        settings |= {**chosen, **choice.chosen(chosen.get("optimizer", cls.optimizer), adamws, chosen)}
         settings["strategy"] = options.strategy("strategy", chosen.get("strategy", cls.strategy))
         settings["beside"] = tuple(options.strategy("beside", name) for name in chosen.get("beside", ()))
         batch, steps = settings["batch_size"], settings["steps"]
@@ -156,7 +162,7 @@ class RunConfig:
 
     def compute_dtype(self) -> torch.dtype:
         """dtype of forward and backward; "auto" is float32 on a CPU without bf16 matrix units."""
-        bf16 = self.compute == "bf16" or (self.compute == "auto" and _has_bf16_matrix_units())
+        bf16 = self.compute == "bf16" or (self.compute == "auto" and has_bf16_matrix_units())
         return torch.bfloat16 if bf16 else torch.float32
 
     def lr_scale(self, step: int) -> float:
@@ -209,13 +215,19 @@ class RunConfig:
 
     def require_same_run(self, saved: Mapping[str, Any], what: str = "the run") -> None:
         """Raises ValueError if continuing the run with the saved settings under these would change what it computes."""
-        different = [(key, saved.get(key), ours) for key, ours in self.bound().items() if saved.get(key) != ours]
+        known = {**_of_earlier_runs(), **saved}
+        different = [(key, known.get(key), ours) for key, ours in self.bound().items() if known.get(key) != ours]
         if different:
             pairs = "; ".join(f"{key}: saved {theirs!r}, here {ours!r}" for key, theirs, ours in different)
             raise ValueError(
                 f"--resume: {what} in '{self.out}' has other settings ({pairs}); give the saved ones, or choose "
                 "another --out and start there"
             )
+
+
+def _of_earlier_runs() -> dict[str, Any]:
+    """What was so, under another option's name or none, before there was an option for it."""
+    return {"optimizer": RunConfig.optimizer, "optimizer_args": []}
 
 
 def _require_whole(config: RunConfig) -> None:
@@ -228,17 +240,10 @@ def _require_whole(config: RunConfig) -> None:
 def _require_positive(config: RunConfig) -> None:
     for name, zero in (("lr", False), ("eps", True), ("weight_decay", True), ("max_grad_norm", True)):
         value = getattr(config, name)
-        if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        if value is not None and not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
             raise ValueError(f"{name}: needs a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
 
 
 def _require_known(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: unknown {value!r}; known: {', '.join(known)}")
-
-
-def _has_bf16_matrix_units() -> bool:
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from collage.backends import Batch, Row
@@ -28,16 +29,25 @@ from collage.rules.assign import ASSIGN
 def bytes_by_slot(optimizer: PrecisionOptimizer) -> dict[str, int]:
     """Bytes of the live tensors: "gradient", "param", and every plane of the state under its key.
 
-    The step counter, 8 bytes for each tensor, is left out.
+    What is one number for a whole tensor, as the step counter is, is left out.
     """
     result = {"gradient": 0, "param": 0}
     for parameter in optimizer.parameters():
         result["param"] += parameter.tensor.nbytes
         result["gradient"] += 0 if parameter.tensor.grad is None else parameter.tensor.grad.nbytes
-        for key, plane in optimizer.state[parameter.tensor].items():
-            if key != "step":
-                result[key] = result.get(key, 0) + plane.nbytes
+    for state in optimizer.state_dict()["state"].values():
+        for key, value in state.items():
+            held = _held(value)
+            if held:
+                result[key] = result.get(key, 0) + held
     return result
+
+
+def _held(value: Any) -> int:
+    """Bytes of the tensors in a state's value, which other packages' optimizers keep in lists, too."""
+    if isinstance(value, Tensor):
+        return value.nbytes if value.dim() else 0
+    return sum(map(_held, value)) if isinstance(value, list | tuple) else 0
 
 
 class PeakMemory:
