@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from collage.collectives import summed
 from collage.gradients.accumulate import is_summed
 from collage.gradients.clip import RELEASED, checked, coefficient, scale_, squares_of, total
-from collage.gradients.randomness import Randomness
 from collage.gradients.replicas import replicated
 from collage.gradients.together import Together, on_arrival
 from collage.optimizers.base import PrecisionOptimizer
 from collage.owners import owners
+from collage.randomness import Randomness
 from collage.unwrapping import unwrapped
 
 OUTSIDE, MEASURING, UPDATING, SKIPPED = range(4)  # where an exact clip is between two steps

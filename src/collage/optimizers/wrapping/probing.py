@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from collage.gradients.randomness import Randomness
 from collage.optimizers.wrapping.foreign import Foreign, Values, needs_all, same
 from collage.optimizers.wrapping.slots import is_shaped
+from collage.randomness import Randomness
 from collage.sharding import local
 
 LARGEST = 16  # of each dimension of what is tried
