@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers import assert_same_bits
+from torch import nn
 from wrapped import BASES, EVERY, FEW, ONE, assert_same_values, trained
 
+import collage
 from collage.optimizers.wrap import Wrapped
 
 SOME = 12  # steps
@@ -42,3 +44,22 @@ def test_under_float32_masters_it_is_the_base_on_float32_weights(name):
 @pytest.mark.parametrize("name", BASES)
 def test_under_float32_masters_it_is_the_base_on_float32_weights_for_200_steps(name):
     assert_is_the_base_in_float32(name, ALL, (ONE, FEW, EVERY))
+
+
+def test_so_it_is_under_exact_remainders_with_float32_states():
+    params, base = trained(BASES["AdamW"], SOME)
+    states = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+    low, opt = trained(BASES["AdamW"], SOME, strategy="collage-exact", states=states)
+    full = collage.high_precision_state_dict(nn.ParameterList(low), opt)
+    for k, (p, q) in enumerate(zip(low, params, strict=True)):
+        assert_same_bits(f"weight {k}", full[str(k)], q.detach())
+        assert_same_values(f"{k}", dict(opt.base.state[p]), dict(base.state[q]))
+
+
+@pytest.mark.parametrize("name", ["AdamW foreach", "NAdam", "Rprop", "ScheduleFree SGD", "Lion"])
+def test_large_weights_are_those_of_the_base_too(name):
+    """Of which some are taken in pieces: their ends round as their middles do."""
+    base = BASES[name]._replace(shapes=((300, 1000), (70_001,), (1000, 33)))
+    params, alone = trained(base, 3)
+    low, opt = trained(base, 3, strategy="fp32-master", bucket_mb=0.1)
+    assert_same_as_base(name, low, opt, params, alone)

@@ -121,7 +121,7 @@ def as_the_base(mesh: Any) -> None:
     for name in ("Adafactor", "Adafactor of transformers"):  # neither takes DTensors, so far
         made = sharded(model("collage-plus", SQUARE), mesh, None)
         before = {key: whole(p.detach()).clone() for key, p in made.named_parameters()}
-        with pytest.raises(RuntimeError, match="Sharding propagation failed|mixed torch.Tensor and DTensor"):
+        with pytest.raises(RuntimeError, match=r"Sharding propagation failed|mixed torch.Tensor and DTensor"):
             train(made, wrapped(made, name, "collage-plus"))
         for key, p in made.named_parameters():
             assert_same_bits(key, whole(p.detach()), before[key])
