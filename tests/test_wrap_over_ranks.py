@@ -89,7 +89,7 @@ def as_one_process(mesh: Any, names: str, strategies: str) -> None:
     """Of elementwise bases: FSDP2 and shards along columns, with monitors, whatever the buckets."""
     for name, strategy, dim in itertools.product(names.split(","), strategies.split(), (None, 1)):
         if dim == 1 and "8bit" in strategy:
-            continue  # shards that cut blocks are refused
+            continue  # `refused`
         alone = model(strategy)
         one = wrapped(alone, name, strategy)
         of_one = collage.monitor(one, every=1, shadow=4)
@@ -104,6 +104,14 @@ def as_one_process(mesh: Any, names: str, strategies: str) -> None:
             assert (got.nonzero, got.lost, got.edited) == (want.nonzero, want.lost, want.edited)
             assert got.edq_ratio == pytest.approx(want.edq_ratio, rel=1e-12)  # sums of ranks, in another order
             assert got.v_ratio == (None if want.v_ratio is None else pytest.approx(want.v_ratio, rel=1e-12))
+
+
+def refused(mesh: Any) -> None:
+    """Shards that cut blocks in which states are, before anything is changed."""
+    for name, settings in (("AdamW", {"strategy": "collage-8bit"}), ("Rprop", {"states": {"prev": "int8/128"}})):
+        base, made = BASES[name], sharded(model("collage-plus", {"rows": (64, 160)}), mesh, 1)
+        with pytest.raises(ValueError, match=r"param 'rows': it is sharded along dimension 1.* has a scale for every"):
+            collage.wrap(base.kind, made.named_parameters(), **base.settings, **settings)
 
 
 def as_the_base(mesh: Any) -> None:
@@ -143,6 +151,7 @@ def saved_and_loaded(mesh: Any, names: str, strategies: str) -> None:
                 for key, p in other.named_parameters():
                     p.copy_(low[key])
             twin = wrapped(other, name, strategy)
+            modes(twin, 0)  # torch makes a step of its own, to have states to load into
             if how == "own":
                 twin.load_state_dict(saved)
             else:
@@ -161,6 +170,7 @@ def every(names: str, strategies: str) -> None:
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     as_one_process(mesh, names, strategies)
+    refused(mesh)
     as_the_base(mesh)
     saved_and_loaded(mesh, names, strategies)
 

@@ -138,3 +138,17 @@ def test_its_floor_is_float32s(strategy):
     assert_same_bits("weight", p.detach(), torch.ones(1000).bfloat16())
     assert not opt.state[p]["param_lo"].any()
     assert encoded("bf16x2", torch.ones(2))[1].eq(0).all()
+
+
+def test_states_take_the_formats_that_are_given():
+    """Small parameters their twins; a state with blocks is stored as its own format stores it."""
+    params = weights(SHAPES)
+    opt = collage.wrap(
+        torch.optim.Rprop, params, strategy="collage-plus", states={"prev": "int8/128", "step_size": "bf16"}
+    )
+    go_on(params, opt, 0, 2, scheduled=False)
+    large, small = (opt.base.state[params[k]] for k in (0, 2))
+    assert {k: x.dtype for k, x in large.items() if k != "step"} == {
+        "prev": torch.int8, "prev_scale": torch.uint8, "step_size": torch.bfloat16}  # fmt: skip
+    assert {k: x.dtype for k, x in small.items() if k != "step"} == {
+        "prev": torch.bfloat16, "step_size": torch.bfloat16}  # fmt: skip

@@ -7,7 +7,7 @@ Plane 0 of "param" is the parameter itself; every other plane is a tensor under 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -91,7 +91,12 @@ def zeros(fmt: Format, param: Tensor) -> list[Any]:
 
 def cut(rule: Rule, strategy: Strategy, param: Tensor) -> str:
     """Why a parameter's shards cannot be stepped: they cut blocks that share a word; "": they cut none."""
-    for plane in kept(rule, strategy).planes:
+    return cut_of(kept(rule, strategy).planes, strategy, param)
+
+
+def cut_of(planes: Iterable[Plane], strategy: Strategy, param: Tensor) -> str:
+    """The same of any planes."""
+    for plane in planes:
         dim = None if plane.per == 1 else cut_rows(param, plane.per)
         if dim is not None:
             blocks = f"{plane.per} neighbours of a row, so shards need multiples of these" if plane.per else "a row"

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collage.formats import format_of
 from collage.monitor.shadow import Follower
 from collage.optimizers.base import PrecisionOptimizer
-from collage.optimizers.parameters import Group
+from collage.optimizers.parameters import Group, Parameter
+from collage.optimizers.planes import cut_of
 from collage.optimizers.settings import checked_seed
 from collage.optimizers.wrapping import loading
 from collage.optimizers.wrapping.bucket import Memory
@@ -132,6 +134,7 @@ class Wrapped(InBuckets):
         require_known(self.states, [own.states for each in tried for own in each.values()])
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **ours}, backend, cast, {})
         self._tried = tried
+        self._require_whole_blocks(self.parameters())
         base.param_groups = self.param_groups
         self._optimizer_step_pre_hooks.update(base._optimizer_step_pre_hooks)
         self._optimizer_step_post_hooks.update(base._optimizer_step_post_hooks)
@@ -200,6 +203,21 @@ class Wrapped(InBuckets):
         tried = probed(self._foreign, group)
         super().add_param_group(group)
         self._tried.append(tried)
+        try:
+            self._require_whole_blocks(self._those_of(group, group["params"]))
+        except ValueError:
+            self.param_groups.pop()
+            self._tried.pop()
+            raise
+
+    def _require_whole_blocks(self, parameters: Iterable[Parameter]) -> None:
+        """Raise ValueError, naming the parameter, where its shards cut blocks in which the optimizer's states are."""
+        for parameter in parameters:
+            formats, kept = self.formats_of(parameter), self._kept(parameter.group_index, parameter.tensor)
+            planes = [plane for name in kept.shaped if (fmt := formats.of(name)) for plane in format_of(fmt).planes]
+            reason = cut_of(planes, formats.strategy, parameter.tensor)
+            if reason:
+                raise ValueError(f"param '{parameter.name}': {reason}")
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, its planes with our suffixes, and those of theta, which begin with ``param_``."""

@@ -43,7 +43,8 @@ class Following:
 
     def formats(self, met: Met) -> Formats:
         """Those of a parameter; without blocks where its sample has none."""
-        return Formats(self.strategy.small if met.sampling.flat else self.strategy, self._given)
+        flat = met.sampling.flat
+        return Formats(self.strategy.small if flat else self.strategy, self._given, flat)
 
     def meet(self, name: str, met: Met, theta: Tensor, states: Values) -> None:
         """Start at these numbers of theta and the optimizer's states, sampled."""

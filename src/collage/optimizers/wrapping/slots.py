@@ -29,10 +29,13 @@ MASTER = 4  # bytes per number from which on float32 alone is as good
 
 
 class Formats:
-    """Which format a state has, by its name: that of its role, or what `states` says (given)."""
+    """Which format a state has, by its name: that of its role, or what `states` says (given).
 
-    def __init__(self, strategy: Strategy, given: Mapping[str, str]) -> None:
-        self.strategy, self.given = strategy, given
+    strategy: the parameter's; small: whether it takes formats' twins, as the strategy's own are already.
+    """
+
+    def __init__(self, strategy: Strategy, given: Mapping[str, str], small: bool = False) -> None:
+        self.strategy, self.given, self._small = strategy, given, small
         self._found: dict[str, str | None] = {}
 
     def of(self, name: str) -> str | None:
@@ -44,7 +47,7 @@ class Formats:
     def _of(self, name: str) -> str | None:
         if name in self.given:
             twin = format_of(self.given[name]).twin
-            return twin if twin and self.strategy.small is self.strategy else self.given[name]
+            return twin if twin and self._small else self.given[name]
         role = ROLES.get(name)
         if role == "param":
             return "fp32" if bytes_per_value(format_of(self.strategy.param)) > MASTER else self.strategy.param

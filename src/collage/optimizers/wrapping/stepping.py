@@ -20,6 +20,7 @@ from collage.optimizers.wrapping.pieces import Piece, can_be_cut, cut, is_known_
 from collage.optimizers.wrapping.probing import Kept, Shape, small
 from collage.optimizers.wrapping.slots import Formats, packed, unpacked
 from collage.sharding import any_dtensor, local
+from collage.strategies import is_small
 
 DECODED = 2  # float32 numbers of an element while its optimizer steps, beside its states: theta and the gradient
 MADE = 2  # what the optimizer itself makes meanwhile, in memory of its own
@@ -41,7 +42,7 @@ class InBuckets(PrecisionOptimizer):
 
     def formats_of(self, parameter: Parameter) -> Formats:
         """The formats of a parameter's states."""
-        return Formats(self.strategy_of(parameter), self.states)
+        return Formats(self.strategy_of(parameter), self.states, is_small(parameter.tensor.shape))
 
     def _traced(self, closure: Callable[[], Any] | None) -> Any:
         raise RuntimeError("wrap: a compiled step knows the rules of this package alone; call opt.step() uncompiled")
@@ -79,10 +80,11 @@ class InBuckets(PrecisionOptimizer):
     def _step(self, columns: Columns, batch: Batch) -> None:
         whole = operator.begun(batch, self.backend)
         assert whole is not None, "a step that is skipped ends before"
-        formats = Formats(columns.strategy, self.states)
+        formats = [Formats(columns.strategy, self.states, small) for small in (False, True)]
         devices: dict[torch.device, list[Piece]] = {}
         for k, plan in enumerate(columns.plans):
-            pieces = self._pieces(columns.group, plan.parameter, formats, k, whole.own(k))
+            own = formats[is_small(plan.parameter.tensor.shape)]
+            pieces = self._pieces(columns.group, plan.parameter, own, k, whole.own(k))
             devices.setdefault(plan.planes[0].device, []).extend(pieces)
         for device, pieces in devices.items():
             for bucket in self._buckets(columns.group, pieces, device):
@@ -99,7 +101,7 @@ class InBuckets(PrecisionOptimizer):
         if (
             numbers * piece.numel <= most
             or not is_known_elementwise(self.base)
-            or not can_be_cut([*planes, *state.values()])
+            or not can_be_cut([parameter.tensor, *planes, *state.values()])
         ):
             return [piece]
         return list(cut(piece, numbers, most))
