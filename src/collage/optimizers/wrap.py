@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from collage.formats import format_of
 from collage.monitor.shadow import Follower
@@ -19,8 +17,8 @@ from collage.optimizers.planes import cut_of
 from collage.optimizers.settings import checked_seed
 from collage.optimizers.wrapping import loading
 from collage.optimizers.wrapping.bucket import Memory
-from collage.optimizers.wrapping.foreign import OWN, Foreign
-from collage.optimizers.wrapping.probing import Kept, is_elementwise, probed
+from collage.optimizers.wrapping.foreign import OWN, Foreign, given_by_name
+from collage.optimizers.wrapping.probing import is_elementwise, probed
 from collage.optimizers.wrapping.shadow import WrappedShadow
 from collage.optimizers.wrapping.slots import Formats, checked, require_known
 from collage.optimizers.wrapping.stepping import InBuckets
@@ -81,7 +79,7 @@ def wrap(
     _require_wrappable(optimizer if isinstance(optimizer, type) else type(optimizer))
     arguments = None
     if isinstance(optimizer, type):
-        arguments = _arguments(optimizer, args, kwargs)
+        arguments = given_by_name(optimizer, args, kwargs)
         optimizer = optimizer(*args, **kwargs)
     elif args or kwargs:
         unknown = ", ".join([*(f"{x!r:.40}" for x in args), *kwargs])
@@ -95,12 +93,6 @@ def _require_wrappable(kind: type) -> None:
         raise TypeError(f"wrap: needs a torch.optim.Optimizer, or a class of one, got {kind.__name__}")
     if issubclass(kind, PrecisionOptimizer):
         raise TypeError(f"wrap: {kind.__name__} keeps its weights in a strategy's formats already; use it as it is")
-
-
-def _arguments(kind: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a class is given beside its parameters, by name."""
-    names = list(signature(kind).parameters)
-    return {**dict(zip(names[1:], args[1:], strict=False)), **{k: v for k, v in kwargs.items() if k != names[0]}}
 
 
 class Wrapped(InBuckets):
@@ -257,20 +249,6 @@ class Wrapped(InBuckets):
         """torch's, and which states the optimizer keeps in which formats."""
         lines = [super().__repr__(), f"wraps {type(self.base).__module__}.{self._foreign.name}"]
         for index, (group, tried) in enumerate(zip(self.param_groups, self._tried, strict=True)):
-            lines.append(
-                f"group {index}: {_shown(Formats(Strategy.parse(group['strategy']), self.states), tried.values())}"
-            )
+            formats = Formats(Strategy.parse(group["strategy"]), self.states)
+            lines.append(f"group {index}: {formats.shown(kept.states for kept in tried.values())}")
         return "\n".join(lines)
-
-
-def _shown(formats: Formats, tried: Iterable[Kept]) -> str:
-    """What states an optimizer keeps, and in which formats."""
-    names = dict.fromkeys(name for own in tried for name, x in own.states.items() if not _is_number(x))
-    kept = {name: formats.of(name) for name in names}
-    inside = ", ".join(f"{name} {fmt}" for name, fmt in kept.items() if fmt)
-    left = ", ".join(name for name, fmt in kept.items() if not fmt)
-    return (inside or "no state in a format") + (f"; as the optimizer makes them: {left}" if left else "")
-
-
-def _is_number(x: object) -> bool:
-    return not isinstance(x, Tensor | list | tuple | dict) or (isinstance(x, Tensor) and x.dim() == 0)

@@ -183,6 +183,12 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b) or (a != a and b != b)
 
 
+def given_by_name(kind: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Values:
+    """What a class is given beside its parameters."""
+    names = list(signature(kind).parameters)
+    return {**dict(zip(names[1:], args[1:], strict=False)), **{k: v for k, v in kwargs.items() if k != names[0]}}
+
+
 def _taken(kind: type) -> set[str]:
     """The names of a constructor's arguments."""
     return set(signature(kind).parameters)

@@ -57,6 +57,18 @@ class Formats:
         """Name -> format, of every state that has one: of the parameter's shape and floating."""
         return {name: fmt for name, x in state.items() if (fmt := self.of(name)) and is_shaped(x, param)}
 
+    def shown(self, states: Iterable[Mapping[str, Any]]) -> str:
+        """What is kept in which formats, and what as the optimizer makes it, in words."""
+        names = dict.fromkeys(name for own in states for name, x in own.items() if not _is_number(x))
+        kept = {name: self.of(name) for name in names}
+        inside = ", ".join(f"{name} {fmt}" for name, fmt in kept.items() if fmt)
+        left = ", ".join(name for name, fmt in kept.items() if not fmt)
+        return (inside or "no state in a format") + (f"; as the optimizer makes them: {left}" if left else "")
+
+
+def _is_number(x: object) -> bool:
+    return not isinstance(x, Tensor | list | tuple | dict) or (isinstance(x, Tensor) and x.dim() == 0)
+
 
 def is_shaped(value: object, param: Tensor) -> bool:
     """Whether it has a number for each of the parameter's."""
