@@ -1,5 +1,6 @@
 """Muon: against torch's own, its matrices and blocks, whose parameters are whose, and all that works around a step."""
 
+import contextlib
 import copy
 import logging
 from typing import Any
@@ -362,6 +363,21 @@ def test_what_arrives_is_measured():
     assert reports["bf16"].total.edq_ratio < 0.2 < 0.9 < reports["bf16"].total.lost
     assert reports["collage-plus"].total.edq_ratio == pytest.approx(1.0, abs=1e-3)
     assert reports["collage-plus"].unfollowed == ["w0", "w1", "w2", "w3"]
+
+
+@pytest.mark.parametrize(
+    "ambient", [lambda: torch.device("meta"), lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode]
+)
+def test_what_is_around_a_step_changes_no_bit(ambient):
+    ends = []
+    for context in (contextlib.nullcontext, ambient):
+        params, opt = make("collage-plus", ns_dtype="float32", split=1)
+        for step in range(2):
+            give(params, step)
+            with context():
+                opt.step()
+        ends.append(planes_of(opt))
+    assert_same_planes(*ends)
 
 
 def test_a_released_step_has_the_bits_of_a_whole_one():
