@@ -352,6 +352,26 @@ def test_the_reference_has_the_bits_of_the_kernels(strategy):
     assert mon.report().total.nonzero > 0
 
 
+@pytest.mark.parametrize("capturable", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_gpu_kernels_have_the_bits_of_the_others_and_fold_and_skip_where_they_are(capturable):
+    """In Triton's interpreter. There the host reads neither lr nor the counters nor whether a step is skipped."""
+    shapes, ends = ((16, 8), (24, 40)), []
+    for backend, settings in (
+        ("auto", {}),
+        ("triton", {"capturable": capturable, "lr": torch.tensor(LR, dtype=torch.float64)}),
+    ):
+        params, opt = make("collage-plus-sr", shapes, backend=backend, **settings)
+        for step in range(3):
+            give(params, step, 8.0)
+            opt.grad_scale = torch.tensor(8.0)
+            opt.found_inf = torch.tensor(float(step == 1))
+            if capturable and backend == "triton":
+                opt._is_skipped = lambda: False  # as on a GPU
+            opt.step()
+        ends.append(planes_of(opt))
+    assert_same_planes(*ends)
+
+
 def test_what_arrives_is_measured():
     """At a small lr plain bfloat16 drops nearly all of the update and its decay, and a second component none."""
     reports = {}
