@@ -440,6 +440,12 @@ def test_scaled_gradients_make_the_same_step_and_a_step_that_is_not_finite_none(
     assert {int(opt.state[p]["step"]) for p in params} == {4}
 
 
+def test_matrices_without_elements_step():
+    params, opt = make(shapes=((0, 8), (4, 0), (4, 8)))
+    run(params, opt, 0, 2)
+    assert [int(opt.state[p]["step"]) for p in params] == [2, 2, 2]
+
+
 def test_a_matrix_of_zeros_stays_and_no_gradient_is_no_step():
     params, opt = make(weight_decay=0.0)
     before = [p.detach().clone() for p in params]

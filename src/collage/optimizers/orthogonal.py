@@ -56,6 +56,8 @@ class Orthogonalisation(NamedTuple):
 
         matrix: [rows, columns], in the dtype of the multiplications.
         """
+        if not matrix.numel():
+            return matrix.float()
         sizes = sizes_of(self.split, len(matrix))
         with torch.autocast(matrix.device.type, enabled=False):
             if len(set(sizes)) > 1:
