@@ -256,6 +256,13 @@ def test_caveats_name_the_kernels_that_were_timed() -> None:
     assert without[1].endswith("(`collage info` says why): they rank no strategy.")
 
 
+def test_caveats_name_what_no_shadow_follows() -> None:
+    run = RunConfig.of("tiny-gpt", "x")
+    told = verdict.caveats(run, ["fp32-master"], 2, "avx512", ["h.0.weight", "h.1.weight"])
+    assert any(line.startswith("No shadow follows 'h.0.weight' and 1 more, which step as whole") for line in told)
+    assert not any("shadow follows" in line for line in verdict.caveats(run, ["fp32-master"], 2, "avx512"))
+
+
 def test_a_comparison_that_diverges_is_told_and_stops_early(tmp_path: Path) -> None:
     summary, metrics = comparison(tmp_path, "--lr", "1e9", "--strategies", "bf16,fp32-master")
     assert summary["advice"].startswith("All of these strategies diverged")

@@ -23,17 +23,19 @@ from torch.distributed.checkpoint.state_dict import (
 import collage
 from collage.strategies import STRATEGIES
 
-FEW = ("collage-exact", "collage-8bit")
+FEW = ("collage-exact", "collage-8bit", "muon:collage-plus-sr")
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 SHAPES = {"first": (3, 1536), "rows": (33, 160), "bias": (7,)}
 
 
-def made(strategy: str, seed: int = 0) -> tuple[nn.Module, collage.AdamW]:
-    """A model, sharded by FSDP2 if there are several ranks, and its optimizer."""
+def made(strategy: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model, sharded by FSDP2 if there are several ranks, and its optimizer: AdamW, or by "muon:" before its strategy
+    Muon."""
     from torch.distributed.fsdp import fully_shard
 
+    kind, _, strategy = strategy.rpartition(":")
     g = torch.Generator().manual_seed(seed)
     model = nn.Module()
     for name, shape in SHAPES.items():
@@ -41,7 +43,10 @@ def made(strategy: str, seed: int = 0) -> tuple[nn.Module, collage.AdamW]:
         model.register_parameter(name, nn.Parameter(tensor))
     if dist.get_world_size() > 1:
         fully_shard(model)
-    return model, collage.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, strategy=strategy)
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "strategy": strategy}
+    if kind == "muon":
+        return model, collage.Muon(model.named_parameters(), adjust_lr_fn="match_rms_adamw", **settings)
+    return model, collage.AdamW(model.named_parameters(), **settings)
 
 
 def train(model: nn.Module, opt: torch.optim.Optimizer, start: int, stop: int) -> None:
@@ -63,7 +68,7 @@ def placed_as(p: nn.Parameter, tensor: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def planes(model: nn.Module, opt: collage.AdamW) -> dict[str, torch.Tensor]:
+def planes(model: nn.Module, opt: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Weights and states, whole."""
     found = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
@@ -161,7 +166,7 @@ def between(folder: Path, strategies: str, saving: int, loading: dict[int, int])
         launch(__file__, world, "load", str(folder), strategies, str(routes), seconds=600)
 
 
-@pytest.mark.parametrize("rule", ["AdamW", "Adam", "SGD", "Lion"])
+@pytest.mark.parametrize("rule", ["AdamW", "Adam", "SGD", "Lion", "Muon"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_step_that_makes_states_to_load_into_changes_no_weight(strategy, rule):
     """torch makes one with gradients of 0 at lr 0. A weight of -0 may become +0."""

@@ -37,6 +37,10 @@ def optimizer(made: nn.Module, **settings) -> collage.AdamW:
     return collage.AdamW(made.named_parameters(), lr=1e-2, strategy="collage-plus-sr", **settings)
 
 
+def muon(made: nn.Module) -> collage.Muon:
+    return collage.Muon(made.named_parameters(), adjust_lr_fn="match_rms_adamw", strategy="collage-plus-sr")
+
+
 def loss(made: nn.Module, step: int, micro: int = 0) -> torch.Tensor:
     """The same on every rank, so that averages over 2 or 4 ranks are those of one."""
     x = torch.randn(8, 300, generator=torch.Generator().manual_seed(10 * step + micro)).bfloat16()
@@ -95,15 +99,16 @@ def released() -> None:
         assert_same(f"released {settings}", *pairs[0], *pairs[1])
         for release in each:
             release.remove()
-    pairs = [(made, optimizer(made)) for made in (got, want)]
-    release = collage.release_gradients(*pairs[0])
-    for step in range(STEPS):
-        for made, opt in pairs:
-            loss(made, step).backward()
-            opt.step()
-            opt.zero_grad()
-    assert_same("released, and not", *pairs[0], *pairs[1])
-    release.remove()
+    for make in (optimizer, muon):  # which gathers its matrices, one after another
+        pairs = [(made, make(made)) for made in (got, want)]
+        release = collage.release_gradients(*pairs[0])
+        for step in range(STEPS):
+            for made, opt in pairs:
+                loss(made, step).backward()
+                opt.step()
+                opt.zero_grad()
+        assert_same(f"{make.__name__}, released, and not", *pairs[0], *pairs[1])
+        release.remove()
 
 
 def in_ddp(**settings) -> nn.Module:

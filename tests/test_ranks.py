@@ -157,6 +157,7 @@ def by_fsdp_on_columns(mesh, wide: torch.Tensor) -> nn.Module:
 
 def some(*strategies: str) -> None:
     hold("AdamW", " ".join(strategies), "3")
+    hold("Muon", strategies[0], "3")
     cut_blocks()
 
 

@@ -56,12 +56,15 @@ class Orthogonalisation(NamedTuple):
 
         matrix: [rows, columns], in the dtype of the multiplications.
         """
+        if not matrix.numel():
+            return matrix.float()
         sizes = sizes_of(self.split, len(matrix))
-        if len(set(sizes)) > 1:
-            return torch.cat([self._scaled(block) for block in torch.split(matrix, list(sizes))])
-        if len(sizes) == 1:
-            return self._scaled(matrix)
-        return self._scaled(matrix.reshape(len(sizes), sizes[0], -1)).reshape(matrix.shape)
+        with torch.autocast(matrix.device.type, enabled=False):
+            if len(set(sizes)) > 1:
+                return torch.cat([self._scaled(block) for block in torch.split(matrix, list(sizes))])
+            if len(sizes) == 1:
+                return self._scaled(matrix)
+            return self._scaled(matrix.reshape(len(sizes), sizes[0], -1)).reshape(matrix.shape)
 
     def _scaled(self, blocks: Tensor) -> Tensor:
         scale = scale_of(self.adjust_lr_fn, *blocks.shape[-2:])

@@ -220,7 +220,9 @@ def summarise(plan: Plan, results: list[training.RunResult]) -> dict[str, Any]:
         "floors": {name: floor._asdict() for name, floor in floors_table().items()},
         "advice": verdict.advice(rows, runs, config.steps, _beta2(config, results)),
         "update_histogram": next((r.update_histogram for r in results if r.update_histogram), None),
-        "caveats": verdict.caveats(config, plan.strategies, len(plan.seeds), about["kernels"]),
+        "caveats": verdict.caveats(
+            config, plan.strategies, len(plan.seeds), about["kernels"], results[0].report.unfollowed
+        ),
     }
 
 

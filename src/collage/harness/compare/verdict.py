@@ -10,6 +10,7 @@ from typing import Any
 from collage.harness.machine import PLAIN
 from collage.harness.report.results import REFERENCE
 from collage.harness.text import fixed, short
+from collage.saying import several
 from collage.strategies import Strategy
 
 Row = dict[str, Any]
@@ -143,8 +144,10 @@ def _unknown(rows: Sequence[Row], noise: float | None) -> str:
     return ""
 
 
-def caveats(config: Any, strategies: Sequence[str], seeds: int, kernels: str) -> list[str]:
-    """What these runs do not show."""
+def caveats(
+    config: Any, strategies: Sequence[str], seeds: int, kernels: str, unfollowed: Sequence[str] = ()
+) -> list[str]:
+    """What these runs do not show. unfollowed: parameters that no shadow follows."""
     slow = "for want of compiled kernels (`collage info` says why): they rank no strategy"
     small = "at this model's size, where what surrounds a kernel counts too: `collage bench` tells what a step costs"
     found = [
@@ -155,6 +158,11 @@ def caveats(config: Any, strategies: Sequence[str], seeds: int, kernels: str) ->
     ]
     exceptions = dict.fromkeys(Strategy.parse(name).exception for name in strategies)
     found += [f"Beside 8-bit moments, {text}; the bytes are counted with them." for text in exceptions if text]
+    if unfollowed:
+        found.append(
+            f"No shadow follows {several(unfollowed)}, which step as whole matrices: of these there is what arrived, "
+            "and not what their moments lost."
+        )
     if seeds == 1:
         found.append("One seed: small differences in loss may be noise.")
     if REFERENCE not in strategies:
