@@ -14,7 +14,18 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"rounding", "mcf", "rng", "accumulators", "layout", "formats", "strategies"}
 STEP = NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping", "monitor"}
-LIBRARY = STEP | {"saying", "optimizers", "casting", "owners", "checkpoint", "lending", "ema", "floors", "gradients"}
+LIBRARY = STEP | {
+    "conversion",
+    "saying",
+    "optimizers",
+    "casting",
+    "owners",
+    "checkpoint",
+    "lending",
+    "ema",
+    "floors",
+    "gradients",
+}
 ALLOWED = {
     "rounding": set(),
     "mcf": {"rounding"},
@@ -31,7 +42,8 @@ ALLOWED = {
     "unwrapping": set(),
     "monitor": NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping"},
     "saying": set(),
-    "optimizers": STEP | {"saying"},
+    "conversion": NUMBERS | {"backends"},
+    "optimizers": STEP | {"conversion", "saying"},
     "casting": {"sharding", "optimizers"},
     "lending": {"optimizers", "saying", "sharding"},
     "ema": STEP | {"optimizers", "lending", "owners", "checkpoint"},

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from collage.optimizers import planes
+from collage.optimizers.converting import Converting, kept_under
 from collage.optimizers.parameters import Group, Parameter, State
 from collage.rules import Rule
-from collage.strategies import ROLES, Strategy
+from collage.strategies import ROLES, STRATEGIES, Strategy
 
 # What torch's optimizers keep in a group and ours do not, or have as their own: dropped when their state is loaded.
 _TORCH_ONLY = ("foreach", "fused", "differentiable", "capturable", "amsgrad", "decoupled_weight_decay")
@@ -75,6 +76,7 @@ def adopt(
     rule_of: Callable[[Group], Rule],
     strategy_of: Callable[[Parameter], Strategy],
     live: Mapping[Tensor, State] | None = None,  # the optimizer's states now; never changed
+    converting: Converting | None = None,  # what takes states of other strategies; None: nothing does
 ) -> dict[str, Any]:
     """A state_dict for these parameters, out of one of ours or of the torch.optim optimizer of the same rule.
 
@@ -89,7 +91,7 @@ def adopt(
     states = dict(saved["state"])
     adopted, rules = [], []
     for index, (theirs, ours) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        adopted.append(_adopt_group(index, theirs, ours))
+        adopted.append(_adopt_group(index, theirs, ours, converts=converting is not None))
         rules.append(rule_of(adopted[-1]))
         if "strategy" not in theirs:
             _require_same_rule(rules[-1], index, theirs, [states[i] for i in theirs["params"] if states.get(i)])
@@ -102,12 +104,34 @@ def adopt(
             name += f" (saved as {saved_name})"
         if isinstance(theirs.get("step"), int | float):  # so in old releases of torch, and by hand
             theirs = {**theirs, "step": torch.tensor(theirs["step"], dtype=torch.float64, device="cpu")}
-        if "strategy" not in saved["param_groups"][parameter.group_index]:
-            own = (live or {}).get(parameter.tensor, {})
+        own, group = (live or {}).get(parameter.tensor, {}), saved["param_groups"][parameter.group_index]
+        if "strategy" not in group:
             theirs = planes.from_torch(rule, strategy, parameter.tensor, theirs, own, name)
+        elif converting:
+            theirs = _converted(converting, rule, group, strategy, parameter, theirs, own)
+        theirs = planes.begun(rule, strategy, parameter.tensor, theirs)
         planes.check(rule, strategy, parameter.tensor, planes.in_words(rule, strategy, theirs), name)
         states[saved_id] = {**theirs, "step": planes.count(theirs["step"], name)}
+    if converting:
+        converting.require_fit()
     return {**saved, "state": states, "param_groups": adopted}
+
+
+def _converted(
+    converting: Converting,
+    rule: Rule,
+    group: Group,
+    strategy: Strategy,
+    parameter: Parameter,
+    theirs: State,
+    own: State,
+) -> State:
+    """A saved state under the strategy that its parameter has here. What cannot be told is left for the check."""
+    candidates = (Strategy.parse(group["strategy"]).of(parameter.tensor.shape), STRATEGIES["fp32"])
+    saved = kept_under(rule, candidates, theirs)
+    if saved in (None, strategy):
+        return theirs
+    return converting.state(rule, saved, strategy, parameter, theirs, own)
 
 
 def is_foreign(saved: Mapping[str, Any]) -> bool:
@@ -135,7 +159,7 @@ def _require_same_rule(rule: Rule, index: int, group: Group, states: Sequence[St
         raise ValueError(f"param_groups[{index}]: the saved state is not one of {rule.title}: {reason}")
 
 
-def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
+def _adopt_group(index: int, theirs: Group, ours: Group, converts: bool) -> Group:
     """The saved group, if it is of the same strategy; or torch's, with our settings where torch has none."""
     settings = {key: value for key, value in ours.items() if key != "params"}
     names = {"param_names": ours["param_names"]} if "param_names" in ours else {}  # they give the random bits
@@ -149,14 +173,13 @@ def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
                 "construct it as the one that was saved"
             )
     saved, current = Strategy.parse(theirs["strategy"]), Strategy.parse(ours["strategy"])
-    if saved == current:
+    if saved == current or converts:
         # A setting that came later keeps our value. `capturable` says how to run, not what was trained.
-        return {**settings, **theirs, **names, "capturable": ours["capturable"]}
+        return {**settings, **theirs, **names, "strategy": ours["strategy"], "capturable": ours["capturable"]}
     pairs = [(name, getattr(saved, name), getattr(current, name)) for name in (*ROLES, "arithmetic")]
     difference = "; ".join(f"{name}: saved {a}, here {b}" for name, a, b in pairs if a != b)
     raise ValueError(
         f"param_groups[{index}]: the state was saved under strategy '{saved}', this optimizer has '{current}' "
-        f"({difference}); construct it with strategy='{saved}'. To keep the weights alone: full = "
-        "collage.high_precision_state_dict(model, optimizer) under the saved strategy, then "
-        "collage.load_high_precision_state_dict(model, optimizer, full) under the other"
+        f"({difference}); construct it with strategy='{saved}', or convert the state, once the model has its weights: "
+        "opt.load_state_dict(state, convert=True)"
     )
