@@ -167,7 +167,9 @@ class PrecisionOptimizer(Guarded):
             monitor.meet_anew()
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any], convert: bool = False) -> Conversion | None:
+    def load_state_dict(  # type: ignore[override]  # torch's has nothing to return
+        self, state_dict: dict[str, Any], convert: bool = False
+    ) -> Conversion | None:
         """Restore every plane byte for byte. Also takes the state of the torch.optim optimizer with the same rule.
 
         Parameters are matched by name where both sides have names, else by position. The model may be loaded before or
@@ -224,7 +226,7 @@ class PrecisionOptimizer(Guarded):
         self._forget()
         for monitor in self.monitors:
             monitor.meet_anew()
-        return converting and converting.report
+        return converting.report if converting else None
 
     def state_dict(self) -> dict[str, Any]:
         """torch's; remainders of 16 bits are bytes [..., 2] in it, in the same memory, which collectives can gather."""
