@@ -68,6 +68,7 @@ HARNESS = {
     "train": {"console", "options", "tasks", "text"},
     "compare": {"console", "machine", "options", "report", "tasks", "text", "train"},
     "preflight": {"console", "tasks", "text"},
+    "convert": {"console", "tasks", "text", "train"},
     "ledger": set(),
     "bench": {"console", "ledger", "machine", "options", "report", "tasks", "text"},
     "plan": {"bench", "console", "ledger", "options", "tasks", "text", "train"},

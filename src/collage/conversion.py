@@ -16,8 +16,8 @@ from torch import Tensor
 
 from collage.accumulators import Expanded
 from collage.backends import choose
-from collage.formats import Compensated, Expansion, Format, Single, format_of
-from collage.layout import Planes, aligned
+from collage.formats import Compensated, Expansion, Format, Single, fitted, format_of
+from collage.layout import Planes, aligned, pieces
 
 F32 = torch.float32
 PIECE = 1 << 19  # elements: no temporary is as large as a parameter
@@ -102,6 +102,37 @@ def carry(source: str, planes: Planes, target: str, out: Planes) -> Rounded:
             _through_float32(source, old, target, new)
         total += measured(before, b, new)
     return total
+
+
+def joined(visible: Tensor, source: str, lows: Planes) -> tuple[str, Planes, int]:
+    """(format, planes, how many did not fit) of weights: what shows, and the components that were saved beside it.
+
+    What shows is the first component, wherever it is one of that format's; elsewhere it is the full number already (a
+    model loaded in float32). Components that do not fit are those of other weights, and are left out.
+    """
+    fmt = format_of(source)
+    whole, misfits = [visible.to(fmt.dtypes[0]), *(plane.clone() for plane in lows)], 0
+    for piece in pieces(whole):
+        fresh, broken = fitted(fmt, piece)
+        misfits += int(broken.sum())
+        _write(piece[1:], fresh[1:])
+    full = visible.float() != whole[0].float()
+    if not bool(full.any()):
+        return source, whole, misfits
+    return "fp32", [torch.where(full, visible.float(), fmt.value(whole))], misfits
+
+
+def rounded_pair(hi: Tensor, lo: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 cut in two 16-bit halves as "bf16+int16" has it: what shows is rounded half up, as in Apex.
+
+    The halves of any float32 but a NaN; of a NaN what shows may be another.
+    """
+    return (hi.view(torch.int16) + (lo < 0)).view(torch.bfloat16), lo
+
+
+def cut_pair(hi: Tensor, lo: Tensor) -> tuple[Tensor, Tensor]:
+    """The halves of the float32 that planes of "bf16+int16" hold; what shows is cut off, not rounded."""
+    return (hi.view(torch.int16) - (lo < 0).to(torch.int16)).view(torch.bfloat16), lo
 
 
 def exact(fmt: Format, planes: Planes) -> Tensor:

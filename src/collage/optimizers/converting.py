@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from collage.backends.batch import cut
-from collage.conversion import Conversion, Rounded, carry
-from collage.formats import fitted, format_of
-from collage.layout import Planes, pieces
+from collage.conversion import Conversion, Rounded, carry, joined
+from collage.formats import format_of
+from collage.layout import Planes
 from collage.optimizers import planes
 from collage.optimizers.parameters import Parameter, State, name_of
 from collage.rules import Rule
@@ -82,16 +82,10 @@ class Converting:
                 f"param '{parameter.name}': it is bfloat16, and the state has low components of {name_of(dtype)} "
                 "weights, whose visible ones do not fit into it; `collage convert` takes both, model and state"
             )
-        whole = [x.to(dtype), *lows]
-        own, misfits = _fitted(source, whole)
+        found, own, misfits = joined(x, source, lows)
         self._misfits += misfits
         self._numbers += x.numel()
-        full = x.float() != whole[0].float()  # loaded in full precision already
-        if bool(full.any()):
-            value = torch.where(full, x.float(), format_of(source).value(own))
-            self._count("param", source, target, carry("fp32", [value], target, out), parameter)
-        else:
-            self._count("param", source, target, carry(source, own, target, out), parameter)
+        self._count("param", source, target, carry(found, own, target, out), parameter)
 
     def _count(self, slot: str, source: str, target: str, lost: Rounded, parameter: Parameter) -> None:
         if lost.beyond:
@@ -120,14 +114,3 @@ class Converting:
 def _keys(prefix: str, fmt: str) -> list[str]:
     """Of a saved state's planes in a format; the parameter itself is in none."""
     return [prefix + suffix for suffix in format_of(fmt).suffixes if prefix + suffix != "param"]
-
-
-def _fitted(source: str, theta: Planes) -> tuple[Planes, int]:
-    """Theta's planes as an edit leaves them, and how many elements did not fit."""
-    misfits = 0
-    whole = [theta[0], *(plane.clone() for plane in theta[1:])]
-    for piece in pieces(whole):
-        fresh, broken = fitted(format_of(source), piece)
-        misfits += int(broken.sum())
-        planes.write(piece[1:], fresh[1:])
-    return whole, misfits
