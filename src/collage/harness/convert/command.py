@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, metavar="TARGET",
         help=f"a strategy, as `collage info` lists them; or {targets.described()}")  # fmt: skip
     add("--optimizer", type=Path, metavar="FILE", help="the optimizer's state, if it is not in IN")
-    add("--cut", action="store_true",
-        help="the 16-bit remainders in IN are of weights that were cut off, not rounded (Apex, TransformerEngine round)")  # fmt: skip
+    add("--cut", action="store_true", help="bfloat16 weights in IN with 16-bit remainders were cut off, not rounded")
     add("--overwrite", action="store_true", help="replace OUT, once all is written")
     add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
 
@@ -70,5 +69,5 @@ def _write(plan: Conversions, source: Source, target: Target, folder: Path, out:
 
 def _require_apart(source: Path, out: Path) -> None:
     a, b = source.resolve(), out.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise ValueError(f"{out}: IN and OUT lie in one another; choose another OUT")
+    if a == b or b in a.parents:
+        raise ValueError(f"{out}: is IN, or IN lies in it; choose another OUT")
