@@ -16,6 +16,7 @@ from collage.layout import Planes
 from collage.optimizers import planes
 from collage.optimizers.parameters import Parameter, State, name_of
 from collage.rules import Rule
+from collage.saying import several
 from collage.sharding import local, placed
 from collage.strategies import Strategy
 
@@ -42,6 +43,7 @@ class Converting:
     def __init__(self) -> None:
         self.visible: dict[Tensor, Tensor] = {}  # parameter -> its local part
         self.report = Conversion()
+        self._cut: list[str] = []  # whose low bits were lost before
         self._misfits = self._numbers = 0
 
     def state(
@@ -70,7 +72,10 @@ class Converting:
                 self._theta(source, found, target, parameter, out)
                 self.visible[param] = visible
             elif slot.prefix == "param":
-                fresh |= planes.theta_among(strategy, live)
+                here = planes.theta_among(strategy, live)
+                if format_of(source).dtypes[0] != visible.dtype and planes.of_theta(strategy).keys() != here.keys():
+                    self._cut.append(parameter.name)
+                fresh |= here
             elif found:
                 self._count(slot.prefix, source, target, carry(source, found, target, out), parameter)
         return {**fresh, "step": theirs["step"]}
@@ -101,6 +106,12 @@ class Converting:
             if not torch.equal(local(param.detach()), value):
                 local(param.detach()).copy_(value)
         log.info("state_dict: converted: %s", self.report)
+        if self._cut:
+            log.info(
+                "%s: saved in float32, so that the model's load has cut their low bits off; with "
+                "collage.load_high_precision_state_dict(model, optimizer, weights) before this they stay",
+                several(self._cut),
+            )
 
     def require_fit(self) -> None:
         """Raise ValueError where the weights here are others than those the state was saved with."""
