@@ -247,3 +247,23 @@ def test_weights_components_alone_are_a_state_where_no_step_was_made():
     stepped = {k: {**own, "step": torch.tensor(3)} for k, own in lows.items()}
     with pytest.raises(ValueError, match="keeps step, param_lo"):
         theirs.load_state_dict({"state": stepped, "param_groups": [group]})
+
+
+@pytest.mark.parametrize("base", ["NAdam", "RMSprop", "Adagrad"])
+@pytest.mark.parametrize(("saved", "strategy"), [("collage-plus", "fp32-master"), ("fp32-master", "collage-8bit")])
+def test_a_wrapped_optimizers_states_too(base, saved, strategy):
+    """By their names' formats; counters and what has no format as they are."""
+    model, other = model_of(saved), model_of(strategy)
+    opt = collage.wrap(getattr(torch.optim, base), model.named_parameters(), lr=1e-3, strategy=saved)
+    run(model, opt, 3)
+    other.load_state_dict(model.state_dict())
+    theirs = collage.wrap(getattr(torch.optim, base), other.named_parameters(), lr=1e-3, strategy=strategy)
+    with refused(theirs, ValueError, "opt.load_state_dict"):
+        theirs.load_state_dict(copy.deepcopy(opt.state_dict()))
+    report = theirs.load_state_dict(copy.deepcopy(opt.state_dict()), convert=True)
+    moments = {name for name, *_ in report.slots} - {"param"}
+    assert moments == {"NAdam": {"exp_avg", "exp_avg_sq"}, "RMSprop": {"square_avg"}, "Adagrad": {"sum"}}[base]
+    assert all(lost.largest <= 0.5 for lost in report.slots.values())
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same_bits("step", theirs.base.state[q]["step"], opt.base.state[p]["step"])
+    run(other, theirs, 1)

@@ -62,6 +62,13 @@ class Conversion:
         key = slot, source, target
         self.slots[key] = self.slots.get(key, Rounded()) + lost
 
+    def __add__(self, other: Conversion) -> Conversion:
+        total = Conversion()
+        for report in (self, other):
+            for key, lost in report.slots.items():
+                total.add(*key, lost)
+        return total
+
     def __str__(self) -> str:
         return "; ".join(f"{slot} {a} -> {b}: {_said(lost)}" for (slot, a, b), lost in self.slots.items()) or "nothing"
 

@@ -37,6 +37,15 @@ def kept_under(rule: Rule, strategies: Iterable[Strategy], state: Mapping[str, A
     return None
 
 
+def require_held(lost: Rounded, name: str, slot: str, target: str) -> None:
+    """Raise ValueError, naming the parameter, for finite numbers that would become infinite."""
+    if lost.beyond:
+        raise ValueError(
+            f"param '{name}': {lost.beyond:,} numbers of {slot} are beyond what '{target}' holds; take a strategy of "
+            "bfloat16 formats"
+        )
+
+
 class Converting:
     """A load that converts: the weights as they will show, not written yet, and what was rounded."""
 
@@ -93,11 +102,7 @@ class Converting:
         self._count("param", source, target, carry(found, own, target, out), parameter)
 
     def _count(self, slot: str, source: str, target: str, lost: Rounded, parameter: Parameter) -> None:
-        if lost.beyond:
-            raise ValueError(
-                f"param '{parameter.name}': {lost.beyond} numbers of {slot} are beyond what '{target}' holds; take a "
-                "strategy of bfloat16 formats"
-            )
+        require_held(lost, parameter.name, slot, target)
         self.report.add(slot, source, target, lost)
 
     def finish(self) -> None:

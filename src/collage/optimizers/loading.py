@@ -88,33 +88,53 @@ def adopt(
     sizes = ([len(group["params"]) for group in side] for side in (saved["param_groups"], groups))
     if next(sizes) != next(sizes):
         return saved  # torch's own error says it best
+    adopted, rules = _adopt_groups(groups, saved, rule_of, converts=converting is not None)
     states = dict(saved["state"])
-    adopted, rules = [], []
-    for index, (theirs, ours) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        adopted.append(_adopt_group(index, theirs, ours, converts=converting is not None))
-        rules.append(rule_of(adopted[-1]))
-        if "strategy" not in theirs:
-            _require_same_rule(rules[-1], index, theirs, [states[i] for i in theirs["params"] if states.get(i)])
     for parameter, saved_id, saved_name in paired(parameters, saved):
-        theirs = states.get(saved_id)
-        if not theirs:
-            continue
-        rule, strategy, name = rules[parameter.group_index], strategy_of(parameter), parameter.name
-        if saved_name != name:
-            name += f" (saved as {saved_name})"
-        if isinstance(theirs.get("step"), int | float):  # so in old releases of torch, and by hand
-            theirs = {**theirs, "step": torch.tensor(theirs["step"], dtype=torch.float64, device="cpu")}
-        own, group = (live or {}).get(parameter.tensor, {}), saved["param_groups"][parameter.group_index]
-        if "strategy" not in group:
-            theirs = planes.from_torch(rule, strategy, parameter.tensor, theirs, own, name)
-        elif converting:
-            theirs = _converted(converting, rule, group, strategy, parameter, theirs, own)
-        theirs = planes.begun(rule, strategy, parameter.tensor, theirs)
-        planes.check(rule, strategy, parameter.tensor, planes.in_words(rule, strategy, theirs), name)
-        states[saved_id] = {**theirs, "step": planes.count(theirs["step"], name)}
+        theirs, name = states.get(saved_id), parameter.name
+        if theirs:
+            named = parameter._replace(name=name if saved_name == name else f"{name} (saved as {saved_name})")
+            group, own = saved["param_groups"][parameter.group_index], (live or {}).get(parameter.tensor, {})
+            under = rules[parameter.group_index], strategy_of(parameter)
+            states[saved_id] = _adopt_state(*under, named, theirs, group, own, converting)
     if converting:
         converting.require_fit()
     return {**saved, "state": states, "param_groups": adopted}
+
+
+def _adopt_groups(
+    groups: Sequence[Group], saved: Mapping[str, Any], rule_of: Callable[[Group], Rule], converts: bool
+) -> tuple[list[Group], list[Rule]]:
+    """The saved groups as ours, and the rules that their settings ask for. Raises ValueError as `adopt` does."""
+    adopted, rules = [], []
+    for index, (theirs, ours) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        adopted.append(_adopt_group(index, theirs, ours, converts))
+        rules.append(rule_of(adopted[-1]))
+        if "strategy" not in theirs:
+            states = [saved["state"][i] for i in theirs["params"] if saved["state"].get(i)]
+            _require_same_rule(rules[-1], index, theirs, states)
+    return adopted, rules
+
+
+def _adopt_state(
+    rule: Rule,
+    strategy: Strategy,
+    parameter: Parameter,
+    theirs: State,
+    group: Group,  # it was saved in
+    own: State,  # that it has now
+    converting: Converting | None,
+) -> State:
+    """The saved state of one parameter as it is kept here. Raises ValueError, naming it, where it cannot be."""
+    if isinstance(theirs.get("step"), int | float):  # so in old releases of torch, and by hand
+        theirs = {**theirs, "step": torch.tensor(theirs["step"], dtype=torch.float64, device="cpu")}
+    if "strategy" not in group:
+        theirs = planes.from_torch(rule, strategy, parameter.tensor, theirs, own, parameter.name)
+    elif converting:
+        theirs = _converted(converting, rule, group, strategy, parameter, theirs, own)
+    theirs = planes.begun(rule, strategy, parameter.tensor, theirs)
+    planes.check(rule, strategy, parameter.tensor, planes.in_words(rule, strategy, theirs), parameter.name)
+    return {**theirs, "step": planes.count(theirs["step"], parameter.name)}
 
 
 def _converted(
