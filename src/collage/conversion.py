@@ -99,15 +99,12 @@ def carry(source: str, planes: Planes, target: str, out: Planes) -> Rounded:
         if _same_words(a, b):
             _write(new, old)
             total += Rounded(old[0].numel())
-            continue
-        before = exact(a, old)  # read first: `out` may be the planes themselves
-        if _is_by_components(a, b):
+        elif _is_by_components(a, b):
+            before = exact(a, old)
             _write(new, _by_components(a, b, old))
-        elif isinstance(b, Single) and old[0].dtype == new[0].dtype and not isinstance(a, Compensated):
-            new[0].copy_(old[0])  # what is seen stays what is seen, ties too
+            total += measured(before, b, new)
         else:
-            _through_float32(source, old, target, new)
-        total += measured(before, b, new)
+            total += _through_float32(source, old, target, new)
     return total
 
 
@@ -180,11 +177,24 @@ def _by_components(a: Format, b: Format, planes: Planes) -> Planes:
     return [torch.where(broken, x, y) for x, y in zip(again, new, strict=True)]
 
 
-def _through_float32(source: str, planes: Planes, target: str, out: Planes) -> None:
-    backend = choose("auto", planes[0].device)
-    x = torch.empty(planes[0].shape, dtype=F32, device=planes[0].device)
+def _through_float32(source: str, planes: Planes, target: str, out: Planes) -> Rounded:
+    """By the kernels; where what shows keeps its dtype and is all there is, it stays what it is, ties too."""
+    a, b = format_of(source), format_of(target)
+    backend, before = (
+        choose("auto", planes[0].device),
+        exact(a, planes) if isinstance(a, (Expansion, Compensated)) else None,
+    )
+    x, y = (torch.empty(planes[0].shape, dtype=F32, device=planes[0].device) for _ in range(2))
     backend.decode(source, [planes], [x])
-    backend.encode(target, [x], [out])
+    if isinstance(b, Single) and planes[0].dtype == out[0].dtype and not isinstance(a, Compensated):
+        out[0].copy_(planes[0])
+    else:
+        backend.encode(target, [x], [out])
+    if before is None:
+        backend.decode(target, [out], [y])
+        if torch.equal(x, y):  # the same numbers, and no NaN among them
+            return Rounded(x.numel())
+    return measured(x.double() if before is None else before, b, out)
 
 
 def _write(out: Planes, values: Planes) -> None:
