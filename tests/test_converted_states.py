@@ -263,8 +263,8 @@ def test_a_wrapped_optimizers_states_too(base, saved, strategy):
     report = theirs.load_state_dict(copy.deepcopy(opt.state_dict()), convert=True)
     moments = {name for name, *_ in report.slots} - {"param"}
     assert moments == {"NAdam": {"exp_avg", "exp_avg_sq"}, "RMSprop": {"square_avg"}, "Adagrad": {"sum"}}[base]
-    for (_, _, target), lost in report.slots.items():  # the smallest code of uint8 is that of all smaller numbers
-        assert lost.largest <= (1.0 if target.startswith("uint8") else 0.5)
+    for (_, _, target), lost in report.slots.items():  # codes are rounded with 16 bits of fraction, and not to 0
+        assert lost.largest <= (1.0 if target.startswith("uint8") else 0.5 + 2.0**-16)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert_same_bits("step", theirs.base.state[q]["step"], opt.base.state[p]["step"])
     run(other, theirs, 1)

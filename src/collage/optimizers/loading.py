@@ -112,7 +112,9 @@ def _adopt_groups(
         rules.append(rule_of(adopted[-1]))
         if "strategy" not in theirs:
             states = [saved["state"][i] for i in theirs["params"] if saved["state"].get(i)]
-            _require_same_rule(rules[-1], index, theirs, states)
+            reason = other_rule(rules[-1], theirs, states)
+            if reason:
+                raise ValueError(f"param_groups[{index}]: the saved state is not one of {rules[-1].title}: {reason}")
     return adopted, rules
 
 
@@ -169,14 +171,12 @@ def require_state_dict(saved: Mapping[str, Any]) -> None:
         )
 
 
-def _require_same_rule(rule: Rule, index: int, group: Group, states: Sequence[State]) -> None:
-    """Raise ValueError, with the reason, for a group of any torch optimizer whose rule is not this one."""
+def other_rule(rule: Rule, group: Group, states: Sequence[State]) -> str:
+    """Why a group of one of torch's optimizers, and its states, are not this rule's; "" if they are."""
     needed = [*(["step"] if rule.torch_counts else []), *rule.prefixes[1:]]
     found = sorted({key for theirs in states for key in theirs})
     lacking = any(key not in theirs for theirs in states for key in needed)
-    reason = f"it needs {', '.join(needed)}, and has {', '.join(found)}" if lacking else rule.torch(group, set(found))
-    if reason:
-        raise ValueError(f"param_groups[{index}]: the saved state is not one of {rule.title}: {reason}")
+    return f"it needs {', '.join(needed)}, and has {', '.join(found)}" if lacking else rule.torch(group, set(found))
 
 
 def _adopt_group(index: int, theirs: Group, ours: Group, converts: bool) -> Group:

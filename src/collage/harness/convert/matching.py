@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from collage.harness.convert.models import Model
 from collage.harness.convert.states import COLLAGE, Parameter, Saved
 from collage.harness.tasks.weights import is_buffer
-from collage.optimizers.planes import kept
-from collage.rules import Rule
-from collage.strategies import Strategy
+from collage.layout import Plane
 
 
 def of_model(model: Model) -> Saved:
@@ -68,17 +64,14 @@ def _known(model: Model, name: str) -> str | None:
 
 
 def require_shapes(
-    name: str, shape: Iterable[int], rule: Rule, strategy: Strategy, state: Mapping[str, Any], what: str
+    name: str, shape: Sequence[int], wanted: Mapping[str, Plane], state: Mapping[str, Any], what: str
 ) -> None:
     """Raise ValueError for a state of another shape than its weight."""
-    own = kept(rule, strategy)
-    for key, plane in zip(own.keys, own.planes[1:], strict=True):
-        if key not in state:
-            continue
-        found, wanted = state[key], plane.shape(tuple(shape))
-        if isinstance(found, Tensor) and tuple(found.shape) not in (wanted, (*wanted, 2)):
+    for key, plane in wanted.items():
+        asked = plane.shape(shape)
+        if key in state and tuple(state[key].shape) not in (asked, (*asked, 2)):  # remainders may be there as bytes
             raise ValueError(
-                f"{what}: {key} of '{name}' has shape {tuple(found.shape)}, and the weight asks for {wanted}; of "
+                f"{what}: {key} of '{name}' has shape {tuple(state[key].shape)}, and the weight asks for {asked}; of "
                 "another model, or in another order?"
             )
 

@@ -1,33 +1,32 @@
-"""An optimizer's saved state, ours or another's, in our keys; and the same written as another's.
+"""An optimizer's saved state, ours or another's, in our keys: what it keeps of each parameter, and in which formats.
 
-A state of torch.optim is one of ours whose weights and moments have one component each. TransformerEngine and Apex keep
-float32 masters, or the 16 bits that a bfloat16 weight lacks of one.
+A state of torch.optim is one of ours whose weights and moments have one component each. TransformerEngine and Apex
+keep float32 masters, or the 16 bits that a bfloat16 weight lacks of one. Whatever else an optimizer keeps has a format
+by its name, as where it is wrapped, or stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from collage.optimizers.converting import kept_under
+from collage.formats import format_of
+from collage.layout import Plane
+from collage.optimizers.loading import other_rule, require_state_dict
 from collage.optimizers.parameters import name_of
-from collage.rules import RULES, Rule
-from collage.strategies import ROLES, STRATEGIES, Strategy
+from collage.optimizers.wrapping.loading import STEP
+from collage.optimizers.wrapping.slots import ROLES, Formats
+from collage.rules import RULES
+from collage.strategies import STRATEGIES, Strategy
 
-# Prefix of the state keys of whatever an optimizer of ours keeps per element -> its slot.
-SLOTS = {
-    slot.prefix: slot
-    for rule in RULES.values()
-    for slot in rule.slots
-    if rule.slots[0].prefix == "param" and slot.role in ROLES
-}
-_SINGLE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_MASTERS = {"master_param": "param_master", "param": "param_master"}  # TransformerEngine's and Apex's keys -> ours
 COLLAGE, TORCH, TE, APEX = "collage", "torch", "te", "apex"
+_SINGLE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_MASTERS = ("master_param", "param")  # what TransformerEngine and Apex call ours
+_SUFFIXES = ("_lo", "_lo2", "_scale", "_master", "_kahan")
 
 
 @dataclass
@@ -47,10 +46,19 @@ class Saved:
     dialect: str
     groups: list[dict[str, Any]]
     parameters: list[Parameter] = field(default_factory=list)
+    wrapped: bool = False  # of an optimizer that is none of ours
 
     @property
     def is_named(self) -> bool:
         return all(parameter.name is not None for parameter in self.parameters)
+
+
+class Number(NamedTuple):
+    """What is kept of each element: the prefix of its keys, its format, and the key of each plane."""
+
+    prefix: str
+    format: str
+    keys: tuple[str, ...]
 
 
 def read(content: Any, what: str) -> Saved:
@@ -58,84 +66,121 @@ def read(content: Any, what: str) -> Saved:
 
     Raises ValueError, beginning with `what`, for anything else.
     """
-    groups, states = (content.get(key) if isinstance(content, dict) else None for key in ("param_groups", "state"))
-    if not isinstance(states, Mapping) or not isinstance(groups, list) or not all("params" in g for g in groups):
-        raise ValueError(f"{what}: not an optimizer's state, which has 'state' and 'param_groups' with 'params'")
+    try:
+        require_state_dict({**content, "state": _by_parameter(content["state"])})
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{what}: not an optimizer's state, which has 'state' and 'param_groups'") from None
+    states, groups = _by_parameter(content["state"]), content["param_groups"]
     found = Saved(_dialect(groups, states), [dict(group) for group in groups])
     for index, group in enumerate(found.groups):
         names = group.get("param_names") or [None] * len(group["params"])
+        step = group.get("step", content["state"].get("step"))
         for key, name in zip(group["params"], names, strict=True):
-            step = group.get("step", states.get("step"))
-            found.parameters.append(Parameter(key, name, index, _ours(states.get(key) or {}, step, what)))
+            own = _ours(states.get(key) or {}, step) if found.dialect in (TE, APEX) else states.get(key) or {}
+            found.parameters.append(Parameter(key, name, index, dict(own)))
+    _require_bias_correction(found, what)
+    found.wrapped = _is_wrapped(found)
     return found
+
+
+def _by_parameter(states: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Without the counter that Apex has among them."""
+    return {key: value for key, value in states.items() if key != "step"}
 
 
 def _dialect(groups: Sequence[Mapping[str, Any]], states: Mapping[Any, Any]) -> str:
     if all("strategy" in group for group in groups):
         return COLLAGE
-    keys = {key for state in states.values() if isinstance(state, Mapping) for key in state}
+    keys = {key for state in states.values() for key in state}
     return TE if "master_param" in keys else APEX if "param" in keys else TORCH
 
 
-def _ours(state: Mapping[str, Any], step: Any, what: str) -> dict[str, Any]:
-    """One parameter's state, in our keys."""
-    result: dict[str, Any] = {}
+def _ours(state: Mapping[str, Any], step: Any) -> dict[str, Any]:
+    """A state of Apex or TransformerEngine, whose counter is elsewhere, in our keys."""
+    result: dict[str, Any] = {"step": torch.as_tensor(1 if step is None else step)} if state else {}
     for key, value in state.items():
         is_remainder = key in _MASTERS and value.dtype == torch.int16
-        result["param_lo" if is_remainder else _MASTERS.get(key, key)] = value
-    if state:
-        result.setdefault("step", torch.as_tensor(1 if step is None else step))
-    unknown = [
-        key for key, value in result.items() if isinstance(value, Tensor) and value.numel() > 1 and not _prefix(key)
-    ]
-    if unknown:
-        known = ", ".join(prefix for prefix in SLOTS if prefix != "param")
-        raise ValueError(f"{what}: keeps {', '.join(unknown)}, of which no format is known; known: {known}")
-    return {key: value for key, value in result.items() if value is not None}
+        result["param_lo" if is_remainder else "param_master" if key in _MASTERS else key] = value
+    return result
 
 
-def _prefix(key: str) -> str:
-    """The slot that a key is of: the longest prefix."""
-    return max((prefix for prefix in SLOTS if key == prefix or key.startswith(f"{prefix}_")), key=len, default="")
+def _require_bias_correction(saved: Saved, what: str) -> None:
+    if not all(group.get("bias_correction", True) for group in saved.groups):
+        raise ValueError(f"{what}: was made with bias_correction=False, which no optimizer here has")
 
 
-def rule_of(prefixes: Iterable[str]) -> Rule:
-    """As much of a rule as the planes of these slots ask for, the weight's among them."""
-    found = {"param", *prefixes}
-    slots = tuple(slot for prefix, slot in SLOTS.items() if prefix in found)
-    return replace(RULES["adamw"], name=f"slots {','.join(slot.prefix for slot in slots)}", slots=slots)
+def _is_wrapped(saved: Saved) -> bool:
+    """Whether a state is none of our rules': saved by `collage.wrap`, or by an optimizer of torch that we have not."""
+    states = [parameter.state for parameter in saved.parameters if parameter.state]
+    if saved.dialect == COLLAGE:
+        return any(STEP in state for state in states)
+    return saved.dialect == TORCH and not all(_is_of_a_rule(saved, k) for k in range(len(saved.groups)))
 
 
-def slots_in(state: Mapping[str, Any]) -> list[str]:
-    """The prefixes of what a state keeps."""
-    return list(dict.fromkeys(filter(None, map(_prefix, state))))
+def _is_of_a_rule(saved: Saved, index: int) -> bool:
+    states = [parameter.state for parameter in saved.parameters if parameter.group == index and parameter.state]
+    ours = [rule for rule in RULES.values() if rule.prefixes[0] == "param" and rule.title]
+    return any(not other_rule(rule, saved.groups[index], states) for rule in ours)
+
+
+def prefix_of(key: str) -> str:
+    """The number that a key is of; "" for what has no format."""
+    known = (name for name in ("param", *ROLES) if key == name or key.removeprefix(name) in _SUFFIXES)
+    return max(known, key=len, default="")
+
+
+def kept_in(state: Mapping[str, Any], shape: Sequence[int]) -> list[str]:
+    """The prefixes of the numbers that a state keeps for each element, the weight first."""
+    found = [prefix_of(key) for key, x in state.items() if isinstance(x, Tensor) and (x.dim() or not shape)]
+    return list(dict.fromkeys(["param", *filter(None, found)]))
+
+
+def numbers(prefixes: Iterable[str], strategy: Strategy) -> Iterator[Number]:
+    """The formats that a strategy gives to numbers."""
+    formats = Formats(strategy, {})
+    for prefix in prefixes:
+        name = strategy.param if prefix == "param" else str(formats.of(prefix))
+        yield Number(prefix, name, tuple(prefix + suffix for suffix in format_of(name).suffixes))
+
+
+def planes(prefixes: Iterable[str], strategy: Strategy) -> dict[str, Plane]:
+    """Key -> plane, of all but the weight itself."""
+    found = [pair for n in numbers(prefixes, strategy) for pair in zip(n.keys, format_of(n.format).planes, strict=True)]
+    return dict(found[1:])
 
 
 def strategy_of(saved: Saved, parameter: Parameter, dtype: torch.dtype, shape: torch.Size, what: str) -> Strategy:
     """What a parameter's state is kept under, its weight being of this dtype and shape. Raises ValueError."""
-    if saved.dialect == COLLAGE and parameter.state:
-        under = Strategy.parse(saved.groups[parameter.group]["strategy"])
-        found = kept_under(rule_of(slots_in(parameter.state)), (under.of(shape), STRATEGIES["fp32"]), parameter.state)
-        if found is None:
-            raise ValueError(
-                f"{what}: the state of '{parameter.name or parameter.id}' has {', '.join(sorted(parameter.state))}, "
-                f"which is not what strategy '{under}' keeps"
-            )
-        return found
-    return plain(parameter.state, dtype, what)
+    prefixes = kept_in(parameter.state, shape)
+    if saved.dialect != COLLAGE or len(parameter.state) < 2:
+        return _plain(parameter.state, prefixes, dtype, what)
+    under = Strategy.parse(saved.groups[parameter.group]["strategy"])
+    for strategy in (under.of(shape), STRATEGIES["fp32"]):
+        wanted = planes(prefixes, strategy)
+        found = {key: x.dtype for key, x in parameter.state.items() if prefix_of(key) in prefixes and prefix_of(key)}
+        if found.keys() == wanted.keys() and all(
+            dtype in (wanted[key].dtype, torch.int8 if wanted[key].dtype == torch.int16 else None)
+            for key, dtype in found.items()
+        ):
+            return strategy
+    raise ValueError(
+        f"{what}: the state of '{parameter.name or parameter.id}' has {', '.join(sorted(parameter.state))}, which is "
+        f"not what strategy '{under}' keeps"
+    )
 
 
-def plain(state: Mapping[str, Any], dtype: torch.dtype, what: str) -> Strategy:
+def _plain(state: Mapping[str, Any], prefixes: Sequence[str], dtype: torch.dtype, what: str) -> Strategy:
     """The strategy of a weight with moments of one component, and perhaps a float32 master or what it lacks of one."""
+    rest = "int16" if "param_lo" in state else "fp32" if "param_master" in state and dtype != torch.float32 else ""
+    roles = {"momentum": "fp32", "variance": "fp32"}
+    for prefix in prefixes[1:]:
+        if ROLES[prefix] in roles:
+            roles[ROLES[prefix]] = _single(state[prefix].dtype, f"{what}: {prefix}")
+    visible = _single(dtype, f"{what}: the weight")
+    return Strategy(f"{visible}+{rest}" if rest else visible, **roles)
+
+
+def _single(dtype: torch.dtype, what: str) -> str:
     if dtype not in _SINGLE:
-        raise ValueError(f"{what}: weights of {name_of(dtype)}; float32, bfloat16 and float16 ones can be converted")
-    visible = _SINGLE[dtype]
-    rest = "int16" if "param_lo" in state else "fp32" if "param_master" in state else ""
-    param = f"{visible}+{rest}" if rest and visible != "fp32" else visible
-    moments = dict.fromkeys(ROLES[1:], "fp32")
-    for prefix, slot in SLOTS.items():
-        if prefix in state and slot.role in moments:
-            if state[prefix].dtype not in _SINGLE:
-                raise ValueError(f"{what}: {prefix} is {name_of(state[prefix].dtype)}; float ones can be converted")
-            moments[slot.role] = _SINGLE[state[prefix].dtype]
-    return Strategy(param, **moments)
+        raise ValueError(f"{what} is {name_of(dtype)}; what is float32, bfloat16 or float16 can be converted")
+    return _SINGLE[dtype]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from collage.harness.convert.states import APEX, COLLAGE, TE, TORCH
+from collage.harness.convert.states import APEX, COLLAGE, TE, TORCH, prefix_of
+from collage.optimizers.wrapping.loading import STEP
 from collage.strategies import STRATEGIES, Strategy
 
 
@@ -57,11 +57,25 @@ def key_of(target: Target, key: str) -> str:
     return _KEYS.get(target.dialect, {}).get(key, key)
 
 
-def step_of(target: Target, step: Tensor) -> dict[str, Tensor]:
-    """A parameter's step counter, where the target keeps one for each."""
+def rest_of(target: Target, state: Mapping[str, Any], wrapped: bool) -> dict[str, Any]:
+    """What the target's optimizer keeps of a parameter besides numbers of each element: its counters."""
+    kept = {key: x for key, x in state.items() if not prefix_of(key)}
+    step = torch.as_tensor(kept.get("step", 0)).reshape(())
     if target.dialect in (TE, APEX):
         return {}
-    return {"step": step.to(torch.int64 if target.is_ours else torch.float32).reshape(())}
+    if wrapped and target.is_ours:
+        return {STEP: step.to(torch.int64), **kept}
+    if wrapped:
+        return {key: x for key, x in kept.items() if key != STEP}
+    return {**kept, "step": step.to(torch.int64 if target.is_ours else torch.float32)}
+
+
+class Kept(NamedTuple):
+    """What a state keeps: of each element, and the largest counter; whether its optimizer is one that is wrapped."""
+
+    slots: set[str]
+    step: int
+    wrapped: bool
 
 
 def content(
@@ -70,27 +84,29 @@ def content(
     names: Sequence[Sequence[str]],  # of each group's parameters
     strategies: Sequence[Strategy],  # that each group will have
     states: Mapping[Any, Any],
-    slots: set[str],  # prefixes of all that is kept
-    step: int,  # the largest of the parameters
+    kept: Kept,
 ) -> dict[str, Any]:
     """What torch.save is to write: the states under their ids, and groups with the settings that were saved."""
     made = [
-        {**_group(target, group, strategy, slots, step), "params": list(group["params"]), "param_names": list(own)}
+        {**_group(target, group, strategy, kept), "params": list(group["params"]), "param_names": list(own)}
         for group, own, strategy in zip(groups, names, strategies, strict=True)
     ]
-    return {"state": {**({"step": step} if target.dialect == APEX else {}), **states}, "param_groups": made}
+    return {"state": {**({"step": kept.step} if target.dialect == APEX else {}), **states}, "param_groups": made}
 
 
-def _group(target: Target, group: Mapping[str, Any], strategy: Strategy, slots: set[str], step: int) -> dict[str, Any]:
+def _group(target: Target, group: Mapping[str, Any], strategy: Strategy, kept: Kept) -> dict[str, Any]:
     own = {key: value for key, value in group.items() if key not in ("params", "param_names", "strategy")}
     if target.is_ours:  # what is left out keeps the value of the optimizer that loads it
-        return {**{key: value for key, value in own.items() if key not in _NOT_OURS}, "strategy": str(strategy)}
+        return {**{k: x for k, x in own.items() if kept.wrapped or k not in _NOT_OURS}, "strategy": str(strategy)}
+    if target.dialect == TORCH and kept.wrapped:
+        return {key: value for key, value in own.items() if key not in ("seed", "skip_nonfinite")}
     if target.dialect == TORCH:
-        return {key: own.get(key, value) for key, value in torch_defaults(own, slots).items()}
-    if slots != {"param", "exp_avg", "exp_avg_sq"}:
-        raise ValueError(f"--to {target.name}: is Adam's, and the state keeps {', '.join(sorted(slots - {'param'}))}")
+        return {key: own.get(key, value) for key, value in torch_defaults(own, kept.slots).items()}
+    if kept.slots != {"param", "exp_avg", "exp_avg_sq"} or kept.wrapped:
+        others = ", ".join(sorted(kept.slots - {"param"})) or "no moments (a model alone has no state to take)"
+        raise ValueError(f"--to {target.name}: is Adam's, and this state keeps {others}")
     made = {"bias_correction": True, **{key: own[key] for key in _FUSED if key in own}}
-    return {**made, "step": step} if target.dialect == TE else made
+    return {**made, "step": kept.step} if target.dialect == TE else made
 
 
 def torch_defaults(group: Mapping[str, Any], slots: set[str]) -> dict[str, Any]:
