@@ -93,9 +93,8 @@ class Conversions:
                 targets.key_of(self.target, key): self._empty(plane.shape(self.model.about[name].shape), plane)
                 for key, plane in states.planes(weight.prefixes, weight.strategy).items()
             }
-            if planes or (
-                weight.parameter.state and (self.target.is_ours or weight.prefixes[1:] or self._saved.wrapped)
-            ):
+            keeps = self.target.is_ours or self._saved.wrapped or weight.prefixes[1:]  # torch's would miss its moments
+            if planes or (weight.parameter.state and keeps):
                 rest = targets.rest_of(self.target, weight.parameter.state, self._saved.wrapped)
                 made[weight.parameter.id] = {**rest, **planes}
         if not made:
