@@ -30,7 +30,7 @@ FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 SHAPES = {"first": (3, 1536), "rows": (33, 160), "bias": (7,)}
 
 
-def made(strategy: str, seed: int = 0) -> tuple[nn.Module, collage.AdamW]:
+def made(strategy: str, seed: int = 0, sharded: bool = True) -> tuple[nn.Module, collage.AdamW]:
     """A model, sharded by FSDP2 if there are several ranks, and its optimizer."""
     from torch.distributed.fsdp import fully_shard
 
@@ -39,7 +39,7 @@ def made(strategy: str, seed: int = 0) -> tuple[nn.Module, collage.AdamW]:
     for name, shape in SHAPES.items():
         tensor = torch.randn(shape, generator=g).to(STRATEGIES[strategy].dtype)
         model.register_parameter(name, nn.Parameter(tensor))
-    if dist.get_world_size() > 1:
+    if sharded and dist.get_world_size() > 1:
         fully_shard(model)
     return model, collage.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, strategy=strategy)
 

@@ -97,8 +97,8 @@ def checked_states(
 
 def _converted(state: Values, parameter: Parameter, saved: Strategy, formats: Formats, report: Conversion) -> Values:
     """A state saved under a strategy, in the formats that it has here. Raises ValueError as `_in_planes` does."""
-    low = formats._replace(strategy=saved.of(parameter.tensor.shape))
-    full = formats._replace(strategy=STRATEGIES["fp32"])  # of a parameter that was float32 beside low ones
+    low = Formats(saved.of(parameter.tensor.shape), formats.given)
+    full = Formats(STRATEGIES["fp32"], formats.given)  # of a parameter that was float32 beside low ones
     found = full if _is_in(state, parameter, full) and not _is_in(state, parameter, low) else low
     result = _in_planes(state, parameter, found)
     for name, source in found.of_state(state, parameter.tensor).items():
