@@ -19,6 +19,7 @@ from helpers import assert_same_bits, assert_same_planes, planes_of
 from safetensors.torch import load_file, save_file
 from test_conversion import apart, halves, together
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 import collage
 from collage.harness.cli import main
@@ -183,6 +184,28 @@ def test_it_comes_from_torch(tmp_path, named):
         assert_same_bits(name, x, model.state_dict()[name])
     for p, q in zip(model.parameters(), ours.parameters(), strict=True):
         assert_same_bits("moment", theirs.state[q]["exp_avg_sq"], opt.state[p]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_it_comes_from_a_checkpoint_of_trainer(tmp_path, groups):
+    """Its states have no names: the class in config.json says in which order they are, and Trainer which decay."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    named = dict(model.named_parameters())
+    decayed = set(Trainer.get_decay_parameter_names(None, model)) if groups == 2 else set(named)
+    parts = [[p for n, p in named.items() if n in decayed], [p for n, p in named.items() if n not in decayed]]
+    opt = torch.optim.AdamW([{"params": part} for part in parts if part], lr=1e-3)
+    run(model, opt, 2)
+    model.save_pretrained(tmp_path / "in")
+    torch.save(opt.state_dict(), tmp_path / "in" / "optimizer.pt")
+    out = convert(tmp_path / "in", tmp_path / "out", "collage-exact")
+    ours = LlamaForCausalLM.from_pretrained(out)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    state = torch.load(out / "optimizer.pt", weights_only=True)
+    for group in state["param_groups"]:
+        for k, name in zip(group["params"], group["param_names"], strict=True):
+            assert_same_bits(name, state["state"][k]["exp_avg"], opt.state[named[name]]["exp_avg"].bfloat16())
 
 
 def test_an_optimizer_that_is_wrapped_leaves_and_comes(tmp_path):

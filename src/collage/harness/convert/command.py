@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and print what was rounded. Returns the exit status."""
     target = targets.target_of(args.to)
     _require_apart(args.source, args.out)
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json '{args.json}': no folder {args.json.parent}; make it, or choose another")
     source = sources.find(args.source, args.optimizer)
     screen = Console()
     with opened(source.model) as model:

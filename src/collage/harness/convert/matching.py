@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from collage.harness.convert import architectures
 from collage.harness.convert.models import Model
 from collage.harness.convert.states import COLLAGE, Parameter, Saved
 from collage.harness.tasks.weights import is_buffer
@@ -36,25 +37,27 @@ def names(model: Model, saved: Saved, what: str) -> list[str]:
                 f"{_listed(rest)}"
             )
         return [name for name in found if name is not None]
-    own = [str(parameter.name) for parameter in of_model(model).parameters]
-    _require_order(model, saved, own, what)
-    return own
+    return _by_position(model, saved, what)
 
 
-def _require_order(model: Model, saved: Saved, own: list[str], what: str) -> None:
-    """Raise ValueError where positions do not say which weight is which."""
+def _by_position(model: Model, saved: Saved, what: str) -> list[str]:
+    """By the order of the model's own parameters. Raises ValueError where no position says which weight is which."""
     fix = "make its optimizer with model.named_parameters(), whose states have names"
-    if len(saved.groups) > 1:
+    ordered = architectures.in_order(model.path, len(saved.groups))
+    own = [str(parameter.name) for parameter in of_model(model).parameters]
+    if ordered is None and len(saved.groups) > 1:
         raise ValueError(f"{what}: has no names, and {len(saved.groups)} groups, whose order says nothing; {fix}")
-    if not model.is_ordered:
+    if ordered is None and not model.is_ordered:
         raise ValueError(
             f"{what}: has no names, and {model.path} is sorted by name, so that no order says which weight is which; "
             f"give the model as torch.save(model.state_dict(), 'model.pt') writes it, or {fix}"
         )
-    if len(own) != len(saved.parameters):
+    found = own if ordered is None else [name for name in ordered if name in model.about]
+    if len(found) != len(saved.parameters):
         raise ValueError(
-            f"{what}: has no names, and {len(saved.parameters)} parameters, {model.path} has {len(own)} weights; {fix}"
+            f"{what}: has no names, and {len(saved.parameters)} parameters; {model.path} has {len(found)}; {fix}"
         )
+    return found
 
 
 def _known(model: Model, name: str) -> str | None:

@@ -17,7 +17,7 @@ from collage.harness.text import Column, fixed, percent
 COLUMNS = (
     Column("numbers", "numbers", "", partial(fixed, digits=0)),
     Column("rounded", "rounded", "", percent),
-    Column("largest", "by at most", "ulp", partial(fixed, digits=2)),
+    Column("largest", "max", "ulp", partial(fixed, digits=2)),
     Column("rms", "rms", "ulp", partial(fixed, digits=3)),
 )
 
@@ -25,7 +25,7 @@ COLUMNS = (
 def rows(done: Done) -> dict[str, dict[str, Any]]:
     """A row for each slot and pair of formats."""
     return {
-        f"{slot}  {source} → {target}": {
+        f"{slot} {source} → {target}": {
             "slot": slot, "from": source, "to": target, "numbers": lost.numbers,
             "rounded": lost.changed / lost.numbers if lost.numbers else 0.0, "largest": lost.largest, "rms": lost.rms,
         }
@@ -36,7 +36,7 @@ def rows(done: Done) -> dict[str, dict[str, Any]]:
 def show(done: Done, source: Source, target: Target, out: Path, screen: Console) -> None:
     """The table, what was left as it is, and how to load what was written."""
     found = rows(done)
-    print_table(screen, f"Converted to {target.name}, after {done.step} steps", COLUMNS, found, "slot  from → to")
+    print_table(screen, f"Converted to {target.name}, after {done.step} steps", COLUMNS, found, "slot, from → to")
     if not any(row["rounded"] for row in found.values()):
         say(screen, "Nothing was rounded.")
     if done.left:
