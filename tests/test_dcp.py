@@ -30,7 +30,7 @@ FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 SHAPES = {"first": (3, 1536), "rows": (33, 160), "bias": (7,)}
 
 
-def made(strategy: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+def made(strategy: str, seed: int = 0, sharded: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model, sharded by FSDP2 if there are several ranks, and its optimizer: AdamW, or by "muon:" before its strategy
     Muon."""
     from torch.distributed.fsdp import fully_shard
@@ -41,7 +41,7 @@ def made(strategy: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer
     for name, shape in SHAPES.items():
         tensor = torch.randn(shape, generator=g).to(STRATEGIES[strategy].dtype)
         model.register_parameter(name, nn.Parameter(tensor))
-    if dist.get_world_size() > 1:
+    if sharded and dist.get_world_size() > 1:
         fully_shard(model)
     settings = {"lr": 1e-2, "weight_decay": 0.1, "strategy": strategy}
     if kind == "muon":

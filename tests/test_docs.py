@@ -84,6 +84,8 @@ def test_a_command_runs(command, capsys):
         with pytest.raises(SystemExit, match="0"):
             main(argv)
         return
+    if argv[:2] == ["convert", "runs/mine"]:
+        assert main(shlex.split(f"train --out runs/mine --save-every 2 {SHORT}")) == 0
     if argv[:1] == ["train"] and "--resume" in argv:
         assert main([a for a in argv if a != "--resume"]) == 0
     assert main(argv) == 0, capsys.readouterr().err

@@ -14,7 +14,18 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"rounding", "mcf", "rng", "accumulators", "layout", "formats", "strategies"}
 STEP = NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping", "monitor"}
-LIBRARY = STEP | {"saying", "optimizers", "casting", "owners", "checkpoint", "lending", "ema", "floors", "gradients"}
+LIBRARY = STEP | {
+    "conversion",
+    "saying",
+    "optimizers",
+    "casting",
+    "owners",
+    "checkpoint",
+    "lending",
+    "ema",
+    "floors",
+    "gradients",
+}
 ALLOWED = {
     "rounding": set(),
     "mcf": {"rounding"},
@@ -32,7 +43,8 @@ ALLOWED = {
     "monitor": NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping"},
     "saying": set(),
     "randomness": set(),
-    "optimizers": STEP | {"saying", "randomness"},
+    "conversion": NUMBERS | {"backends"},
+    "optimizers": STEP | {"conversion", "saying", "randomness"},
     "casting": {"sharding", "optimizers"},
     "lending": {"optimizers", "saying", "sharding"},
     "ema": STEP | {"optimizers", "lending", "owners", "checkpoint"},
@@ -57,6 +69,7 @@ HARNESS = {
     "train": {"console", "options", "tasks", "text"},
     "compare": {"console", "machine", "options", "report", "tasks", "text", "train"},
     "preflight": {"console", "tasks", "text"},
+    "convert": {"console", "tasks", "text", "train"},
     "ledger": set(),
     "bench": {"console", "ledger", "machine", "options", "report", "tasks", "text"},
     "plan": {"bench", "console", "ledger", "options", "tasks", "text", "train"},

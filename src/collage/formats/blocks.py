@@ -87,6 +87,10 @@ class Companded(InRegister):
             k = torch.where(x > 0, k.clamp(min=1), k).masked_fill(~x.isfinite() | (x < 0), self._nan)
         return k.to(self.dtype), scale
 
+    def spacing(self, planes: Planes) -> Tensor:
+        k = planes[0].int().abs().clamp(max=self._top - 1).to(torch.uint8 if not self.signed else torch.int8)
+        return self.value((k + 1, planes[1])).double() - self.value((k, planes[1])).double()
+
     def broken(self, planes: Planes) -> Tensor:
         return torch.zeros_like(planes[0], dtype=torch.bool)
 

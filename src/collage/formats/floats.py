@@ -9,7 +9,7 @@ from torch import Tensor
 
 from collage import mcf
 from collage.accumulators import Accumulator, Expanded, Kahan, PaperExpanded, Register, total
-from collage.formats.format import Format
+from collage.formats.format import Format, ulp
 from collage.layout import Plane, Planes
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -17,6 +17,14 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 def _register(plane: Tensor, arithmetic: torch.dtype) -> Tensor:
     return plane.float() if arithmetic == F32 else plane
+
+
+def _spacing(x: Tensor, dtype: torch.dtype, n: int = 1) -> Tensor:
+    """Of numbers of n components."""
+    if dtype == F32:
+        return ulp(x, 24, 2.0**-149)
+    f = mcf.FLOATS[dtype]
+    return ulp(x, n * f.precision, 2.0 ** (f.emin - f.precision + 1))
 
 
 def _round(x: Tensor, dtype: torch.dtype, random: Tensor | None) -> Tensor:
@@ -45,6 +53,9 @@ class Single(Format):
 
     def components(self, planes: Planes) -> Planes:
         return planes
+
+    def spacing(self, planes: Planes) -> Tensor:
+        return _spacing(planes[0], self.dtype)
 
     def broken(self, planes: Planes) -> Tensor:
         return torch.zeros_like(planes[0], dtype=torch.bool)
@@ -84,6 +95,9 @@ class Expansion(Format):
 
     def components(self, planes: Planes) -> Planes:
         return planes
+
+    def spacing(self, planes: Planes) -> Tensor:
+        return _spacing(planes[0], self.dtype, self.n)
 
     def broken(self, planes: Planes) -> Tensor:
         broken = _apart(planes[0], planes[1], self.dtype, 0.5, self.stochastic and self.n == 2)
@@ -129,6 +143,9 @@ class Master(Format):
     def components(self, planes: Planes) -> Planes:
         return planes[1:]
 
+    def spacing(self, planes: Planes) -> Tensor:
+        return _spacing(planes[1], F32)
+
     def broken(self, planes: Planes) -> Tensor:
         hi, cast = planes[0].float(), mcf.rn(planes[1], self.dtype).float()
         return ~((hi == cast) | (hi.isnan() & cast.isnan()))
@@ -154,6 +171,9 @@ class Compensated(Format):
 
     def components(self, planes: Planes) -> Planes:
         return planes
+
+    def spacing(self, planes: Planes) -> Tensor:
+        return _spacing(planes[0], BF16, 2)
 
     def broken(self, planes: Planes) -> Tensor:
         return _apart(planes[0], planes[1], BF16, 1.0, stochastic=False)  # where |delta| > |theta| it reaches an ulp

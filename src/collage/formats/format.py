@@ -42,6 +42,10 @@ class Format:
         """bool per element: planes that no `encode` could have left, because plane 0 was changed alone."""
         raise NotImplementedError
 
+    def spacing(self, planes: Planes) -> Tensor:
+        """float64 per element: an ulp, of the digits that the format vouches for; of 0 the smallest."""
+        raise NotImplementedError
+
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """dtype of each plane."""
@@ -66,3 +70,10 @@ class InRegister(Format):
 
     def components(self, planes: Planes) -> Planes:
         return (self.value(planes),)
+
+
+def ulp(x: Tensor, digits: int, least: float) -> Tensor:
+    """float64: what neighbours of so many significant bits are apart at each number, and that at least."""
+    size = x.double().abs()
+    exponent = torch.frexp(size)[1] - digits
+    return torch.where(size > 0, torch.ldexp(torch.ones_like(size), exponent), least).clamp(min=least)

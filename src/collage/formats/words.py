@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from collage.accumulators import Accumulator
-from collage.formats.format import InRegister
+from collage.formats.format import InRegister, ulp
 from collage.formats.scales import factors, finite_sizes, inverses, scales
 from collage.layout import Plane, Planes
 from collage.rounding import FLOATS, code_of
@@ -54,6 +54,9 @@ class Cut(Remainder):
             w = w - (((w & 0x7FFFFF) == 0x7F8000) & x.isfinite()).int()  # back from Inf
         hi, lo = (w >> b) + ((w >> (b - 1)) & 1), w & ((1 << b) - 1)
         return hi.to(torch.int16).view(torch.bfloat16), lo.to(INTEGERS[b])
+
+    def spacing(self, planes: Planes) -> Tensor:
+        return ulp(planes[0], 8 + self.bits, 2.0 ** (-133 - self.bits))
 
     def broken(self, planes: Planes) -> Tensor:
         hi, lo = planes
@@ -115,6 +118,11 @@ class Word(Remainder):
         lo = torch.where(inf | x.isnan(), 0, lo)
         planes = (hi | sign).to(f.storage).view(self.dtype), lo.to(INTEGERS[b])
         return planes if scale is None else (*planes, scale)
+
+    def spacing(self, planes: Planes) -> Tensor:
+        f = FLOATS[self.dtype]
+        apart = ulp(planes[0].float(), f.precision + self.bits, 2.0 ** (f.emin - self._wide))
+        return apart * factors(planes[2])[:, None] if self.scaled else apart
 
     def broken(self, planes: Planes) -> Tensor:
         f = FLOATS[self.dtype]

@@ -43,6 +43,13 @@ COMMANDS = {
         "  collage plan llama-3-8b --ranks 8 --memory 80GB\n"
         "  collage plan tiny-llama --strategies collage-plus,fp32-master --measure",
     ),
+    "convert": (
+        "convert.command",
+        "take a model and its optimizer's state to another strategy, or to torch.optim, and say what that rounds",
+        "collage convert runs/mine runs/exact --to collage-exact\n"
+        "  collage convert model.safetensors converted --to collage-plus\n"
+        "  collage convert runs/mine leaving --to torch",
+    ),
     "info": ("info", "show versions, backends and the table of strategies", "collage info"),
 }
 

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from collage.harness.text import Column, present
 
+Tick = Callable[[int], None]  # is given how much is done
+
 
 def progress(screen: Console) -> Progress:
     """One bar per run; on something that is not a terminal, only the finished bars."""
@@ -27,7 +29,7 @@ def progress(screen: Console) -> Progress:
     )
 
 
-def bar(bars: Progress, label: str, steps: int) -> Callable[[int], None]:
+def bar(bars: Progress, label: str, steps: int) -> Tick:
     """A new bar; the returned function is given the number of finished steps."""
     task = bars.add_task(label, total=steps)
     return lambda done: bars.update(task, completed=done)

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from collage import backends
 from collage.backends.batch import cut, folded
+from collage.collectives import together
+from collage.conversion import Conversion
 from collage.layout import Planes
 from collage.monitor.shadow import Follower, Shadow
 from collage.optimizers import admission, edits, loading, planes
+from collage.optimizers.converting import Converting
 from collage.optimizers.guarded import Guarded
 from collage.optimizers.parameters import Group, Parameter, named, require_unique
 from collage.optimizers.plan import require_whole_blocks
@@ -164,25 +167,40 @@ class PrecisionOptimizer(Guarded):
             monitor.meet_anew()
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(  # type: ignore[override]  # torch's has nothing to return
+        self, state_dict: dict[str, Any], convert: bool = False
+    ) -> Conversion | None:
         """Restore every plane byte for byte. Also takes the state of the torch.optim optimizer with the same rule.
-
-        Raises:
-            ValueError: a state of another strategy, or of other names or shapes. Nothing is changed then.
 
         Parameters are matched by name where both sides have names, else by position. The model may be loaded before or
         after: the next step takes weights that do not belong to the state as they are, and says so.
+
+        Args:
+            state_dict: of this class, or of torch's.
+            convert: take a state of another strategy too: every number is decoded as it was kept and encoded as it is
+                kept here, weights with their low components. The model has to be loaded before: it has the components
+                that a forward pass sees.
+
+        Returns:
+            With ``convert`` what was rounded, slot by slot, which is logged too; else None.
+
+        Raises:
+            ValueError: a state of another strategy (without ``convert``), or of other names or shapes. Nothing is
+                changed then.
         """
         edits.require_own((parameter.tensor for parameter in self.parameters()), "load_state_dict()")
         adopted: dict[str, Any] = {}
         # A state of torch's knows no components: those of parameters that have made no step, here or there, stay.
         unused: dict[Tensor, Any] = {}
+        converting = Converting() if convert else None
 
         def adopt(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             own = list(self.parameters())
             if loading.is_foreign(saved):
                 unused.update((p, values) for p, values in self.state.items() if values and int(values["step"]) == 0)
-            adopted.update(loading.adopt(self.param_groups, own, saved, self.rule_of, self.strategy_of, self.state))
+            asked = self.param_groups, own, saved, self.rule_of, self.strategy_of, self.state, converting
+            with together([p.tensor for p in own] if convert else [], "state_dict: this rank's part of the state"):
+                adopted.update(loading.adopt(*asked))
             return adopted
 
         hook = self.register_load_state_dict_pre_hook(adopt)  # runs last: what it returns is what is loaded
@@ -203,9 +221,12 @@ class PrecisionOptimizer(Guarded):
                 self.state[parameter.tensor] = planes.in_words(*under, state)
             elif parameter.tensor in unused:
                 self.state[parameter.tensor] = unused[parameter.tensor]
+        if converting:
+            converting.finish()
         self._forget()
         for monitor in self.monitors:
             monitor.meet_anew()
+        return converting.report if converting else None
 
     def state_dict(self) -> dict[str, Any]:
         """torch's; remainders of 16 bits are bytes [..., 2] in it, in the same memory, which collectives can gather."""

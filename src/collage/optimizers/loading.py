@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from collage.optimizers import planes
+from collage.optimizers.converting import Converting, kept_under
 from collage.optimizers.parameters import Group, Parameter, State
 from collage.rules import Rule
-from collage.strategies import ROLES, Strategy
+from collage.strategies import ROLES, STRATEGIES, Strategy
 
 # What torch's optimizers keep in a group and ours do not, or have as their own: dropped when their state is loaded.
 _TORCH_ONLY = ("foreach", "fused", "differentiable", "capturable", "amsgrad", "decoupled_weight_decay")
@@ -75,6 +76,7 @@ def adopt(
     rule_of: Callable[[Group], Rule],
     strategy_of: Callable[[Parameter], Strategy],
     live: Mapping[Tensor, State] | None = None,  # the optimizer's states now; never changed
+    converting: Converting | None = None,  # what takes states of other strategies; None: nothing does
 ) -> dict[str, Any]:
     """A state_dict for these parameters, out of one of ours or of the torch.optim optimizer of the same rule.
 
@@ -86,28 +88,72 @@ def adopt(
     sizes = ([len(group["params"]) for group in side] for side in (saved["param_groups"], groups))
     if next(sizes) != next(sizes):
         return saved  # torch's own error says it best
+    adopted, rules = _adopt_groups(groups, saved, rule_of, converts=converting is not None)
     states = dict(saved["state"])
+    for parameter, saved_id, saved_name in paired(parameters, saved):
+        theirs, name = states.get(saved_id), parameter.name
+        if theirs:
+            named = parameter._replace(name=name if saved_name == name else f"{name} (saved as {saved_name})")
+            group, own = saved["param_groups"][parameter.group_index], (live or {}).get(parameter.tensor, {})
+            under = rules[parameter.group_index], strategy_of(parameter)
+            states[saved_id] = _adopt_state(*under, named, theirs, group, own, converting)
+    if converting:
+        converting.require_fit()
+    return {**saved, "state": states, "param_groups": adopted}
+
+
+def _adopt_groups(
+    groups: Sequence[Group], saved: Mapping[str, Any], rule_of: Callable[[Group], Rule], converts: bool
+) -> tuple[list[Group], list[Rule]]:
+    """The saved groups as ours, and the rules that their settings ask for. Raises ValueError as `adopt` does."""
     adopted, rules = [], []
     for index, (theirs, ours) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        adopted.append(_adopt_group(index, theirs, ours))
+        adopted.append(_adopt_group(index, theirs, ours, converts))
         rules.append(rule_of(adopted[-1]))
         if "strategy" not in theirs:
-            _require_same_rule(rules[-1], index, theirs, [states[i] for i in theirs["params"] if states.get(i)])
-    for parameter, saved_id, saved_name in paired(parameters, saved):
-        theirs = states.get(saved_id)
-        if not theirs:
-            continue
-        rule, strategy, name = rules[parameter.group_index], strategy_of(parameter), parameter.name
-        if saved_name != name:
-            name += f" (saved as {saved_name})"
-        if isinstance(theirs.get("step"), int | float):  # so in old releases of torch, and by hand
-            theirs = {**theirs, "step": torch.tensor(theirs["step"], dtype=torch.float64, device="cpu")}
-        if "strategy" not in saved["param_groups"][parameter.group_index]:
-            own = (live or {}).get(parameter.tensor, {})
-            theirs = planes.from_torch(rule, strategy, parameter.tensor, theirs, own, name)
-        planes.check(rule, strategy, parameter.tensor, planes.in_words(rule, strategy, theirs), name)
-        states[saved_id] = {**theirs, "step": planes.count(theirs["step"], name)}
-    return {**saved, "state": states, "param_groups": adopted}
+            states = [saved["state"][i] for i in theirs["params"] if saved["state"].get(i)]
+            reason = other_rule(rules[-1], theirs, states)
+            if reason:
+                raise ValueError(f"param_groups[{index}]: the saved state is not one of {rules[-1].title}: {reason}")
+    return adopted, rules
+
+
+def _adopt_state(
+    rule: Rule,
+    strategy: Strategy,
+    parameter: Parameter,
+    theirs: State,
+    group: Group,  # it was saved in
+    own: State,  # that it has now
+    converting: Converting | None,
+) -> State:
+    """The saved state of one parameter as it is kept here. Raises ValueError, naming it, where it cannot be."""
+    if isinstance(theirs.get("step"), int | float):  # so in old releases of torch, and by hand
+        theirs = {**theirs, "step": torch.tensor(theirs["step"], dtype=torch.float64, device="cpu")}
+    if "strategy" not in group:
+        theirs = planes.from_torch(rule, strategy, parameter.tensor, theirs, own, parameter.name)
+    elif converting:
+        theirs = _converted(converting, rule, group, strategy, parameter, theirs, own)
+    theirs = planes.begun(rule, strategy, parameter.tensor, theirs)
+    planes.check(rule, strategy, parameter.tensor, planes.in_words(rule, strategy, theirs), parameter.name)
+    return {**theirs, "step": planes.count(theirs["step"], parameter.name)}
+
+
+def _converted(
+    converting: Converting,
+    rule: Rule,
+    group: Group,
+    strategy: Strategy,
+    parameter: Parameter,
+    theirs: State,
+    own: State,
+) -> State:
+    """A saved state under the strategy that its parameter has here. What cannot be told is left for the check."""
+    candidates = (Strategy.parse(group["strategy"]).of(parameter.tensor.shape), STRATEGIES["fp32"])
+    saved = kept_under(rule, candidates, theirs)
+    if saved in (None, strategy):
+        return theirs
+    return converting.state(rule, saved, strategy, parameter, theirs, own)
 
 
 def is_foreign(saved: Mapping[str, Any]) -> bool:
@@ -125,17 +171,15 @@ def require_state_dict(saved: Mapping[str, Any]) -> None:
         )
 
 
-def _require_same_rule(rule: Rule, index: int, group: Group, states: Sequence[State]) -> None:
-    """Raise ValueError, with the reason, for a group of any torch optimizer whose rule is not this one."""
+def other_rule(rule: Rule, group: Group, states: Sequence[State]) -> str:
+    """Why a group of one of torch's optimizers, and its states, are not this rule's; "" if they are."""
     needed = [*(["step"] if rule.torch_counts else []), *rule.prefixes[1:]]
     found = sorted({key for theirs in states for key in theirs})
     lacking = any(key not in theirs for theirs in states for key in needed)
-    reason = f"it needs {', '.join(needed)}, and has {', '.join(found)}" if lacking else rule.torch(group, set(found))
-    if reason:
-        raise ValueError(f"param_groups[{index}]: the saved state is not one of {rule.title}: {reason}")
+    return f"it needs {', '.join(needed)}, and has {', '.join(found)}" if lacking else rule.torch(group, set(found))
 
 
-def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
+def _adopt_group(index: int, theirs: Group, ours: Group, converts: bool) -> Group:
     """The saved group, if it is of the same strategy; or torch's, with our settings where torch has none."""
     settings = {key: value for key, value in ours.items() if key != "params"}
     names = {"param_names": ours["param_names"]} if "param_names" in ours else {}  # they give the random bits
@@ -149,14 +193,13 @@ def _adopt_group(index: int, theirs: Group, ours: Group) -> Group:
                 "construct it as the one that was saved"
             )
     saved, current = Strategy.parse(theirs["strategy"]), Strategy.parse(ours["strategy"])
-    if saved == current:
+    if saved == current or converts:
         # A setting that came later keeps our value. `capturable` says how to run, not what was trained.
-        return {**settings, **theirs, **names, "capturable": ours["capturable"]}
+        return {**settings, **theirs, **names, "strategy": ours["strategy"], "capturable": ours["capturable"]}
     pairs = [(name, getattr(saved, name), getattr(current, name)) for name in (*ROLES, "arithmetic")]
     difference = "; ".join(f"{name}: saved {a}, here {b}" for name, a, b in pairs if a != b)
     raise ValueError(
         f"param_groups[{index}]: the state was saved under strategy '{saved}', this optimizer has '{current}' "
-        f"({difference}); construct it with strategy='{saved}'. To keep the weights alone: full = "
-        "collage.high_precision_state_dict(model, optimizer) under the saved strategy, then "
-        "collage.load_high_precision_state_dict(model, optimizer, full) under the other"
+        f"({difference}); construct it with strategy='{saved}', or convert the state, once the model has its weights: "
+        "opt.load_state_dict(state, convert=True)"
     )

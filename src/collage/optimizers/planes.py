@@ -128,6 +128,33 @@ def complete(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> Non
         del state[key]
 
 
+def of_theta(strategy: Strategy) -> dict[str, torch.dtype]:
+    """State key -> dtype of what theta has beside the parameter."""
+    return {"param" + plane.suffix: plane.dtype for plane in format_of(strategy.param).planes[1:]}
+
+
+def theta_among(strategy: Strategy, live: Mapping[str, Tensor]) -> State:
+    """Of a state, what theta has beside the parameter."""
+    wanted = of_theta(strategy)
+    return {key: live[key] for key, dtype in wanted.items() if key in live and live[key].dtype == dtype}
+
+
+def is_unstepped(state: Mapping[str, Any]) -> bool:
+    """Whether a saved state is of a parameter that has made no step, and has its weights' planes alone."""
+    step = state.get("step")
+    alone = all(key.startswith("param") for key in state if key != "step")
+    return alone and isinstance(step, Tensor) and step.numel() == 1 and float(step) == 0
+
+
+def begun(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> State:
+    """A saved state with every moment; those of a parameter that has made no step may be left out."""
+    if not is_unstepped(state) or dtypes(rule, strategy).keys() == state.keys() - {"step"}:
+        return state
+    own = kept(rule, strategy)
+    fresh = {key: _zeros(plane, param.detach()) for key, plane in zip(own.keys, own.planes[1:], strict=True)}
+    return {**{key: x for key, x in fresh.items() if key not in of_theta(strategy)}, **state}
+
+
 def in_words(rule: Rule, strategy: Strategy, state: Mapping[str, Any]) -> State:
     """A state whose 16-bit integers are such again: a state_dict has them as bytes [..., 2]."""
     words = {key for key, dtype in dtypes(rule, strategy).items() if dtype == torch.int16}
@@ -262,5 +289,4 @@ def from_torch(
             require_shape(slot.prefix, saved[slot.prefix], param, name, Plane("", torch.float32))
             value = local(saved[slot.prefix]).to(planes[0].device, torch.float32)
             backend_of(planes).encode(form, [value], [planes])
-    theta = {"param" + plane.suffix for plane in format_of(strategy.param).planes[1:]}
-    return state | {key: live[key] for key in theta if key in live and live[key].dtype == state[key].dtype}
+    return state | theta_among(strategy, live)

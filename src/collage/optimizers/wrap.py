@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from collage.conversion import Conversion
 from collage.formats import format_of
 from collage.monitor.shadow import Follower
 from collage.optimizers.base import PrecisionOptimizer
@@ -215,24 +216,33 @@ class Wrapped(InBuckets):
         """The optimizer's, its planes with our suffixes, and those of theta, which begin with ``param_``."""
         return loading.merged(super().state_dict(), self.param_groups, self.base.state)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(  # type: ignore[override]  # torch's has nothing to return
+        self, state_dict: dict[str, Any], convert: bool = False
+    ) -> Conversion | None:
         """Restore every plane byte for byte. Also takes a state of the optimizer itself, unwrapped.
 
+        Args:
+            state_dict: of this optimizer, wrapped or not.
+            convert: take a state of another strategy too, as `AdamW.load_state_dict` does; with the same ``states``.
+
         Raises:
-            ValueError: a state of another strategy, or of other names or shapes. Nothing is changed then.
+            ValueError: a state of another strategy (without ``convert``), or of other names or shapes. Nothing is
+                changed then.
         """
-        own = list(self.parameters())
+        own, report = list(self.parameters()), Conversion() if convert else None
         saved, is_raw = loading.arranged(state_dict, self.param_groups, OWN)
         loaded = loading.checked_states(
-            saved, is_raw, own, self.formats_of, lambda p: self._kept(p.group_index, p.tensor)
+            saved, is_raw, own, self.formats_of, lambda p: self._kept(p.group_index, p.tensor), report
         )
-        super().load_state_dict(loading.with_theta(saved, own, self.state) if is_raw else loading.of_theta(saved))
+        theta = loading.with_theta(saved, own, self.state) if is_raw else loading.of_theta(saved)
+        of_theta = super().load_state_dict(theta, convert)
         self.base.param_groups = self.param_groups
         self.base.state.clear()
         for parameter in self.parameters():
             if parameter.tensor in loaded:
                 state = loaded[parameter.tensor]
                 self.base.state[parameter.tensor] = self._in_planes(parameter, state) if is_raw else state
+        return None if of_theta is None or report is None else of_theta + report
 
     def __getstate__(self) -> dict[str, Any]:
         mine = ("base", "states", "bucket_mb", "_tried")

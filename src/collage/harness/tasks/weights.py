@@ -16,12 +16,12 @@ from torch import Tensor
 KINDS = ("embedding", "attention", "mlp", "norm", "bias", "head", "other")
 
 ACCEPTED = "a .safetensors file, a state dict (.pt, .pth, .bin, .ckpt), or the folder of a transformers model or a run"
-_STATE_DICTS = (".pt", ".pth", ".bin", ".ckpt")
-_IN_FOLDER = (
+STATE_DICTS = (".pt", ".pth", ".bin", ".ckpt")
+IN_FOLDER = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
     "weights.safetensors",
 )  # fmt: skip
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where training loops put the weights
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where training loops put the weights
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of what can be trained
 
 # First match wins. Names of GPT-2, Llama (Hugging Face's and Meta's), BERT, RoBERTa and their relatives.
@@ -64,24 +64,25 @@ def read(path: Path) -> Iterator[Entry]:
         FileNotFoundError: the path, or a shard that an index names, is missing.
         ValueError: a file of another kind.
     """
-    for file in _files(path):
+    for file in files_of(path):
         if not file.exists():
             hint = f"named by the index of {path}" if file != path else f"want {ACCEPTED}; nothing is downloaded"
             raise FileNotFoundError(f"{file}: no such file or folder ({hint})")
         if file.suffix == ".safetensors":
             yield from _safetensors(file)
-        elif file.suffix in _STATE_DICTS:
+        elif file.suffix in STATE_DICTS:
             yield from _state_dict(file)
         else:
             raise ValueError(f"{file}: not a model; want {ACCEPTED}")
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """The files of a model: one, or the shards that an index names. Raises as `read` does; a file may be missing."""
     if path.is_dir():
-        found = next((path / name for name in _IN_FOLDER if (path / name).exists()), None)
+        found = next((path / name for name in IN_FOLDER if (path / name).exists()), None)
         if found is None:
-            raise FileNotFoundError(f"{path}: no model in this folder; want one of {', '.join(_IN_FOLDER)}")
-        return _files(found)
+            raise FileNotFoundError(f"{path}: no model in this folder; want one of {', '.join(IN_FOLDER)}")
+        return files_of(found)
     if not path.name.endswith(".index.json") or not path.exists():
         return [path]
     try:
@@ -99,10 +100,10 @@ def _safetensors(file: Path) -> Iterator[Entry]:
             for name in sorted(tensors.keys()):
                 header = tensors.get_slice(name)
                 shape = torch.Size(header.get_shape())
-                used = header.get_dtype() in _FLOATS and not _is_buffer(name, len(shape))
+                used = header.get_dtype() in _FLOATS and not is_buffer(name, len(shape))
                 yield Entry(name, shape.numel(), tensors.get_tensor(name) if used else None)
     except SafetensorError as error:
-        raise ValueError(f"{file}: not a safetensors file, or damaged ({_first_line(error)})") from None
+        raise ValueError(f"{file}: not a safetensors file, or damaged ({first_line(error)})") from None
 
 
 def _state_dict(file: Path) -> Iterator[Entry]:
@@ -114,7 +115,7 @@ def _state_dict(file: Path) -> Iterator[Entry]:
             f"{file}: damaged, or not a state dict; write one with torch.save(model.state_dict(), FILE)"
         ) from None
     seen = set()
-    for name, tensor in _unwrapped(loaded, file).items():
+    for name, tensor in unwrapped(loaded, file).items():
         if not isinstance(tensor, Tensor):
             continue
         if tensor.layout == torch.strided:
@@ -123,22 +124,23 @@ def _state_dict(file: Path) -> Iterator[Entry]:
                 continue
             seen.add(place)
         used = tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.layout == torch.strided
-        used = used and not _is_buffer(name, tensor.dim())
+        used = used and not is_buffer(name, tensor.dim())
         yield Entry(name, tensor.numel(), tensor.detach() if used else None)
 
 
-def _unwrapped(loaded: Any, file: Path) -> Mapping[str, Any]:
+def unwrapped(loaded: Any, file: Path) -> Mapping[str, Any]:
     """The mapping from names to tensors, also when it is one entry of a training checkpoint."""
-    candidates = [loaded, *(loaded.get(key) for key in _WRAPPERS)] if isinstance(loaded, Mapping) else []
+    candidates = [loaded, *(loaded.get(key) for key in WRAPPERS)] if isinstance(loaded, Mapping) else []
     for mapping in candidates:
         if isinstance(mapping, Mapping) and any(isinstance(x, Tensor) for x in mapping.values()):
             return {str(name): x for name, x in mapping.items()}
-    raise ValueError(f"{file}: not a state dict: it holds no tensors by name, also not under {', '.join(_WRAPPERS)}")
+    raise ValueError(f"{file}: not a state dict: it holds no tensors by name, also not under {', '.join(WRAPPERS)}")
 
 
-def _is_buffer(name: str, dimensions: int) -> bool:
+def is_buffer(name: str, dimensions: int) -> bool:
+    """Whether an entry of this name is no weight, though it is of floating point."""
     return bool(_BUFFER.search(name) or (dimensions != 1 and _MASK.search(name)))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collage.conversion import Conversion, carry
 from collage.formats import format_of
+from collage.optimizers.converting import require_held
 from collage.optimizers.loading import in_order, is_foreign, paired, require_state_dict
 from collage.optimizers.parameters import Group, Parameter, State, name_of
+from collage.optimizers.planes import zeros
 from collage.optimizers.wrapping.foreign import Values
 from collage.optimizers.wrapping.probing import Kept
 from collage.optimizers.wrapping.slots import Formats, keys_of
 from collage.sharding import as_bytes, from_bytes, local, placed
+from collage.strategies import STRATEGIES, Strategy
 
 STEP = "param_step"  # how often theta was written: what its random bits are drawn by
 
@@ -71,6 +75,7 @@ def checked_states(
     parameters: Sequence[Parameter],
     formats_of: Callable[[Parameter], Formats],
     kept: Callable[[Parameter], Kept],
+    report: Conversion | None = None,  # of what is converted; None: nothing is
 ) -> dict[Tensor, Values]:
     """The optimizer's states of each parameter, copied to where it is.
 
@@ -82,9 +87,39 @@ def checked_states(
         if theirs:
             moved = _moved(theirs, parameter.tensor)
             formats = formats_of(parameter)
+            if report is not None and not is_raw:
+                strategy = Strategy.parse(saved["param_groups"][parameter.group_index]["strategy"])
+                moved = _converted(moved, parameter, strategy, formats, report)
             _require_all(moved, parameter, formats, kept(parameter))
             found[parameter.tensor] = moved if is_raw else _in_planes(moved, parameter, formats)
     return found
+
+
+def _converted(state: Values, parameter: Parameter, saved: Strategy, formats: Formats, report: Conversion) -> Values:
+    """A state saved under a strategy, in the formats that it has here. Raises ValueError as `_in_planes` does."""
+    low = Formats(saved.of(parameter.tensor.shape), formats.given)
+    full = Formats(STRATEGIES["fp32"], formats.given)  # of a parameter that was float32 beside low ones
+    found = full if _is_in(state, parameter, full) and not _is_in(state, parameter, low) else low
+    result = _in_planes(state, parameter, found)
+    for name, source in found.of_state(state, parameter.tensor).items():
+        target = formats.of(name)
+        if target and target != source:
+            planes = [local(result.pop(key)) for key in keys_of(name, source)]
+            out = zeros(format_of(target), parameter.tensor)
+            lost = carry(source, planes, target, list(map(local, out)))
+            require_held(lost, parameter.name, name, target)
+            report.add(name, source, target, lost)
+            result |= dict(zip(keys_of(name, target), out, strict=True))
+    return result
+
+
+def _is_in(state: Values, parameter: Parameter, formats: Formats) -> bool:
+    """Whether a state is in these formats."""
+    try:
+        _in_planes(state, parameter, formats)
+    except ValueError:
+        return False
+    return True
 
 
 def _require_all(state: Values, parameter: Parameter, formats: Formats, kept: Kept) -> None:
@@ -130,6 +165,6 @@ def _in_planes(state: Values, parameter: Parameter, formats: Formats) -> Values:
                 raise ValueError(
                     f"param '{parameter.name}': its state '{name}' is in '{fmt}', whose {key} is "
                     f"{name_of(plane.dtype)} {wanted}, got {got:.60}; wrap with the strategy and states= it was saved "
-                    "under"
+                    "under, or convert it: opt.load_state_dict(state, convert=True)"
                 )
     return result

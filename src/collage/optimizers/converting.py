@@ -1,0 +1,132 @@
+"""Saved states of one strategy as those of another: every number decoded as it was kept, and encoded as it will be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collage.backends.batch import cut
+from collage.conversion import Conversion, Rounded, carry, joined
+from collage.formats import format_of
+from collage.layout import Planes
+from collage.optimizers import planes
+from collage.optimizers.parameters import Parameter, State, name_of
+from collage.rules import Rule
+from collage.saying import several
+from collage.sharding import local, placed
+from collage.strategies import Strategy
+
+log = logging.getLogger("collage")
+
+
+def kept_under(rule: Rule, strategies: Iterable[Strategy], state: Mapping[str, Any]) -> Strategy | None:
+    """The first of these strategies whose planes a saved state has; None: it has those of none.
+
+    Where no step was made, theta's planes are enough.
+    """
+    found = {key: x.dtype for key, x in state.items() if isinstance(x, Tensor) and key != "step"}
+    for strategy in strategies:
+        wanted = planes.dtypes(rule, strategy)
+        words = {key: torch.int16 if wanted.get(key) == torch.int16 else dtype for key, dtype in found.items()}
+        if words == wanted or (planes.is_unstepped(state) and words == planes.of_theta(strategy)):
+            return strategy
+    return None
+
+
+def require_held(lost: Rounded, name: str, slot: str, target: str) -> None:
+    """Raise ValueError, naming the parameter, for finite numbers that would become infinite."""
+    if lost.beyond:
+        raise ValueError(
+            f"param '{name}': {lost.beyond:,} numbers of {slot} are beyond what '{target}' holds; take a strategy of "
+            "bfloat16 formats"
+        )
+
+
+class Converting:
+    """A load that converts: the weights as they will show, not written yet, and what was rounded."""
+
+    def __init__(self) -> None:
+        self.visible: dict[Tensor, Tensor] = {}  # parameter -> its local part
+        self.report = Conversion()
+        self._cut: list[str] = []  # whose low bits were lost before
+        self._misfits = self._numbers = 0
+
+    def state(
+        self,
+        rule: Rule,
+        saved: Strategy,
+        strategy: Strategy,
+        parameter: Parameter,
+        theirs: State,
+        live: Mapping[str, Tensor],  # the state that it has now
+    ) -> State:
+        """The state of a parameter under its strategy here, out of the saved one. Changes nothing.
+
+        Theta is the weight as it shows now, with the saved low components where they fit; where the saved format has
+        none, those that are here stay.
+        """
+        param, fresh = parameter.tensor, State()
+        theirs = planes.in_words(rule, saved, {key: placed(x.to(param.device), param) for key, x in theirs.items()})
+        planes.initialise(rule, strategy, param, fresh, capturable=False)
+        visible = torch.empty_like(local(param.detach()))
+        own = planes.kept(rule, strategy)
+        slots = cut(own.formats, planes.planes_of(rule, strategy, visible, fresh))
+        for slot, source, target, out in zip(rule.slots, saved.formats(rule.roles), own.formats, slots, strict=True):
+            found = [local(theirs[key]) for key in _keys(slot.prefix, source) if key in theirs]
+            if slot.prefix == "param" and found:
+                self._theta(source, found, target, parameter, out)
+                self.visible[param] = visible
+            elif slot.prefix == "param":
+                here = planes.theta_among(strategy, live)
+                if format_of(source).dtypes[0] != visible.dtype and planes.of_theta(strategy).keys() != here.keys():
+                    self._cut.append(parameter.name)
+                fresh |= here
+            elif found:
+                self._count(slot.prefix, source, target, carry(source, found, target, out), parameter)
+        return {**fresh, "step": theirs["step"]}
+
+    def _theta(self, source: str, lows: Planes, target: str, parameter: Parameter, out: Planes) -> None:
+        x, dtype = local(parameter.tensor.detach()), format_of(source).dtypes[0]
+        if x.dtype != dtype and x.dtype == torch.bfloat16:
+            raise ValueError(
+                f"param '{parameter.name}': it is bfloat16, and the state has low components of {name_of(dtype)} "
+                "weights, whose visible ones do not fit into it; `collage convert` takes both, model and state"
+            )
+        found, own, misfits = joined(x, source, lows)
+        self._misfits += misfits
+        self._numbers += x.numel()
+        self._count("param", source, target, carry(found, own, target, out), parameter)
+
+    def _count(self, slot: str, source: str, target: str, lost: Rounded, parameter: Parameter) -> None:
+        require_held(lost, parameter.name, slot, target)
+        self.report.add(slot, source, target, lost)
+
+    def finish(self) -> None:
+        """Write the weights that show otherwise now, and say what was rounded."""
+        for param, value in self.visible.items():
+            if not torch.equal(local(param.detach()), value):
+                local(param.detach()).copy_(value)
+        log.info("state_dict: converted: %s", self.report)
+        if self._cut:
+            log.info(
+                "%s: saved in float32, so that the model's load has cut their low bits off; with "
+                "collage.load_high_precision_state_dict(model, optimizer, weights) before this they stay",
+                several(self._cut),
+            )
+
+    def require_fit(self) -> None:
+        """Raise ValueError where the weights here are others than those the state was saved with."""
+        if 2 * self._misfits > self._numbers:
+            raise ValueError(
+                f"state_dict: {self._misfits:,} of {self._numbers:,} low components do not belong to the weights that "
+                "the model has now; load its weights first, then the optimizer's state with convert=True"
+            )
+
+
+def _keys(prefix: str, fmt: str) -> list[str]:
+    """Of a saved state's planes in a format; the parameter itself is in none."""
+    return [prefix + suffix for suffix in format_of(fmt).suffixes if prefix + suffix != "param"]
