@@ -63,6 +63,9 @@ def test_another_optimizer_is_imported_by_its_name(tmp_path: Path, monkeypatch: 
     assert find("wrap:their_optimizers.Mine").kind.__name__ == "Mine"
     with pytest.raises(ValueError, match="unfinished needs 'a_package_that_is_not_there', which is not installed"):
         find("wrap:unfinished.Mine")
+    (tmp_path / "broken.py").write_text("from torch.optim import NoSuchThing\n")
+    with pytest.raises(ValueError, match=r"'wrap:broken.Mine': broken cannot be imported: cannot import name 'NoSuch"):
+        find("wrap:broken.Mine")
     monkeypatch.delitem(sys.modules, "their_optimizers")
 
 

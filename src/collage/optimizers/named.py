@@ -160,6 +160,8 @@ def _module(name: str, module_name: str) -> ModuleType:
         raise ValueError(
             f"optimizer: '{name}': {module_name} needs '{error.name}', which is not installed here; install it"
         ) from None
+    except ImportError as error:
+        raise ValueError(f"optimizer: '{name}': {module_name} cannot be imported: {error}") from error
 
 
 def _is_optimizer(value: Any) -> bool:

@@ -19,7 +19,7 @@ LR = (
     "100 for sgd, 0.1 for lion, of wrapped ones their own default"
 )
 FLAGS = ("lr", "betas", "eps", "weight_decay")  # settings of an optimizer with options of their own
-_RUNS = ("seed", "params", "strategy")  # and those of the run
+_RUNS = ("seed", "strategy")  # and those of the run
 
 
 class Usual(NamedTuple):
