@@ -201,6 +201,20 @@ def test_by_name_takes_of_the_arguments_what_the_optimizer_has(
     assert "lm_head.weight" in decaying["param_names"]
 
 
+def test_by_name_makes_muon_of_hidden_matrices_and_adamw_of_the_rest(tmp_path: Path) -> None:
+    """Each in Trainer's two groups; the betas that were chosen are AdamW's."""
+    chosen = by_name(optimizer="muon", adjust_lr_fn="match_rms_adamw")
+    run = trainer(tmp_path, chosen, model(), weight_decay=0.1, adam_beta2=0.95)
+    run.create_optimizer()
+    groups = run.optimizer.param_groups
+    assert [(group["use_muon"], group["weight_decay"]) for group in groups] == [(True, 0.1), (False, 0.1), (False, 0.0)]
+    hidden, outer, norms = (group["param_names"] for group in groups)
+    assert all("proj.weight" in name for name in hidden)
+    assert sorted(outer) == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert all("norm" in name for name in norms)
+    assert [group["betas"] for group in groups if not group["use_muon"]] == [(0.9, 0.95)] * 2
+
+
 def test_by_name_takes_betas_that_were_chosen(tmp_path: Path) -> None:
     run = trainer(tmp_path, by_name(optimizer="lion"), model(), adam_beta2=0.95)
     run.create_optimizer()
@@ -242,6 +256,7 @@ def test_by_name_outside_of_a_trainer() -> None:
         ("collage-plus-sr", "adamw"),
         ("fp32-master", "adamw"),
         ("collage-plus-sr", "lion"),
+        ("collage-plus", "muon"),
         ("collage-plus-sr", "wrap:torch.optim.NAdam"),
         ("collage-plus", "wrap:schedulefree.AdamWScheduleFree"),
     ],
@@ -251,11 +266,12 @@ def test_a_resumed_trainer_has_the_bits_of_one_that_went_on(tmp_path: Path, stra
         "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "warmup_steps": 4,
         "weight_decay": 0.1, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2,
     }  # fmt: skip
-    whole = trainer(tmp_path, by_name(strategy, optimizer, seed=3), model(), **settings)
+    given = {"seed": 3, **({"adjust_lr_fn": "match_rms_adamw"} if optimizer == "muon" else {})}
+    whole = trainer(tmp_path, by_name(strategy, optimizer, **given), model(), **settings)
     whole.train()
     torch.manual_seed(1)  # weights of its own, until it loads
     built = LlamaForCausalLM(whole.model.config).bfloat16()
-    resumed = trainer(tmp_path, by_name(strategy, optimizer, seed=3), built, **settings)
+    resumed = trainer(tmp_path, by_name(strategy, optimizer, **given), built, **settings)
     resumed.add_callback(EDQCallback(every=1))  # a measured step would refuse weights that lost their components
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     require_equal(words(resumed.model, resumed.optimizer), words(whole.model, whole.optimizer))

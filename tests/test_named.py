@@ -63,6 +63,9 @@ def test_another_optimizer_is_imported_by_its_name(tmp_path: Path, monkeypatch: 
     assert find("wrap:their_optimizers.Mine").kind.__name__ == "Mine"
     with pytest.raises(ValueError, match="unfinished needs 'a_package_that_is_not_there', which is not installed"):
         find("wrap:unfinished.Mine")
+    (tmp_path / "broken.py").write_text("from torch.optim import NoSuchThing\n")
+    with pytest.raises(ValueError, match=r"'wrap:broken.Mine': broken cannot be imported: cannot import name 'NoSuch"):
+        find("wrap:broken.Mine")
     monkeypatch.delitem(sys.modules, "their_optimizers")
 
 
@@ -116,6 +119,16 @@ def test_adamw_has_the_recipes_settings() -> None:
         ("lion", {"lr": 4e-5, "betas": (0.9, 0.99), "eps": None, "weight_decay": 1.0, "optimizer_args": ()}),
         # where the optimizer's own default is AdamW's, the recipe's value is meant; other defaults stay
         ("adam", {**RECIPE, "weight_decay": 0.0, "optimizer_args": ()}),
+        # Muon's own eps is that of an orthogonalisation; AdamW takes what is no hidden matrix
+        (
+            "muon",
+            {
+                **RECIPE,
+                "betas": None,
+                "eps": 1e-7,
+                "optimizer_args": ("adamw={'betas': (0.9, 0.95), 'eps': 1e-06}", "adjust_lr_fn='match_rms_adamw'"),
+            },
+        ),
         ("wrap:torch.optim.AdamW", {**RECIPE, "optimizer_args": ()}),
         ("wrap:torch.optim.NAdam", {**RECIPE, "lr": 8e-4, "weight_decay": 0, "optimizer_args": ()}),
         ("wrap:lion_pytorch.Lion", {"lr": 4e-5, "betas": (0.9, 0.99), "eps": None, "weight_decay": 0.0}),
@@ -159,6 +172,7 @@ def test_a_run_trains_with_what_was_chosen(tmp_path: Path, model: str) -> None:
     [
         ("sgd", {"momentum_buffer"}, 8),
         ("lion", {"exp_avg"}, 8),
+        ("muon", {"momentum_buffer", "exp_avg", "exp_avg_sq", "exp_avg_sq_lo"}, 8),
         ("wrap:torch.optim.NAdam", {"exp_avg", "exp_avg_sq", "exp_avg_sq_lo"}, 12),
         ("wrap:torch.optim.Adafactor", {"row_var", "col_var", "variance", "variance_lo"}, 6),
         ("wrap:pytorch_optimizer.SOAP", {"exp_avg", "exp_avg_sq", "exp_avg_sq_lo", "GG", "Q"}, 33),

@@ -146,6 +146,26 @@ def test_a_monitor_that_comes_later_follows_from_there():
     assert total.edq_shadow == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SOAP"])
+def test_a_monitor_may_be_there_before_a_state_is_loaded(name):
+    """As in a resumed run; the states that it meets are in planes of their formats."""
+    opt, _ = watched(name, "collage-plus", 3)
+    base = base_of(name)
+    params = weights(base.shapes)
+    resumed = collage.wrap(base.kind, groups_of(params, base), **base.settings, strategy="collage-plus")
+    monitor = collage.monitor(resumed, every=1, shadow=2)
+    with torch.no_grad():
+        for p, q in zip(params, opt.parameters(), strict=True):
+            p.copy_(q.tensor)
+    resumed.load_state_dict(opt.state_dict())
+    for run in (opt, resumed):
+        go_on([p.tensor for p in run.parameters()], run, 3, 5, scheduled=False)
+    assert_same_run(resumed, opt)
+    total = monitor.report().total
+    assert (total.steps, total.edited) == (2, 0)
+    assert total.v_ratio == (pytest.approx(1.0, abs=1e-3) if base.elementwise else None)  # of two steps, v in bf16x2
+
+
 def test_weights_that_others_change_are_followed_from_there():
     opt, monitor = watched("AdamW", "fp32-master", 2)
     params = [p.tensor for p in opt.parameters()]

@@ -79,9 +79,15 @@ class _ByName(tuple[type[torch.optim.Optimizer], dict[str, Any]]):
 def _of_arguments(args: TrainingArguments, named: Named) -> dict[str, Any]:
     """What an optimizer has of the settings that the arguments have."""
     adams = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    found = {key: value for key, value in adams.items() if value != ADAMW[key] and named.takes(key, value)}
-    decay = {"weight_decay": args.weight_decay} if named.takes("weight_decay", args.weight_decay) else {}
-    return {"lr": args.learning_rate, **decay, **(found if named.takes("betas", adams["betas"]) else {})}
+    chosen = {key: value for key, value in adams.items() if value != ADAMW[key]}
+    found: dict[str, Any] = {"lr": args.learning_rate}
+    if named.takes("weight_decay", args.weight_decay):
+        found["weight_decay"] = args.weight_decay
+    if "adamw" in named.defaults:  # Muon's, for what is no hidden matrix
+        return {**found, "adamw": chosen}
+    if named.takes("betas", ADAMW["betas"]):
+        found |= {key: value for key, value in chosen.items() if named.takes(key, value)}
+    return found
 
 
 def _groups(trainer: Trainer, model: nn.Module, decay: float | None) -> list[dict[str, Any]]:

@@ -17,12 +17,13 @@ from collage.optimizers.adam import Adam
 from collage.optimizers.adamw import AdamW
 from collage.optimizers.base import PrecisionOptimizer
 from collage.optimizers.lion import Lion
+from collage.optimizers.muon import Muon
 from collage.optimizers.sgd import SGD
 from collage.optimizers.wrap import wrap
 from collage.strategies import Strategy
 
 WRAP = "wrap:"
-OURS: dict[str, type[PrecisionOptimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lion": Lion}
+OURS: dict[str, type[PrecisionOptimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lion": Lion, "muon": Muon}
 KNOWN = f"{', '.join(OURS)}, or '{WRAP}' and the full name of any other, as {WRAP}torch.optim.NAdam"
 
 _FORMS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -102,8 +103,8 @@ def make_optimizer(
     """An optimizer by its name, as a configuration file has it.
 
     Args:
-        name: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"lion"``, or ``"wrap:"`` with the full name of any other,
-            ``"wrap:torch.optim.NAdam"``, which is imported and wrapped.
+        name: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"lion"``, ``"muon"``, or ``"wrap:"`` with the full name of any
+            other, ``"wrap:torch.optim.NAdam"``, which is imported and wrapped.
         params: ``model.named_parameters()``, ``model.parameters()``, or groups.
         strategy: a name in ``collage.STRATEGIES``, or a ``collage.Strategy``.
         settings: of that optimizer.
@@ -159,6 +160,8 @@ def _module(name: str, module_name: str) -> ModuleType:
         raise ValueError(
             f"optimizer: '{name}': {module_name} needs '{error.name}', which is not installed here; install it"
         ) from None
+    except ImportError as error:
+        raise ValueError(f"optimizer: '{name}': {module_name} cannot be imported: {error}") from error
 
 
 def _is_optimizer(value: Any) -> bool:

@@ -147,8 +147,11 @@ class Wrapped(InBuckets):
         return ELEMENTWISE if self._is_elementwise(group) else RULE
 
     def _is_elementwise(self, group: Group) -> bool:
-        """Whether a shadow can follow single elements; tried once for a group, and only if there is one."""
-        if not self.monitors:
+        """Whether a shadow can follow single elements; tried once for a group, and only if there is one.
+
+        Not of a group that is being loaded, which has no parameters yet.
+        """
+        if not self.monitors or not any(group is own for own in self.param_groups):
             return True
         if id(group) not in self._elementwise:
             self._elementwise[id(group)] = is_elementwise(self._foreign, group)

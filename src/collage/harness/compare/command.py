@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--finetune", action="store_true",
-        help=f"one warm-up under {REFERENCE} on novels, then every strategy goes on with Python source at lr "
-        f"{short(FINETUNE_LR)}: where plain bf16 fails most visibly",
+        help=f"one warm-up by AdamW under {REFERENCE} on novels, then every strategy goes on with Python source at "
+        f"AdamW's lr {short(FINETUNE_LR)}: where plain bf16 fails most visibly",
     )  # fmt: skip
     parser.add_argument("--pretrain-steps", type=int, metavar="N", help=f"of that warm-up (default: {PRETRAIN_STEPS})")
     parser.add_argument(

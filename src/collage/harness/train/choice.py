@@ -19,7 +19,7 @@ LR = (
     "100 for sgd, 0.1 for lion, of wrapped ones their own default"
 )
 FLAGS = ("lr", "betas", "eps", "weight_decay")  # settings of an optimizer with options of their own
-_RUNS = ("seed", "params", "strategy")  # and those of the run
+_RUNS = ("seed", "strategy")  # and those of the run
 
 
 class Usual(NamedTuple):
@@ -33,9 +33,10 @@ class Usual(NamedTuple):
 _MOMENTUM = Usual(lr=0.1, decays=True, others={"momentum": 0.9})
 USUAL = {
     "lion": Usual(lr=1e-4, decays=True),
+    "muon": Usual(lr=1e-3, decays=True, others={"adjust_lr_fn": "match_rms_adamw"}),
     "sgd": _MOMENTUM,
     f"{WRAP}torch.optim.SGD": _MOMENTUM,
-}  # fmt: skip
+}
 
 
 def chosen(name: str, recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,13 +64,19 @@ def chosen(name: str, recipe: Mapping[str, Any], given: Mapping[str, Any]) -> di
         if key in given:
             _require_flag(named, key)
             settings[key] = given[key]
-    others = {**usual.others, **parsed(named, given.get("optimizer_args", ()))}
+    others = {**usual.others, **_of_its_adamw(named, recipe), **parsed(named, given.get("optimizer_args", ()))}
     return {**settings, "optimizer_args": tuple(f"{key}={value!r}" for key, value in sorted(others.items()))}
 
 
 def _shown(x: float) -> float:
     """1e-6, not the 1.0000000000000002e-06 that comes of 1e-5 times 0.1."""
     return float(f"{x:.12g}")
+
+
+def _of_its_adamw(named: Named, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Muon's settings of AdamW, which takes what is no hidden matrix."""
+    found = {key: recipe[key] for key in ("betas", "eps") if recipe[key] != ADAMW[key]}
+    return {"adamw": found} if found and "adamw" in named.defaults else {}
 
 
 def _own_lr(named: Named) -> float:

@@ -47,7 +47,9 @@ class RunConfig:
     strategy: str = option(OWN, "as `collage info` lists them", "collage-plus", metavar="NAME")
     out: Path = option(OWN, "of everything: checkpoints, logs, weights", metavar="DIR", free=True)
     init: str | None = option(OWN, "weights to start from: a file or folder (default: random)", None, metavar="PATH")
-    finetune: bool = option(OWN, "the embedded Python source instead of the novels, at lr 1e-5, constant", False)
+    finetune: bool = option(
+        OWN, "the embedded Python source instead of the novels, at a constant lr, AdamW's 1e-5", False
+    )
     beside: tuple[str, ...] = option(
         OWN, "also tell what these would have lost on this very run", (), metavar="STRATEGY", free=True
     )
