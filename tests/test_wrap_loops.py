@@ -336,7 +336,8 @@ def test_weights_that_are_strided_scalar_or_empty(name):
 def test_frozen_weights_are_let_in_and_step_when_they_train():
     params = weights()
     params[1].requires_grad_(False)
-    opt = collage.wrap(torch.optim.AdamW, params, strategy="collage-plus")
+    quantised = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    opt = collage.wrap(torch.optim.AdamW, [*params, quantised], strategy="collage-plus")
     give([params[0], *params[2:]], 0)
     opt.step()
     assert not opt.base.state.get(params[1])

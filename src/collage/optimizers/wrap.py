@@ -70,7 +70,7 @@ def wrap(
         ValueError: one that needs all of its parameters at once (Prodigy, D-Adaptation), a strategy in bfloat16
             arithmetic, an unknown strategy or format.
 
-    >>> model = nn.Linear(4, 2).bfloat16()
+    >>> model = torch.nn.Linear(4, 2).bfloat16()
     >>> opt = wrap(torch.optim.NAdam, model.named_parameters(), lr=1e-3, strategy="collage-plus")
     >>> model(torch.ones(1, 4).bfloat16()).sum().backward()
     >>> opt.step()
@@ -200,7 +200,8 @@ class Wrapped(InBuckets):
         super().add_param_group(group)
         self._tried.append(tried)
         try:
-            self._require_whole_blocks(self._those_of(group, group["params"]))
+            added = self.param_groups[-1]
+            self._require_whole_blocks(self._those_of(added, added["params"]))
         except ValueError:
             self.param_groups.pop()
             self._tried.pop()
@@ -208,7 +209,7 @@ class Wrapped(InBuckets):
 
     def _require_whole_blocks(self, parameters: Iterable[Parameter]) -> None:
         """Raise ValueError, naming the parameter, where its shards cut blocks in which the optimizer's states are."""
-        for parameter in parameters:
+        for parameter in (own for own in parameters if own.tensor.requires_grad):
             formats, kept = self.formats_of(parameter), self._kept(parameter.group_index, parameter.tensor)
             planes = [plane for name in kept.shaped if (fmt := formats.of(name)) for plane in format_of(fmt).planes]
             reason = cut_of(planes, formats.strategy, parameter.tensor)
