@@ -1,6 +1,7 @@
 """What a monitor says of wrapped optimizers: what arrived, and what the same one would have done in float32."""
 
 import pytest
+import pytorch_optimizer
 import torch
 from torch import nn
 from wrapped import BASES, Base, assert_same_run, give, go_on, groups_of, trained, weights
@@ -110,6 +111,15 @@ def test_what_is_not_elementwise_is_measured_and_not_followed(name):
     assert report.unfollowed == [p.name for p in opt.parameters()]
     assert report.total.v_ratio is report.total.edq_shadow is None
     assert report.total.edq_ratio == pytest.approx(1.0, abs=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(40, 160), (300,)])
+@pytest.mark.parametrize("kind", [pytorch_optimizer.Lamb, pytorch_optimizer.StableAdamW, torch.optim.AdamW])
+def test_an_update_that_depends_on_a_norm_of_the_weight_is_not_elementwise(kind, shape):
+    opt = collage.wrap(kind, [("w", p) for p in weights([shape])], lr=1e-3)
+    monitor = collage.monitor(opt, every=1, shadow=4)
+    go_on([p.tensor for p in opt.parameters()], opt, 0, 2, scheduled=False)
+    assert monitor.report().unfollowed == ([] if kind is torch.optim.AdamW else ["w"])
 
 
 def test_a_weight_whose_steps_are_below_its_floor_is_frozen():

@@ -46,7 +46,15 @@ class Holds(torch.optim.SGD):
             p.data.zero_()
 
 
+class OnCuda(torch.optim.AdamW):
+    """Its kernels are for one kind of device, as some fused ones' are."""
+
+    def step(self):
+        raise RuntimeError("fused=True needs CUDA tensors")
+
+
 REFUSED = {
+    "fused for CUDA": (OnCuda, {}, TypeError, "^wrap: OnCuda .* on cpu: RuntimeError: fused=True needs CUDA"),
     "LBFGS": (torch.optim.LBFGS, {}, TypeError, NO_STEP.format("LBFGS")),
     "SparseAdam": (torch.optim.SparseAdam, {}, TypeError, NO_STEP.format("SparseAdam")),
     "Prodigy": (prodigyopt.Prodigy, {}, ValueError, ALL_AT_ONCE.format("Prodigy")),

@@ -14,7 +14,8 @@ from collage.randomness import Randomness
 from collage.sharding import local
 
 LARGEST = 16  # of each dimension of what is tried
-GRADIENTS = (1.0, 1e-3, 1e4)  # how large they are in each step that is tried: some clip those of a norm beyond theirs
+FEW = 100  # of their elements
+GRADIENTS = (1.0, 3.0, 1e-3, 1e4)  # how large they are in each step: some clip what grows, or is beyond a norm
 CLOSE = 1e-3  # of the largest update: other shapes may be rounded otherwise; another update differs by far more
 
 
@@ -69,16 +70,15 @@ def probed(foreign: Foreign, group: dict[str, Any]) -> dict[Shape, Kept]:
 
 def is_elementwise(foreign: Foreign, group: dict[str, Any]) -> bool:
     """Whether the update of an element depends on that element alone, so that a shadow can follow some of them."""
-    shape = (LARGEST, LARGEST)
-    if not any(param.dim() > 1 for param in group["params"]):
+    if not group["params"]:
         return True
-    device = local(group["params"][0]).device
+    shape = (LARGEST, LARGEST) if any(param.dim() > 1 for param in group["params"]) else (LARGEST**2,)
+    run = Run(shape, 0, local(group["params"][0]).device)
     try:
-        runs = Run(shape, 0, device), Run(shape, 0, device, (-1,))
-        whole, flat = (_stepped(foreign, group, [run]).moves[0] for run in runs)
+        whole, some = (_stepped(foreign, group, [own]).moves[0] for own in (run, run._replace(first=FEW)))
     except Exception:  # it takes no vectors
         return False
-    return _close(whole.flatten(1), flat)
+    return _close(whole.flatten(1)[:, :FEW], some)
 
 
 def small(param: Tensor) -> Shape:
@@ -92,13 +92,13 @@ class Run(NamedTuple):
     shape: Shape
     seed: int
     device: torch.device
-    view: Shape | None = None  # as which it is seen
+    first: int | None = None  # as a vector of so many of its elements
 
     def numbers(self, step: int) -> Tensor:
         """The parameter at step 0, then its gradients."""
         generator = torch.Generator().manual_seed(self.seed + 100 * step)
         drawn = torch.randn(self.shape, generator=generator, device="cpu").to(self.device)
-        return drawn if self.view is None else drawn.reshape(self.view)
+        return drawn if self.first is None else drawn.flatten()[: self.first]
 
 
 def _stepped(foreign: Foreign, group: dict[str, Any], runs: Sequence[Run]) -> Tried:
