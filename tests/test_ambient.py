@@ -128,3 +128,19 @@ def test_one_that_is_not_is_found():
         "torch.zeros(3)\ntorch.tensor(1.0, device=d)\ntorch.tensor(1.0, device=d, dtype=t)\ntorch.arange(3, device=d)"
     )
     assert list(undetermined(source)) == ["line 1: torch.zeros", "line 2: torch.tensor"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
+def test_what_is_wrapped_is_tried_and_stepped_in_float32(kind, dtype):
+    """(A default device is not for torch's own optimizers, whose counters it takes.)"""
+    ends = []
+    for context in (contextlib.nullcontext, lambda: default_dtype(dtype)):
+        w, given = nn.Parameter(torch.ones(40, 5).bfloat16()), torch.linspace(-1, 1, 200).view(40, 5).bfloat16()
+        with context():
+            opt = collage.wrap(kind, [("w", w)], lr=1e-2, strategy="fp32-master")
+            for _ in range(3):
+                w.grad = given.clone()
+                opt.step()
+        ends.append(opt.state[w]["param_master"])
+    assert_same_bits("w", *ends)

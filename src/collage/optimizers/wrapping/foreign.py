@@ -77,7 +77,8 @@ class Foreign:
         if param is not None:
             group = next(g for g in self.base.param_groups if any(p is param for p in g["params"]))
             try:
-                (made,) = self.born(group, [nn.Parameter(torch.zeros((1,) * param.dim(), device=local(param).device))])
+                one = torch.zeros((1,) * param.dim(), dtype=torch.float32, device=local(param).device)
+                (made,) = self.born(group, [nn.Parameter(one)])
             except Exception:  # its arguments are not known; then what is there is all that is known
                 return
             self.makes_states = bool(made)
@@ -123,7 +124,7 @@ class Foreign:
         """
         for group in groups if self._groups else ():
             if id(group) not in self._groups:
-                self.run(group, [nn.Parameter(torch.zeros(1))], [{}])
+                self.run(group, [nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], [{}])
         for group, moved in self._groups.values():
             group.update(moved)
         vars(self.base).update(self._attributes)

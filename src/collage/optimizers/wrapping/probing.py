@@ -97,7 +97,7 @@ class Run(NamedTuple):
     def numbers(self, step: int) -> Tensor:
         """The parameter at step 0, then its gradients."""
         generator = torch.Generator().manual_seed(self.seed + 100 * step)
-        drawn = torch.randn(self.shape, generator=generator, device="cpu").to(self.device)
+        drawn = torch.randn(self.shape, dtype=torch.float32, generator=generator, device="cpu").to(self.device)
         return drawn if self.first is None else drawn.flatten()[: self.first]
 
 
