@@ -74,17 +74,17 @@ def test_plain_bfloat16_loses_what_the_shadow_has():
 
 
 def test_the_shadow_sees_a_second_moment_that_is_stuck():
-    """At beta2 = 0.999 that of bfloat16 does not fall: after 200 small gradients it is the first one's still."""
+    """At beta2 = 0.999 that of bfloat16 does not fall: after 100 small gradients it is the first one's still."""
     params = [nn.Parameter(torch.zeros(64).bfloat16())]
     ratios = {}
     for strategy in ("bf16", "collage-plus", "fp32-master"):
         opt = collage.wrap(torch.optim.AdamW, params, lr=1e-5, strategy=strategy)
         monitor = collage.monitor(opt, every=1, shadow=1)
-        for step in range(200):
+        for step in range(100):
             params[0].grad = torch.full((64,), 1e-3 if step else 1.0).bfloat16()
             opt.step()
         ratios[strategy] = monitor.report().total.v_ratio
-    assert ratios["bf16"] == pytest.approx(0.999**-199, rel=2e-2)  # 1.22; rounded to 8 bits at first
+    assert ratios["bf16"] == pytest.approx(0.999**-99, rel=2e-2)  # 1.10; rounded to 8 bits at first
     assert ratios["collage-plus"] == pytest.approx(1.0, abs=1e-3)
     assert ratios["fp32-master"] == 1.0
 

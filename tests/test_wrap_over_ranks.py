@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from wrapped import BASES, EVERY, FEW, ONE, modes
+from wrapped import BASES, EVERY, ONE, modes
 
 import collage
 from collage.strategies import STRATEGIES
@@ -23,6 +23,7 @@ FULL = StateDictOptions(full_state_dict=True)
 SHAPES = {"first": (3, 1536), "rows": (33, 160), "bias": (7,)}
 SQUARE = {"first": (6, 20), "rows": (33, 16)}
 STEPS = 4
+Pairs = list[tuple[str, str]]  # an optimizer and a strategy
 
 
 def model(strategy: str, shapes: dict[str, tuple[int, ...]] = SHAPES) -> nn.Module:
@@ -85,16 +86,16 @@ def assert_same(label: str, got: dict[str, Any], want: dict[str, Any]) -> None:
             assert got[key] == x, f"{label} {key}"
 
 
-def as_one_process(mesh: Any, names: str, strategies: str) -> None:
+def as_one_process(mesh: Any, pairs: Pairs) -> None:
     """Of elementwise bases: FSDP2 and shards along columns, with monitors, whatever the buckets."""
-    for name, strategy, dim in itertools.product(names.split(","), strategies.split(), (None, 1)):
+    for (name, strategy), dim in itertools.product(pairs, (None, 1)):
         if dim == 1 and "8bit" in strategy:
             continue  # `refused`
         alone = model(strategy)
         one = wrapped(alone, name, strategy)
         of_one = collage.monitor(one, every=1, shadow=4)
         train(alone, one)
-        for bucket in (ONE, FEW, EVERY):
+        for bucket in (ONE, EVERY):
             made = sharded(model(strategy), mesh, dim)
             opt = wrapped(made, name, strategy, bucket_mb=bucket)
             monitor = collage.monitor(opt, every=1, shadow=4)
@@ -135,9 +136,9 @@ def as_the_base(mesh: Any) -> None:
             assert_same_bits(key, whole(p.detach()), before[key])
 
 
-def saved_and_loaded(mesh: Any, names: str, strategies: str) -> None:
+def saved_and_loaded(mesh: Any, pairs: Pairs) -> None:
     """torch.distributed.checkpoint's functions, sharded and full, and the optimizer's own dictionary."""
-    for name, strategy in itertools.product(names.split(","), strategies.split()):
+    for name, strategy in pairs:
         made = sharded(model(strategy), mesh, None)
         opt = wrapped(made, name, strategy)
         train(made, opt, 0, 2)
@@ -164,27 +165,28 @@ def saved_and_loaded(mesh: Any, names: str, strategies: str) -> None:
             assert_same(f"{name} {strategy} {how}", planes(other, twin), planes(made, opt))
 
 
-def every(names: str, strategies: str) -> None:
-    """All of it on one mesh."""
+def every(names: str, strategies: str, how: str) -> None:
+    """All of it on one mesh. how: to pair names with strategies."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    as_one_process(mesh, names, strategies)
+    pairs = list({"zip": zip, "product": itertools.product}[how](names.split(","), strategies.split()))
+    as_one_process(mesh, pairs)
     refused(mesh)
     as_the_base(mesh)
-    saved_and_loaded(mesh, names, strategies)
+    saved_and_loaded(mesh, pairs)
 
 
 def test_shards_step_as_the_whole():
-    launch(__file__, 2, "every", "AdamW,ScheduleFree SGD", "collage-plus-sr collage-exact")
+    launch(__file__, 2, "every", "AdamW,ScheduleFree SGD", "collage-plus-sr collage-exact", "zip")
 
 
 @pytest.mark.slow
-def test_shards_step_as_the_whole_under_every_strategy():
+@pytest.mark.parametrize("world", [2, 3])
+def test_shards_step_as_the_whole_under_every_strategy(world):
     names = "AdamW,ScheduleFree SGD,Adagrad,NAdam foreach,Lion,Rprop"
     strategies = " ".join(name for name, s in STRATEGIES.items() if s.register == torch.float32 and name != "fp32")
-    for world in (2, 3):
-        launch(__file__, world, "every", names, strategies, seconds=900)
+    launch(__file__, world, "every", names, strategies, "product", seconds=1200)
 
 
 if __name__ == "__main__":
