@@ -20,7 +20,7 @@ from collage.formats import Compensated, Expansion, Format, Single, fitted, form
 from collage.layout import Planes, aligned, pieces
 
 F32 = torch.float32
-PIECE = 1 << 19  # elements: no temporary is as large as a parameter
+PIECE = 1 << 16  # elements: no temporary is as large as a parameter
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,21 +18,24 @@ from collage.harness.tasks.weights import ACCEPTED
 from collage.harness.text import to_json
 
 ABOUT = f"""\
-IN is {ACCEPTED}, of Hugging Face's save_pretrained or of collage train. The state of its optimizer is taken from
-optimizer.pt in that folder, from the same file, or from --optimizer FILE: ours, torch.optim's, TransformerEngine's or
-Apex's. Names or, in a file of torch.save, the order say which state belongs to which weight.
-OUT becomes a folder with model.safetensors (in as many files as IN has), and optimizer.pt for opt.load_state_dict. It
-is there as a whole or not at all. Nothing else is changed."""
+IN   {ACCEPTED};
+     one file or many. The state of its optimizer is taken from optimizer.pt in the folder, from the same file, or from
+     --optimizer FILE: ours, torch.optim's, TransformerEngine's or Apex's. Names say which state is of which weight, or
+     the order of a state dict, or the class in a transformers model's config.json.
+OUT  becomes a folder with model.safetensors (as many files as IN has) and optimizer.pt, for opt.load_state_dict after
+     the model's. It is there as a whole or not at all. Of a run of collage train it is one that --resume goes on with.
+
+TARGET is one of
+{{targets}}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.description = f"{parser.description}\n\n{ABOUT}"
+    parser.description = f"{parser.description}\n\n{ABOUT.format(targets=targets.described())}"
     add = parser.add_argument
     add("source", type=Path, metavar="IN", help="a model, with or without the state of its optimizer")
     add("out", type=Path, metavar="OUT", help="the folder to be made")
-    add("--to", required=True, metavar="TARGET",
-        help=f"a strategy, as `collage info` lists them; or {targets.described()}")  # fmt: skip
+    add("--to", required=True, metavar="TARGET", help="what it becomes")
     add("--optimizer", type=Path, metavar="FILE", help="the optimizer's state, if it is not in IN")
     add("--cut", action="store_true", help="bfloat16 weights in IN with 16-bit remainders were cut off, not rounded")
     add("--overwrite", action="store_true", help="replace OUT, once all is written")

@@ -124,5 +124,6 @@ def torch_defaults(group: Mapping[str, Any], slots: set[str]) -> dict[str, Any]:
 
 
 def described() -> str:
-    """The names that are no strategy, and what each is."""
-    return "; ".join(f"{name}: {target.says}" for name, target in FOREIGN.items())
+    """What a target may be, a line for each kind."""
+    lines = {"a strategy": "as `collage info` lists them", **{name: target.says for name, target in FOREIGN.items()}}
+    return "\n".join(f"  {name:<12}{says}" for name, says in lines.items())
