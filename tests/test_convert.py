@@ -228,6 +228,31 @@ def test_an_optimizer_that_is_wrapped_leaves_and_comes(tmp_path):
     run(model, again, 1)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it from 2.9 on")
+def test_muon_leaves_and_comes(tmp_path, capsys):
+    """Of matrices alone; beside AdamW's parameters it is two optimizers in torch, which is said."""
+    model = nn.Linear(40, 128, bias=False).bfloat16()
+    opt = collage.Muon([{"params": list(model.named_parameters()), "use_muon": True}], lr=1e-3)
+    run(model, opt, 2)
+    (tmp_path / "in").mkdir()
+    save_file(model.state_dict(), tmp_path / "in" / "model.safetensors")
+    torch.save(opt.state_dict(), tmp_path / "in" / "optimizer.pt")
+    out = convert(tmp_path / "in", tmp_path / "out", "torch")
+    theirs = torch.optim.Muon(nn.Linear(40, 128, bias=False).parameters())
+    theirs.load_state_dict(torch.load(out / "optimizer.pt", weights_only=True))
+    (buffer,) = (state["momentum_buffer"] for state in theirs.state.values())
+    assert_same_bits("buffer", buffer, opt.state[model.weight]["momentum_buffer"].float())
+    back = torch.load(convert(out, tmp_path / "back", "fp32-master") / "optimizer.pt", weights_only=True)
+    again = collage.Muon([{"params": list(model.named_parameters()), "use_muon": True}], strategy="fp32-master")
+    again.load_state_dict(back)
+    mixed = Net().bfloat16()
+    opt = collage.Muon(mixed.named_parameters(), adamw={"lr": 3e-4})
+    run(mixed, opt, 1)
+    save(tmp_path / "mixed", mixed, opt)
+    assert main(["convert", str(tmp_path / "mixed"), str(tmp_path / "no"), "--to", "torch"]) == 2
+    assert "torch has no one optimizer that keeps exp_avg, exp_avg_sq, momentum_buffer" in capsys.readouterr().err
+
+
 def test_remainders_of_transformer_engine(tmp_path):
     """Its pair makes our number, by its own arithmetic; cut ones are taken too."""
     model, opt = made("fp32-master")

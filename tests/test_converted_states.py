@@ -18,7 +18,7 @@ from collage.formats import format_of
 from collage.strategies import STRATEGIES, Strategy
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "AdamW": {}, "Adam": {"amsgrad": True}, "SGD": {"momentum": 0.9}, "Lion": {},
+    "AdamW": {}, "Adam": {"amsgrad": True}, "SGD": {"momentum": 0.9}, "Lion": {}, "Muon": {"adamw": {"lr": 3e-4}},
 }  # fmt: skip
 EACH = ["bf16", "collage-plus", "collage-fp16", "kahan", "collage-exact", "fp32-master", "collage-8bit", "fp32"]
 

@@ -115,11 +115,13 @@ def torch_defaults(group: Mapping[str, Any], slots: set[str]) -> dict[str, Any]:
     if moments in ({"exp_avg", "exp_avg_sq"}, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}):
         name = "AdamW" if group.get("decoupled_weight_decay", True) else "Adam"
     elif moments <= {"momentum_buffer"}:
-        name = "SGD"
+        name = "Muon" if group.get("use_muon") else "SGD"
     else:
         kept = ", ".join(sorted(moments))
-        raise ValueError(f"--to torch: torch has no optimizer that keeps {kept} alone; choose a strategy")
-    dummy = torch.nn.Parameter(torch.zeros(1))
+        raise ValueError(f"--to torch: torch has no one optimizer that keeps {kept}; choose a strategy")
+    if not hasattr(torch.optim, name):
+        raise ValueError(f"--to torch: torch {torch.__version__} has no torch.optim.{name}; update torch")
+    dummy = torch.nn.Parameter(torch.zeros(1, 1))
     return dict(getattr(torch.optim, name)([dummy], lr=group.get("lr", 1e-3)).defaults)
 
 
