@@ -12,7 +12,7 @@ from torch import Tensor
 from collage.backends.batch import cut
 from collage.conversion import Conversion, Rounded, carry, joined
 from collage.formats import format_of
-from collage.layout import Planes
+from collage.layout import Plane, Planes
 from collage.optimizers import planes
 from collage.optimizers.parameters import Parameter, State, name_of
 from collage.rules import Rule
@@ -35,6 +35,41 @@ def kept_under(rule: Rule, strategies: Iterable[Strategy], state: Mapping[str, A
         if words == wanted or (planes.is_unstepped(state) and words == planes.of_theta(strategy)):
             return strategy
     return None
+
+
+def from_torch(
+    rule: Rule,
+    strategy: Strategy,
+    parameter: Parameter,
+    saved: Mapping[str, Any],
+    live: Mapping[str, Tensor],
+    report: Conversion | None = None,  # is told what its moments lose
+) -> State:
+    """A torch.optim state, its moments split into this strategy's planes.
+
+    Theta's other planes are those of the ``live`` state, which may hold more of the weights than plane 0 does; where it
+    has none they are derived from the parameter. SGD's states have no counter: one with a momentum has made a step.
+    """
+    param, name = parameter.tensor, parameter.name
+    saved = {key: saved[key] for key in (*rule.prefixes[1:], "step") if key in saved}
+    if not rule.torch_counts:
+        saved = {key: value for key, value in saved.items() if value is not None}
+    planes.require_tensors(saved, name)
+    state: State = {}
+    planes.initialise(rule, strategy, param, state, capturable=False)
+    first = torch.tensor(int(bool(saved)), dtype=torch.int64, device="cpu")
+    state["step"] = planes.count(saved.get("step", first), name)
+    own = planes.kept(rule, strategy)
+    slots = cut(own.formats, planes.planes_of(rule, strategy, param, state))
+    for slot, form, out in zip(rule.slots, own.formats, slots, strict=True):
+        if slot.prefix in saved:
+            planes.require_shape(slot.prefix, saved[slot.prefix], param, name, Plane("", torch.float32))
+            value = local(saved[slot.prefix]).to(out[0].device, torch.float32)
+            if report is None:
+                planes.backend_of(out).encode(form, [value], [out])
+            else:
+                report.add(slot.prefix, "fp32", form, carry("fp32", [value], form, out))
+    return state | planes.theta_among(strategy, live)
 
 
 def require_held(lost: Rounded, name: str, slot: str, target: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from collage.optimizers import planes
-from collage.optimizers.converting import Converting, kept_under
+from collage.optimizers.converting import Converting, from_torch, kept_under
 from collage.optimizers.parameters import Group, Parameter, State
 from collage.rules import Rule
 from collage.strategies import ROLES, STRATEGIES, Strategy
@@ -131,7 +131,7 @@ def _adopt_state(
     if isinstance(theirs.get("step"), int | float):  # so in old releases of torch, and by hand
         theirs = {**theirs, "step": torch.tensor(theirs["step"], dtype=torch.float64, device="cpu")}
     if "strategy" not in group:
-        theirs = planes.from_torch(rule, strategy, parameter.tensor, theirs, own, parameter.name)
+        theirs = from_torch(rule, strategy, parameter, theirs, own, converting.report if converting else None)
     elif converting:
         theirs = _converted(converting, rule, group, strategy, parameter, theirs, own)
     theirs = planes.begun(rule, strategy, parameter.tensor, theirs)

@@ -262,31 +262,3 @@ def count(step: Tensor, name: str) -> Tensor:
 
 def _listing(planes: Mapping[str, torch.dtype]) -> str:
     return ", ".join(f"{key} ({name_of(dtype)})" for key, dtype in planes.items()) or "nothing"
-
-
-def from_torch(
-    rule: Rule, strategy: Strategy, param: Tensor, saved: Mapping[str, Any], live: Mapping[str, Tensor], name: str
-) -> State:
-    """A torch.optim state, its moments split into this strategy's planes.
-
-    Theta's other planes are those of the ``live`` state, which may hold more of the weights than plane 0 does; where it
-    has none they are derived from the parameter. SGD's states have no counter: one with a momentum has made a step.
-    """
-    saved = {key: saved[key] for key in (*rule.prefixes[1:], "step") if key in saved}
-    if not rule.torch_counts:
-        saved = {key: value for key, value in saved.items() if value is not None}
-    require_tensors(saved, name)
-    state: State = {}
-    initialise(rule, strategy, param, state, capturable=False)
-    state["step"] = count(saved.get("step", torch.tensor(int(bool(saved)), dtype=torch.int64, device="cpu")), name)
-    own = kept(rule, strategy)
-    at = 0
-    local_planes = planes_of(rule, strategy, param, state)
-    for slot, form in zip(rule.slots, own.formats, strict=True):
-        planes = local_planes[at : at + len(format_of(form).planes)]
-        at += len(planes)
-        if slot.prefix in saved:
-            require_shape(slot.prefix, saved[slot.prefix], param, name, Plane("", torch.float32))
-            value = local(saved[slot.prefix]).to(planes[0].device, torch.float32)
-            backend_of(planes).encode(form, [value], [planes])
-    return state | theta_among(strategy, live)
