@@ -61,9 +61,10 @@ def _by_position(model: Model, saved: Saved, what: str) -> list[str]:
 
 
 def _known(model: Model, name: str) -> str | None:
-    """The model's name for a parameter; wrappers (DDP, torch.compile) put prefixes before the optimizer's."""
+    """The model's name for a parameter; wrappers (DDP, torch.compile) put prefixes before one of the two."""
     stripped = name.replace("module.", "").replace("_orig_mod.", "")
-    return next((known for known in (name, stripped) if known in model.about), None)
+    candidates = (name, stripped, *(f"{prefix}{stripped}" for prefix in ("module.", "_orig_mod.")))
+    return next((known for known in candidates if known in model.about), None)
 
 
 def require_shapes(

@@ -40,8 +40,8 @@ def show(done: Done, source: Source, target: Target, out: Path, screen: Console)
     if not any(row["rounded"] for row in found.values()):
         say(screen, "Nothing was rounded.")
     if done.left:
-        say(screen, f"Left as they were: {len(done.left)} tensors that are no weights of the optimizer, such as "
-                    f"'{done.left[0]}'")  # fmt: skip
+        rest = f"and {len(done.left) - 1} more, " if done.left[1:] else ""
+        say(screen, f"Left as it was: '{done.left[0]}', {rest}which the optimizer does not train")
     for line in next_steps(done, source, target, out):
         say(screen, line)
 
