@@ -187,12 +187,13 @@ def test_weights_that_others_change_are_followed_from_there():
     assert report.total.edq_shadow == pytest.approx(1.0, abs=1e-6)
 
 
-def test_evaluations_are_no_edits():
-    """Schedule-Free's train() and eval() write weights as a step does."""
+def test_evaluations_are_no_edits(caplog):
+    """Schedule-Free's train() and eval() write weights as a step does; nobody is told that somebody else has."""
+    caplog.set_level("INFO", "collage")
     for strategy in ("fp32-master", "collage-exact", "collage-plus"):
-        opt, monitor = watched("ScheduleFree AdamW", strategy, 12)
+        _, monitor = watched("ScheduleFree AdamW", strategy, 6)
         assert monitor.report().total.edited == 0
-        assert not any(opt._told.values())
+    assert "changed outside" not in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["kahan", "paper-plus"])

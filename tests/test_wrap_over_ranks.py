@@ -184,7 +184,7 @@ def test_shards_step_as_the_whole():
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_shards_step_as_the_whole_under_every_strategy(world):
-    names = "AdamW,ScheduleFree SGD,Adagrad,NAdam foreach,Lion,Rprop"
+    names = "AdamW,ScheduleFree SGD,Adagrad,NAdam foreach,Lion,RMSprop"
     strategies = " ".join(name for name, s in STRATEGIES.items() if s.register == torch.float32 and name != "fp32")
     launch(__file__, world, "every", names, strategies, "product", seconds=1200)
 
