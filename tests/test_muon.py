@@ -16,7 +16,7 @@ from collage.optimizers import orthogonal
 from collage.strategies import STRATEGIES
 
 theirs = pytest.importorskip("torch.optim._muon", reason="torch 2.9 has the first Muon")
-TUPLE = (3.4445, -4.7750, 2.0315)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = ((64, 32), (48, 96), (1, 8), (33, 40))  # tall, wide, a vector, neither
 LR, STEPS = 2e-2, 30
 
@@ -70,8 +70,8 @@ def apart(some: list[Tensor], others: list[Tensor]) -> list[float]:
 def test_in_bfloat16_a_matrix_has_torchs_bits(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     for eps, steps in ((1e-7, 5), (1e3, 2), (1e-7, 0)):
-        want = theirs._zeropower_via_newtonschulz(x, TUPLE, steps, eps)
-        assert_same_bits(f"{shape}", orthogonal.newton_schulz(x.bfloat16(), TUPLE, steps, eps), want)
+        want = theirs._zeropower_via_newtonschulz(x, COEFFICIENTS, steps, eps)
+        assert_same_bits(f"{shape}", orthogonal.newton_schulz(x.bfloat16(), COEFFICIENTS, steps, eps), want)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 1000])
