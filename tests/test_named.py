@@ -291,3 +291,16 @@ def test_a_comparison_says_whose_it_is(
     assert summary["optimizer"] == "sgd momentum=0.9"
     assert [row["bytes_per_param"] for row in summary["table"]] == [6, 8, 12]
     assert "steps · sgd momentum=0.9 · lr 0.001" in setting(Comparison.read(tmp_path))
+
+
+def test_a_comparison_of_a_wrapped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of what it intends is its own: no histogram of that, and all the rest."""
+    monkeypatch.setattr(page, "write_report", lambda out: out)
+    given = ["--optimizer", "wrap:torch.optim.NAdam", "--strategies", "bf16,collage-plus"]
+    assert main([*tiny("compare", tmp_path), *given]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    bf16, plus = summary["table"]
+    assert bf16["lost"] > 0.05 > 0.01 > plus["lost"]
+    assert (bf16["bytes_per_param"], plus["bytes_per_param"]) == (8, 12)
+    assert plus["v_ratio"] == pytest.approx(1.0, abs=1e-3)  # its shadow is NAdam's, too
+    assert summary["update_histogram"] is None
