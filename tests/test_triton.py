@@ -54,6 +54,9 @@ SIZES = (0, 1, 31, 1000, 1024, 1025)
 CASES = [pytest.param(k, case, id=str(case)) for k, case in enumerate(cases())]
 
 
+KERNELS = {name for name, rule in RULES.items() if rule.elementwise}  # others are made of these
+
+
 @pytest.fixture
 def triton():
     yield from interpreted()
@@ -76,7 +79,7 @@ def test_some_sizes_in_one_launch(rule, name, triton):
 
 
 def test_every_rule_and_format_has_a_row(triton):
-    assert triton.RULES.keys() == RULES.keys()
+    assert set(triton.RULES) == KERNELS
     assert triton.FORMATS.keys() == FORMATS.keys()
     for name, rule in triton.RULES.items():
         assert rule.columns == RULES[name].constants
@@ -235,7 +238,7 @@ def test_scale_and_skip_are_read_on_the_device(skip, triton):
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", sorted(KERNELS))
 def test_folding_on_the_device(name, narrow, triton):
     """Bits of the host's constants and streams, for lr, betas and eps of every size, at steps up to a billion."""
     rule, register = RULES[name], torch.bfloat16 if narrow else torch.float32
