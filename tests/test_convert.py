@@ -186,6 +186,31 @@ def test_it_comes_from_torch(tmp_path, named):
         assert_same_bits("moment", theirs.state[q]["exp_avg_sq"], opt.state[p]["exp_avg_sq"])
 
 
+def test_it_comes_from_lightning_and_from_torchs_muon(tmp_path):
+    model = nn.Linear(40, 128, bias=False)
+    opt = torch.optim.Muon(model.named_parameters(), lr=1e-3)
+    run(model, opt, 2)
+    torch.save({"state_dict": model.state_dict(), "optimizer_states": [opt.state_dict()]}, tmp_path / "last.ckpt")
+    back = torch.load(convert(tmp_path / "last.ckpt", tmp_path / "out", "torch") / "optimizer.pt", weights_only=True)
+    again = torch.optim.Muon(nn.Linear(40, 128, bias=False).parameters())
+    again.load_state_dict(back)
+    assert again.param_groups[0]["ns_steps"] == 5
+    (state,) = again.state.values()
+    assert_same_bits("buffer", state["momentum_buffer"], opt.state[model.weight]["momentum_buffer"])
+
+
+def test_a_state_that_lacks_a_moment_is_refused(tmp_path, capsys):
+    model = Net()
+    opt = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    run(model, opt, 1)
+    saved = opt.state_dict()
+    del saved["state"][1]["exp_avg_sq"]
+    torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "last.pt")
+    assert main(["convert", str(tmp_path / "last.pt"), str(tmp_path / "out"), "--to", "collage-plus"]) == 2
+    assert "has no exp_avg_sq, which others of its group have" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_it_comes_from_a_checkpoint_of_trainer(tmp_path, groups):
     """Its states have no names: the class in config.json says in which order they are, and Trainer which decay."""

@@ -312,11 +312,14 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
 
 # Checkpoints and resume
 
+# Of the strategies, one of each kind of format and arithmetic.
+SOME = ("bf16", "collage-plus-sr", "collage-exact", "collage-8bit", "fp32-master", "kahan", "collage-fp16")
+
 
 @pytest.mark.parametrize(
     ("optimizer", "strategy"),
     [
-        *(("adamw", strategy) for strategy in STRATEGIES),
+        *(pytest.param("adamw", s, marks=[] if s in SOME else pytest.mark.slow) for s in STRATEGIES),
         ("sgd", "collage-plus"),
         ("lion", "collage-plus-sr"),
         ("wrap:schedulefree.AdamWScheduleFree", "collage-plus-sr"),

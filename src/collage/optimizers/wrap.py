@@ -19,9 +19,9 @@ from collage.optimizers.settings import checked_seed
 from collage.optimizers.wrapping import loading
 from collage.optimizers.wrapping.bucket import Memory
 from collage.optimizers.wrapping.foreign import OWN, Foreign, given_by_name
-from collage.optimizers.wrapping.probing import is_elementwise, probed
+from collage.optimizers.wrapping.probing import Kept, Shape, is_elementwise, probed
 from collage.optimizers.wrapping.shadow import WrappedShadow
-from collage.optimizers.wrapping.slots import Formats, checked, require_known
+from collage.optimizers.wrapping.slots import Formats, checked, require_known, require_signs
 from collage.optimizers.wrapping.stepping import InBuckets
 from collage.rules import Rule
 from collage.rules.assign import ASSIGN
@@ -125,6 +125,8 @@ class Wrapped(InBuckets):
         self._foreign.look()
         tried = [probed(self._foreign, group) for group in base.param_groups]  # before anything is cast
         require_known(self.states, [own.states for each in tried for own in each.values()])
+        for group, each in zip(base.param_groups, tried, strict=True):
+            self._require_signs({**ours, **group}, each)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **ours}, backend, cast, {})
         self._tried = tried
         self._require_whole_blocks(self.parameters())
@@ -197,6 +199,7 @@ class Wrapped(InBuckets):
         group = self.base.param_groups[-1]
         self.param_groups[:] = known
         tried = probed(self._foreign, group)
+        self._require_signs({**self.defaults, **group}, tried)
         super().add_param_group(group)
         self._tried.append(tried)
         try:
@@ -206,6 +209,9 @@ class Wrapped(InBuckets):
             self.param_groups.pop()
             self._tried.pop()
             raise
+
+    def _require_signs(self, group: Mapping[str, Any], tried: Mapping[Shape, Kept]) -> None:
+        require_signs(Formats(Strategy.parse(group["strategy"]), self.states), [own.states for own in tried.values()])
 
     def _require_whole_blocks(self, parameters: Iterable[Parameter]) -> None:
         """Raise ValueError, naming the parameter, where its shards cut blocks in which the optimizer's states are."""

@@ -57,6 +57,11 @@ def _of_file(path: Path, state: Path | None) -> Source:
         key = next((key for key in _STATES if isinstance(content, dict) and key in content), None)
         if state is None and key is not None:
             return Source(path, content[key], f"{path} ['{key}']")
+        several = content.get("optimizer_states") if isinstance(content, dict) else None  # Lightning's
+        if state is None and several:
+            if len(several) > 1:
+                raise ValueError(f"{path}: has the states of {len(several)} optimizers; give one as --optimizer FILE")
+            return Source(path, several[0], f"{path} ['optimizer_states'][0]")
     return Source(path, files.load(state) if state else None, str(state or ""))
 
 

@@ -80,7 +80,22 @@ def read(content: Any, what: str) -> Saved:
             found.parameters.append(Parameter(key, name, index, dict(own)))
     _require_bias_correction(found, what)
     found.wrapped = _is_wrapped(found)
+    if not found.wrapped:
+        _require_alike(found, what)
     return found
+
+
+def _require_alike(saved: Saved, what: str) -> None:
+    """Raise ValueError where a parameter lacks one of Adam's two moments."""
+    pair = {"exp_avg", "exp_avg_sq"}
+    for p in (p for p in saved.parameters if "betas" in saved.groups[p.group]):
+        lacking = pair - {prefix_of(key) for key in p.state}
+        others = (pair <= {prefix_of(key) for key in q.state} for q in saved.parameters if q.group == p.group)
+        if len(lacking) == 1 and any(others):
+            raise ValueError(
+                f"{what}: the state of '{p.name or p.id}' has no {lacking.pop()}, which others of its group have; is "
+                "it damaged? Give one that was saved whole"
+            )
 
 
 def _by_parameter(states: Mapping[Any, Any]) -> dict[Any, Any]:

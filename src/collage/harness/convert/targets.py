@@ -115,7 +115,7 @@ def torch_defaults(group: Mapping[str, Any], slots: set[str]) -> dict[str, Any]:
     if moments in ({"exp_avg", "exp_avg_sq"}, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}):
         name = "AdamW" if group.get("decoupled_weight_decay", True) else "Adam"
     elif moments <= {"momentum_buffer"}:
-        name = "Muon" if group.get("use_muon") else "SGD"
+        name = "Muon" if group.get("use_muon") or "ns_steps" in group else "SGD"
     else:
         kept = ", ".join(sorted(moments))
         raise ValueError(f"--to torch: torch has no one optimizer that keeps {kept}; choose a strategy")

@@ -38,6 +38,7 @@ class Foreign:
         self._groups: dict[int, tuple[dict[str, Any], Values]] = {}  # by id: the group, and what moves in it
         self._attributes: Values = {}
         self.makes_states = False  # in its constructor, as Adagrad does
+        self.is_trial = False  # what attributes hold is copied too
 
     @staticmethod
     def of(base: torch.optim.Optimizer, facts: Mapping[str, Any]) -> Foreign:
@@ -105,13 +106,27 @@ class Foreign:
 
         Raises RuntimeError where the optimizer's group, after it, depends on which parameters it was given.
         """
-        if self.makes_states and None in states:
+        if self.makes_states and not all(states):
             states = [own or new for own, new in zip(states, self.born(group, params), strict=True)]
         twin = self._twin(group, params, states)
-        _unhooked(type(twin), method)(twin)
+        held = [local(param.detach()) for param in params]
+        unhooked(type(twin), method)(twin)
+        for param, numbers in zip(params, held, strict=True):
+            if local(param.detach()).data_ptr() != numbers.data_ptr():  # it has other memory now: p.data = ...
+                numbers.copy_(local(param.detach()))
         if noted:
             self._note(group, twin)
         return [twin.state.get(param, {}) for param in params]
+
+    def itself(self, group: Mapping[str, Any], params: Sequence[nn.Parameter]) -> torch.optim.Optimizer | None:
+        """A new one of its kind that has these parameters; None: how it was made is not known."""
+        settings = {k: v for k, v in self._settings(group).items() if k in self.base.defaults}
+        try:
+            made = type(self.base)([{**settings, "params": list(params)}], **self.arguments)
+        except Exception:
+            return None
+        vars(made).update((k, v) for k, v in self._own().items() if isinstance(v, _NUMBERS))
+        return made
 
     def moved(self, group: Mapping[str, Any]) -> Values:
         """What the step under way has changed in a group."""
@@ -143,6 +158,8 @@ class Foreign:
         """The optimizer with these parameters alone, and no hooks: those are of the step as a whole."""
         twin: Any = object.__new__(type(self.base))
         vars(twin).update(vars(self.base))
+        if self.is_trial:
+            vars(twin).update((k, copied(v)) for k, v in self._own().items() if isinstance(v, list | dict | set))
         twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = {}, {}
         twin.param_groups = [{**self._settings(group), "params": list(params)}]
         twin.state = defaultdict(dict, {p: own for p, own in zip(params, states, strict=True) if own})
@@ -195,7 +212,7 @@ def _taken(kind: type) -> set[str]:
     return set(signature(kind).parameters)
 
 
-def _unhooked(kind: type, method: str) -> Any:
+def unhooked(kind: type, method: str) -> Any:
     """A method, without torch's wrapper of `step`, which calls the hooks of all optimizers."""
     found = getattr(kind, method)
     return found.__wrapped__ if getattr(found, "hooked", False) else found

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from collage.optimizers.wrapping.foreign import Foreign, Values, needs_all, same
+from collage.optimizers.wrapping.foreign import Foreign, Values, needs_all, same, unhooked
 from collage.optimizers.wrapping.slots import is_shaped
 from collage.randomness import Randomness
 from collage.sharding import local
@@ -65,7 +65,36 @@ def probed(foreign: Foreign, group: dict[str, Any]) -> dict[Shape, Kept]:
             raise ValueError(needs_all(foreign.name, differing))
     if not all(map(_close, together.moves, (own.moves[0] for own in alone))):
         raise ValueError(needs_all(foreign.name))
+    _require_same_steps(foreign, group, pairs, device, together.moves)
     return dict(zip(pairs, together.states, strict=True))
+
+
+def _require_same_steps(
+    foreign: Foreign, group: dict[str, Any], shapes: Sequence[Shape], device: torch.device, moves: Sequence[Tensor]
+) -> None:
+    """Raise ValueError where an optimizer that has its parameters from the start steps otherwise."""
+    runs = [Run(shape, k, device) for k, shape in enumerate(shapes)]
+    params = [nn.Parameter(run.numbers(0)) for run in runs]
+    drawn, alone, found = Randomness(params), foreign.itself(group, params), list[list[Tensor]]()
+    try:
+        if alone is not None and foreign.has("train"):
+            alone.train()  # type: ignore[attr-defined]
+        for step, size in enumerate(GRADIENTS if alone is not None else ()):
+            before = [param.detach().clone() for param in params]
+            for param, run in zip(params, runs, strict=True):
+                param.grad = size * run.numbers(step + 1)
+            unhooked(type(alone), "step")(alone)
+            found.append([param.detach() - x for param, x in zip(params, before, strict=True)])
+    except Exception:  # it cannot be made without what is not known: there is nothing to compare with
+        return
+    finally:
+        drawn.restore()
+    if found and not all(map(_close, (torch.stack(own) for own in zip(*found, strict=True)), moves)):
+        raise ValueError(
+            f"wrap: {foreign.name} keeps something from step to step that is neither in the state of a parameter nor a "
+            "setting of a group (a state under a key of its own, a dict or list among its attributes), and would lose "
+            "it; keep that in state[param] or in the group, or leave it on float32 weights"
+        )
 
 
 def is_elementwise(foreign: Foreign, group: dict[str, Any]) -> bool:
@@ -105,7 +134,7 @@ def _stepped(foreign: Foreign, group: dict[str, Any], runs: Sequence[Run]) -> Tr
     """Some steps. Nothing of the optimizer moves, nor torch's random generators."""
     params = [nn.Parameter(run.numbers(0)) for run in runs]
     drawn, trial = Randomness(params), Foreign(foreign.base, foreign.arguments)
-    trial.makes_states = foreign.makes_states
+    trial.makes_states, trial.is_trial = foreign.makes_states, True
     group, states = {**group, "params": []}, list[Values | None]([None] * len(params))
     moves, first = [], list[frozenset[str]]()
     try:

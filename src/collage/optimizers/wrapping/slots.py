@@ -97,6 +97,17 @@ def require_known(states: Iterable[str], kept: Iterable[Mapping[str, Any]]) -> N
             )
 
 
+def require_signs(formats: Formats, kept: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError for a state that has negative numbers, and whose format has none."""
+    for name, x in (item for own in kept for item in own.items()):
+        fmt = formats.of(name)
+        if fmt and fmt.startswith("uint8") and isinstance(x, Tensor) and bool((x < 0).any()):
+            raise ValueError(
+                f"states[{name!r}]: the optimizer makes negative numbers, and '{fmt}' holds none; say "
+                f"states={{{name!r}: 'int8/128:sr'}}, or a format of 16 bits"
+            )
+
+
 @cache
 def keys_of(name: str, fmt: str) -> tuple[str, ...]:
     """The keys of a state's planes."""
