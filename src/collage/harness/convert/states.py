@@ -79,9 +79,8 @@ def read(content: Any, what: str) -> Saved:
             own = _ours(states.get(key) or {}, step) if found.dialect in (TE, APEX) else states.get(key) or {}
             found.parameters.append(Parameter(key, name, index, dict(own)))
     _require_bias_correction(found, what)
+    _require_alike(found, what)
     found.wrapped = _is_wrapped(found)
-    if not found.wrapped:
-        _require_alike(found, what)
     return found
 
 
