@@ -43,6 +43,9 @@ def perform(tasks: Mapping[str, Any]) -> None:
     dist.init_process_group("gloo")
     tasks[sys.argv[1]](*sys.argv[2:])
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may outlive their group, and then end the interpreter's exit by std::terminate
 
 
 def whole(tensor: Any) -> torch.Tensor:
