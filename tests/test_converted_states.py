@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same_bits, assert_same_planes, planes_of, refused
+from test_convert import run
 from torch import nn
 
 import collage
@@ -37,14 +38,6 @@ def optimizer_of(name: str, model: nn.Module, strategy: str, **settings: Any) ->
     return getattr(collage, name)(
         model.named_parameters(), **{"lr": 1e-3, "strategy": strategy, **OPTIMIZERS[name]} | settings
     )
-
-
-def run(model: nn.Module, opt: Any, steps: int, seed: int = 0) -> None:
-    g = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
-        opt.step()
 
 
 def trained(strategy: str, name: str = "AdamW", steps: int = 3, beside: bool = False) -> tuple[nn.Module, Any]:

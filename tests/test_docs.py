@@ -71,7 +71,8 @@ def test_a_command_runs(command, capsys):
         argv += shlex.split("--strategies bf16,fp32-master") if argv[0] == "compare" and len(command) > 20 else []
         argv += shlex.split("--seeds 1" if "--optimizer" in argv else "--seeds 2") if "--seeds" in argv else []
     if argv[0] == "bench":
-        argv += [] if "--gradients" in argv else shlex.split("--strategies collage-plus --no-others")
+        instead = {"--gradients", "--wrapped"} & {*argv}
+        argv += [] if instead else shlex.split("--strategies collage-plus --no-others")
         argv += [] if {"--accuracy", "--gradients"} & {*argv} else shlex.split("--params 4K")
         argv += [] if "--accuracy" in argv else shlex.split("--rounds 2")
     if argv[0] == "plan" and "--measure" in argv:

@@ -82,6 +82,24 @@ def test_these_have_their_own_bits(kind, constructed):
         assert_same_bits(f"step {k}", opt.state[ours]["param_master"], theirs.detach())
 
 
+class Layerwise(Own):
+    """Reads what only a group says, and its constructor's defaults do not."""
+
+    def move(self, p, by):
+        (group,) = (group for group in self.param_groups if any(p is own for own in group["params"]))
+        p.add_(by * group.get("lr_scale", 1.0))
+
+
+def test_a_setting_of_a_group_alone_is_seen():
+    ours, theirs = weight(), weight(torch.float32)
+    opt = collage.wrap(Layerwise, [{"params": [ours], "lr_scale": 0.5}], strategy="fp32-master")
+    alone = Layerwise([{"params": [theirs], "lr_scale": 0.5}])
+    ours.grad, theirs.grad = torch.ones_like(ours), torch.ones_like(theirs)
+    opt.step()
+    alone.step()
+    assert_same_bits("w", opt.state[ours]["param_master"], theirs.detach())
+
+
 @pytest.mark.parametrize("kind", [Aside, Shared, pytorch_optimizer.MADGRAD])
 def test_these_would_lose_something_and_are_refused(kind):
     alone, w = kind([weight()]), weight()

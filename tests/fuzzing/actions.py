@@ -207,9 +207,14 @@ def average(w):
     """An EMA: made, moved, or swapped in and out."""
     if w.ema is None:
         follow = {"optimizer": w.opt} if "optimizer" in inspect.signature(collage.EMA).parameters else {}
-        w.ema = collage.EMA(
-            w.model, w.rng.choice([0.9, 0.999]), w.rng.choice(["bf16x2:sr", "bf16x2", "fp32"]), **follow
-        )
+        decay, name = w.rng.choice([0.9, 0.999]), w.rng.choice(["bf16x2:sr", "bf16x2", "fp32"])
+        full = collage.high_precision_state_dict(w.model, w.opt)
+        finite = [full[key][full[key].isfinite()] for key, p in w.params() if p.requires_grad]
+        if name != "fp32" and any(bool(x.to(torch.bfloat16).isinf().any()) for x in finite):
+            with w.refused("an average of a weight beyond bfloat16"):  # a remainder took it there
+                collage.EMA(w.model, decay, name, **follow)
+            return
+        w.ema = collage.EMA(w.model, decay, name, **follow)
     if w.rng.random() < 0.5:
         old = {key: w.ema.value(key).double() for key in w.books}
         w.ema.update()

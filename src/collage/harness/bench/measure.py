@@ -6,7 +6,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
@@ -41,17 +41,7 @@ def measure(
             except Exception as error:  # another package's: say so in its row, go on with the others
                 failed[row.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
             tick(k + 1)
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        gc.collect()
-        gc.disable()
-        try:
-            tick = bar(bars, "timing", rounds)
-            for k in range(rounds):
-                for name, (_, contestant, calls) in contestants.items():
-                    times[name].append(seconds(contestant.step, calls) / contestant.steps)
-                tick(k + 1)
-        finally:
-            gc.enable()
+        times = timed({name: own[1:] for name, own in contestants.items()}, rounds, bar(bars, "timing", rounds))
     table = [entry(row, times[name], shapes) for name, (row, _, _) in contestants.items()]
     contestants.clear()
     for line, row in zip(table, (row for row in lines if row.name in times), strict=True):
@@ -71,6 +61,23 @@ def measure(
         "orthogonalisation": shares(table),
         "failed": failed,
     }
+
+
+def timed(
+    contestants: Mapping[str, tuple[Contestant, int]], rounds: int, tick: Callable[[int], None]
+) -> dict[str, list[float]]:
+    """Seconds of a step of each, in every round; contestants come with how many calls one timing takes."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    gc.collect()
+    gc.disable()
+    try:
+        for k in range(rounds):
+            for name, (contestant, calls) in contestants.items():
+                times[name].append(seconds(contestant.step, calls) / contestant.steps)
+            tick(k + 1)
+    finally:
+        gc.enable()
+    return times
 
 
 def seconds(call: Callable[[], Any], calls: int) -> float:

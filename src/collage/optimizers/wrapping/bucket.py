@@ -61,10 +61,12 @@ def aligned(numel: int) -> int:
 def buckets(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
     """Positions of those that are taken together: as many as fit, at least one."""
     taken: list[int] = []
+    held = 0
     for k, size in enumerate(sizes):
-        if taken and sum(sizes[j] for j in taken) + size > most:
+        if taken and held + size > most:
             yield taken
-            taken = []
+            taken, held = [], 0
         taken.append(k)
+        held += size
     if taken:
         yield taken

@@ -90,9 +90,14 @@ class Foreign:
 
     def born(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> list[Values]:
         """The states that the constructor makes of these parameters."""
-        settings = {k: v for k, v in self._settings(group).items() if k in self.base.defaults}
-        made = type(self.base)([{**settings, "params": list(params)}], **self.arguments)
+        made = self.itself(group, params)
         return [dict(made.state.get(param, {})) for param in params]
+
+    def itself(self, group: Mapping[str, Any], params: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """A new one of its kind, which has these parameters. Raises what its constructor does."""
+        made = type(self.base)([{**self._settings(group), "params": list(params)}], **self.arguments)
+        vars(made).update((k, v) for k, v in self._own().items() if isinstance(v, _NUMBERS))
+        return made
 
     def run(
         self,
@@ -117,16 +122,6 @@ class Foreign:
         if noted:
             self._note(group, twin)
         return [twin.state.get(param, {}) for param in params]
-
-    def itself(self, group: Mapping[str, Any], params: Sequence[nn.Parameter]) -> torch.optim.Optimizer | None:
-        """A new one of its kind that has these parameters; None: how it was made is not known."""
-        settings = {k: v for k, v in self._settings(group).items() if k in self.base.defaults}
-        try:
-            made = type(self.base)([{**settings, "params": list(params)}], **self.arguments)
-        except Exception:
-            return None
-        vars(made).update((k, v) for k, v in self._own().items() if isinstance(v, _NUMBERS))
-        return made
 
     def moved(self, group: Mapping[str, Any]) -> Values:
         """What the step under way has changed in a group."""

@@ -23,6 +23,8 @@ from collage.optimizers.wrapping.foreign import Values, copied
 from collage.optimizers.wrapping.slots import Formats, is_shaped, keys_of
 from collage.sharding import any_dtensor, local, region
 
+DECODED = 2  # float32 numbers of an element while its optimizer steps, beside its states: theta and the gradient
+MADE = 2  # what the optimizer itself makes meanwhile, in memory of its own
 ELEMENTWISE = (  # of which an element's update is known to depend on nothing but that element, whatever their settings
     *(torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax),
     *(torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD),
@@ -34,12 +36,14 @@ class Piece:
     """A parameter, or a part of one.
 
     column: its position among those that step together.
+    states: how many the optimizer keeps of its shape.
     begin, end: in elements, or in rows (dimension 0) where a format has blocks of rows; None: it is all of it.
     """
 
     parameter: Parameter
     formats: Formats
     column: int
+    states: int
     is_new: bool = False  # the optimizer has no state of it yet
     begin: int | None = None
     end: int | None = None
@@ -51,6 +55,11 @@ class Piece:
     def __post_init__(self) -> None:
         self.like = self.of(self.parameter.tensor.detach())
         self.numel = local(self.like).numel()
+
+    @property
+    def numbers(self) -> int:
+        """Float32 numbers that there are of it while the optimizer steps."""
+        return self.numel * (DECODED + MADE + self.states)
 
     def of(self, x: Tensor) -> Tensor:
         """Its part of a tensor of the parameter's shape, or of a plane with words for blocks of rows: a view."""
@@ -99,15 +108,15 @@ class Piece:
         return known | {key for key, x in state.items() if is_shaped(x, like)}
 
 
-def cut(piece: Piece, numbers: int, most: int) -> Iterator[Piece]:
-    """The parts of a whole parameter of which each element takes so many numbers; itself, if that is not too much."""
+def cut(piece: Piece, most: int) -> Iterator[Piece]:
+    """A whole parameter in parts, none of which takes more numbers, if blocks allow it."""
     param = piece.parameter.tensor
     rows, columns = as_rows(param.shape)
     names = (*piece.formats.strategy.formats(), *piece.formats.given.values())
     by_rows = not all(format_of(name).elementwise for name in names)
     width = columns if by_rows else 1
     least = BLOCK // math.gcd(width, BLOCK)
-    count = max(least, most // (numbers * width) // least * least)
+    count = max(least, most * piece.numel // (piece.numbers * width) // least * least)
     end = rows if by_rows else param.numel()
     for begin in range(0, end, count):
         stop = min(begin + count, end)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +52,9 @@ def probed(foreign: Foreign, group: dict[str, Any]) -> dict[Shape, Kept]:
     device = local(group["params"][0]).device
     try:
         foreign.require_apart()
-        together = _stepped(foreign, group, [Run(shape, k, device) for k, shape in enumerate(pairs)])
-        alone = [_stepped(foreign, group, [Run(shape, k, device)]) for k, shape in enumerate(pairs)]
+        runs = [Run(shape, k, device) for k, shape in enumerate(pairs)]
+        together = _stepped(foreign, group, runs)
+        alone = [_stepped(foreign, group, [run]) for run in runs]
     except Exception as error:
         raise TypeError(
             f"wrap: {foreign.name} cannot make a step of its own on {device.type}: {type(error).__name__}: {error}; "
@@ -65,31 +66,24 @@ def probed(foreign: Foreign, group: dict[str, Any]) -> dict[Shape, Kept]:
             raise ValueError(needs_all(foreign.name, differing))
     if not all(map(_close, together.moves, (own.moves[0] for own in alone))):
         raise ValueError(needs_all(foreign.name))
-    _require_same_steps(foreign, group, pairs, device, together.moves)
+    _require_same_steps(foreign, group, runs, together.moves)
     return dict(zip(pairs, together.states, strict=True))
 
 
-def _require_same_steps(
-    foreign: Foreign, group: dict[str, Any], shapes: Sequence[Shape], device: torch.device, moves: Sequence[Tensor]
-) -> None:
+def _require_same_steps(foreign: Foreign, group: dict[str, Any], runs: Sequence[Run], moves: Sequence[Tensor]) -> None:
     """Raise ValueError where an optimizer that has its parameters from the start steps otherwise."""
-    runs = [Run(shape, k, device) for k, shape in enumerate(shapes)]
     params = [nn.Parameter(run.numbers(0)) for run in runs]
-    drawn, alone, found = Randomness(params), foreign.itself(group, params), list[list[Tensor]]()
+    drawn = Randomness(params)
     try:
-        if alone is not None and foreign.has("train"):
-            alone.train()  # type: ignore[attr-defined]
-        for step, size in enumerate(GRADIENTS if alone is not None else ()):
-            before = [param.detach().clone() for param in params]
-            for param, run in zip(params, runs, strict=True):
-                param.grad = size * run.numbers(step + 1)
-            unhooked(type(alone), "step")(alone)
-            found.append([param.detach() - x for param, x in zip(params, before, strict=True)])
+        itself = foreign.itself(group, params)
+        if foreign.has("train"):
+            itself.train()  # type: ignore[attr-defined]
+        found = _moves(params, runs, lambda: unhooked(type(itself), "step")(itself))
     except Exception:  # it cannot be made without what is not known: there is nothing to compare with
         return
     finally:
         drawn.restore()
-    if found and not all(map(_close, (torch.stack(own) for own in zip(*found, strict=True)), moves)):
+    if not all(map(_close, found, moves)):
         raise ValueError(
             f"wrap: {foreign.name} keeps something from step to step that is neither in the state of a parameter nor a "
             "setting of a group (a state under a key of its own, a dict or list among its attributes), and would lose "
@@ -136,21 +130,33 @@ def _stepped(foreign: Foreign, group: dict[str, Any], runs: Sequence[Run]) -> Tr
     drawn, trial = Randomness(params), Foreign(foreign.base, foreign.arguments)
     trial.makes_states, trial.is_trial = foreign.makes_states, True
     group, states = {**group, "params": []}, list[Values | None]([None] * len(params))
-    moves, first = [], list[frozenset[str]]()
+    first = list[frozenset[str]]()
+
+    def step() -> None:
+        nonlocal states, group, first
+        states, group = _tried(trial, group, params, states, "step")
+        first = first or [frozenset(own or ()) for own in states]
+
     try:
         if trial.has("train"):  # Schedule-Free's step refuses what is not told
             states, group = _tried(trial, group, params, states, "train")
-        for step, size in enumerate(GRADIENTS):
-            before = [param.detach().clone() for param in params]
-            for param, run in zip(params, runs, strict=True):
-                param.grad = size * run.numbers(step + 1)
-            states, group = _tried(trial, group, params, states, "step")
-            first = first or [frozenset(own or ()) for own in states]
-            moves.append([param.detach() - x for param, x in zip(params, before, strict=True)])
+        moves = _moves(params, runs, step)
     finally:
         drawn.restore()
     kept = [_kept(own or {}, names, param) for own, names, param in zip(states, first, params, strict=True)]
-    return Tried([torch.stack(own) for own in zip(*moves, strict=True)], kept, group)
+    return Tried(moves, kept, group)
+
+
+def _moves(params: Sequence[nn.Parameter], runs: Sequence[Run], step: Callable[[], None]) -> list[Tensor]:
+    """How far each step, with gradients of another size, moves the parameters: [steps, *shape] of each."""
+    moves = []
+    for k, size in enumerate(GRADIENTS):
+        before = [param.detach().clone() for param in params]
+        for param, run in zip(params, runs, strict=True):
+            param.grad = size * run.numbers(k + 1)
+        step()
+        moves.append([param.detach() - x for param, x in zip(params, before, strict=True)])
+    return [torch.stack(own) for own in zip(*moves, strict=True)]
 
 
 def _tried(

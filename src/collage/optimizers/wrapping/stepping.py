@@ -16,14 +16,12 @@ from collage.optimizers.parameters import Group, Parameter
 from collage.optimizers.plan import Columns
 from collage.optimizers.wrapping.bucket import Arena, Memory, aligned, buckets
 from collage.optimizers.wrapping.foreign import Foreign, Values
-from collage.optimizers.wrapping.pieces import Piece, can_be_cut, cut, is_known_elementwise
+from collage.optimizers.wrapping.pieces import DECODED, Piece, can_be_cut, cut, is_known_elementwise
 from collage.optimizers.wrapping.probing import Kept, Shape, small
 from collage.optimizers.wrapping.slots import Formats, packed, unpacked
 from collage.sharding import any_dtensor, local
 from collage.strategies import is_small
 
-DECODED = 2  # float32 numbers of an element while its optimizer steps, beside its states: theta and the gradient
-MADE = 2  # what the optimizer itself makes meanwhile, in memory of its own
 IN_CACHE = 1 << 21  # numbers of a bucket on a CPU: more of them is slower, fewer cost calls
 
 
@@ -84,32 +82,29 @@ class InBuckets(PrecisionOptimizer):
         devices: dict[torch.device, list[Piece]] = {}
         for k, plan in enumerate(columns.plans):
             own = formats[is_small(plan.parameter.tensor.shape)]
-            pieces = self._pieces(columns.group, plan.parameter, own, k, whole.own(k))
+            pieces = self._pieces(plan.parameter, own, k, whole.own(k))
             devices.setdefault(plan.planes[0].device, []).extend(pieces)
         for device, pieces in devices.items():
-            for bucket in self._buckets(columns.group, pieces, device):
+            for bucket in self._buckets(pieces, device):
                 self._bucket(columns.group, bucket, whole, choose(self.backend, device))
         edits.written(columns.thetas, columns.seen, columns.sharded)
 
-    def _pieces(
-        self, group: Group, parameter: Parameter, formats: Formats, column: int, planes: Sequence[Tensor]
-    ) -> list[Piece]:
+    def _pieces(self, parameter: Parameter, formats: Formats, column: int, planes: Sequence[Tensor]) -> list[Piece]:
         """A parameter, in parts where it is too large for a bucket and may be cut. planes: of theta."""
         state = self.base.state.get(parameter.tensor, {})
-        piece = Piece(parameter, formats, column, is_new=not state)
-        numbers, most = self._numbers(group, piece), self._most(planes[0].device)
+        piece = Piece(parameter, formats, column, self._shaped(parameter), is_new=not state)
+        most = self._most(planes[0].device)
         if (
-            numbers * piece.numel <= most
+            piece.numbers <= most
             or not is_known_elementwise(self.base)
             or not can_be_cut([parameter.tensor, *planes, *state.values()])
         ):
             return [piece]
-        return list(cut(piece, numbers, most))
+        return list(cut(piece, most))
 
-    def _buckets(self, group: Group, pieces: Sequence[Piece], device: torch.device) -> Iterator[list[Piece]]:
+    def _buckets(self, pieces: Sequence[Piece], device: torch.device) -> Iterator[list[Piece]]:
         """Those that are taken together."""
-        sizes = [piece.numel * self._numbers(group, piece) for piece in pieces]
-        for positions in buckets(sizes, self._most(device)):
+        for positions in buckets([piece.numbers for piece in pieces], self._most(device)):
             yield [pieces[k] for k in positions]
 
     def _most(self, device: torch.device | None = None) -> int:
@@ -117,14 +112,9 @@ class InBuckets(PrecisionOptimizer):
         most = int(self.bucket_mb * 2**20) // 4
         return min(most, IN_CACHE) if device is not None and device.type == "cpu" else most
 
-    def _numbers(self, group: Group, piece: Piece) -> int:
-        """Float32 numbers that there are of each element while the optimizer steps."""
-        return DECODED + MADE + self._shaped(group, piece.parameter.tensor)
-
-    def _shaped(self, group: Group, param: Tensor) -> int:
+    def _shaped(self, parameter: Parameter) -> int:
         """How many states of its shape the optimizer keeps of a parameter."""
-        index = next(i for i, own in enumerate(self.param_groups) if own is group)
-        return len(self._kept(index, param).shaped)
+        return len(self._kept(parameter.group_index, parameter.tensor).shaped)
 
     def _kept(self, index: int, param: Tensor) -> Kept:
         """What the optimizer keeps of a parameter of that group, as far as was tried."""
@@ -132,7 +122,7 @@ class InBuckets(PrecisionOptimizer):
 
     def _bucket(self, group: Group, pieces: Sequence[Piece], batch: Batch, backend: Backend) -> None:
         """The step of these. batch: of theta, with the gradients of all that step together."""
-        arena = self._arena(group, pieces)
+        arena = self._arena(pieces)
         theta = [nn.Parameter(arena.like(piece.like)) for piece in pieces]
         values = [local(own.detach()) for own in theta]
         planes = [[piece.of(plane) for plane in batch.own(piece.column)] for piece in pieces]
@@ -144,11 +134,10 @@ class InBuckets(PrecisionOptimizer):
         backend.step(_part(batch, pieces, planes, values))
         self._store(pieces, states, kept, arena, backend)
 
-    def _arena(self, group: Group, pieces: Sequence[Piece]) -> Arena:
+    def _arena(self, pieces: Sequence[Piece]) -> Arena:
         """Memory for their bucket."""
         device = local(pieces[0].parameter.tensor).device if pieces else torch.device("cpu")
-        each = (aligned(piece.numel) * (DECODED + self._shaped(group, piece.parameter.tensor)) for piece in pieces)
-        return self._memory.take(sum(each), device)
+        return self._memory.take(sum(aligned(own.numel) * (DECODED + own.states) for own in pieces), device)
 
     def _taken(self, pieces: Sequence[Piece]) -> list[Values]:
         """The optimizer's states of these, as they are kept."""
@@ -187,9 +176,12 @@ class InBuckets(PrecisionOptimizer):
         like, formats = [piece.like for piece in pieces], [piece.formats for piece in pieces]
         return packed(states, like, formats, before, self._noise(pieces), backend)
 
+    def _piece_of(self, parameter: Parameter) -> Piece:
+        return Piece(parameter, self.formats_of(parameter), 0, self._shaped(parameter))
+
     def _in_planes(self, parameter: Parameter, state: Values) -> Values:
         """A parameter's state, as the optimizer itself has it, as it is kept."""
-        piece = Piece(parameter, self.formats_of(parameter), 0)
+        piece = self._piece_of(parameter)
         return self._packed([piece], [state], [{}], choose(self.backend, local(parameter.tensor).device))[0]
 
     def _noise(self, pieces: Sequence[Piece]) -> Callable[[str, list[int]], Noise]:
@@ -213,15 +205,15 @@ class InBuckets(PrecisionOptimizer):
             devices: dict[torch.device, list[Piece]] = {}
             for p in self.parameters():
                 if p.group_index == index and self.base.state.get(p.tensor):
-                    devices.setdefault(local(p.tensor).device, []).append(Piece(p, self.formats_of(p), 0))
+                    devices.setdefault(local(p.tensor).device, []).append(self._piece_of(p))
             for device, pieces in (devices or {torch.device("cpu"): list[Piece]()}).items():
-                for bucket in [*self._buckets(group, pieces, device)] or [[]]:
+                for bucket in [*self._buckets(pieces, device)] or [[]]:
                     self._rewrite_bucket(method, group, bucket, choose(self.backend, device))
         self._memory.release(self._most())
         self._foreign.settle()
 
     def _rewrite_bucket(self, method: str, group: Group, pieces: Sequence[Piece], backend: Backend) -> None:
-        arena = self._arena(group, pieces)
+        arena = self._arena(pieces)
         theta = [nn.Parameter(arena.like(piece.like)) for piece in pieces]
         values = [local(own.detach()) for own in theta]
         numbers = [(piece.formats.strategy.param, self.theta(piece.parameter)) for piece in pieces]
