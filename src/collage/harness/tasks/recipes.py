@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-Family = Literal["gpt", "llama", "bert", "roberta"]
-Objective = Literal["causal", "masked"]
+Family = Literal["gpt", "llama", "bert", "roberta", "vit", "resnet"]
+Objective = Literal["causal", "masked", "classes"]
 Schedule = Literal["linear", "cosine-to-a-tenth"]
 
 
@@ -35,7 +35,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An architecture and the settings it is trained with."""
+    """An architecture and the settings it is trained with.
+
+    Of a model of images, `vocab` is how many classes it tells apart, and `positions` and `seq_len` are the pixels of a
+    side.
+    """
 
     name: str
     family: Family
@@ -57,7 +61,11 @@ class Recipe:
 
     @property
     def objective(self) -> Objective:
-        return "causal" if self.family in ("gpt", "llama") else "masked"
+        return _OBJECTIVES[self.family]
+
+    @property
+    def of_images(self) -> bool:
+        return self.family in ("vit", "resnet")
 
 
 # About a million parameters over the vocabulary of `data.byte_tokens`, and 2,048 bytes a step. No dropout, so that
@@ -78,6 +86,14 @@ _TINY_BERT = replace(
     eps=1e-6, weight_decay=0.01, schedule="linear",
 )  # fmt: skip
 _TINY_ROBERTA = replace(_TINY_BERT, name="tiny-roberta", family="roberta")
+
+# Ten classes of 32 x 32 grey pixels. A batch is a divisor of what `images.digits` keeps for validation.
+_TINY_VIT = Recipe(
+    name="tiny-vit", family="vit", hidden=64, layers=4, heads=4, intermediate=128, vocab=10, positions=32,
+    phases=(Phase(seq_len=32, lr=1e-3, warmup_steps=20, steps=300, batch=60, micro_batch=60),),
+    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, schedule="cosine-to-a-tenth",
+)  # fmt: skip
+_TINY_RESNET = replace(_TINY_VIT, name="tiny-resnet", family="resnet", hidden=32, layers=2, weight_decay=5e-4)
 
 # BERT and RoBERTa as the paper trains them (its appendix and its published scripts): phase 1, then phase 2.
 _BERT_BASE = Recipe(
@@ -123,6 +139,8 @@ RECIPES: dict[str, Recipe] = {
         _TINY_LLAMA,
         _TINY_BERT,
         _TINY_ROBERTA,
+        _TINY_VIT,
+        _TINY_RESNET,
         _BERT_BASE,
         _BERT_LARGE,
         _ROBERTA_BASE,
@@ -233,9 +251,46 @@ def _roberta_model(r: Recipe) -> PreTrainedModel:
     )
 
 
+def _vit_model(r: Recipe) -> PreTrainedModel:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(  # type: ignore[call-arg]
+            hidden_size=r.hidden, num_hidden_layers=r.layers, num_attention_heads=r.heads,
+            intermediate_size=r.intermediate, hidden_dropout_prob=r.dropout, attention_probs_dropout_prob=r.dropout,
+            initializer_range=r.init_std, image_size=r.positions, patch_size=r.positions // 4, num_channels=1,
+            num_labels=r.vocab,
+        )
+    )  # fmt: skip
+
+
+def _resnet_model(r: Recipe) -> PreTrainedModel:
+    """Stages of one pair of convolutions, each twice as wide as the one before."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    widths = [r.hidden << k for k in range(r.layers)]
+    return ResNetForImageClassification(
+        ResNetConfig(  # type: ignore[call-arg]
+            num_channels=1, embedding_size=r.hidden // 2, hidden_sizes=widths, depths=[1] * r.layers,
+            layer_type="basic", num_labels=r.vocab,
+        )
+    )  # fmt: skip
+
+
 _FAMILIES: dict[Family, Callable[[Recipe], PreTrainedModel]] = {
     "gpt": _gpt2_model,
     "llama": _llama_model,
     "bert": _bert_model,
     "roberta": _roberta_model,
+    "vit": _vit_model,
+    "resnet": _resnet_model,
+}
+
+_OBJECTIVES: dict[Family, Objective] = {
+    "gpt": "causal",
+    "llama": "causal",
+    "bert": "masked",
+    "roberta": "masked",
+    "vit": "classes",
+    "resnet": "classes",
 }
