@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+from collage.harness.tasks.pretrained import PUBLISHED
 from collage.harness.tasks.recipes import RECIPES
 
 FINETUNE_LR = 1e-5
@@ -60,7 +61,8 @@ class Task:
                 )
 
 
-_OF_TEXT = [name for name, recipe in RECIPES.items() if recipe.objective in ("causal", "masked")]
+_FRESH = [name for name in RECIPES if name not in PUBLISHED]
+_OF_TEXT = [name for name in _FRESH if RECIPES[name].objective in ("causal", "masked")]
 _LANGUAGE = tuple(sorted(_OF_TEXT, key=lambda name: name != "tiny-llama"))  # the default before the others
 
 TASKS: dict[str, Task] = {
@@ -74,6 +76,16 @@ TASKS: dict[str, Task] = {
             "finetune", "Fine-tuning",
             f"the same go on with Python source after a warm-up, AdamW at lr {FINETUNE_LR:g}",
             _LANGUAGE, steps=120, settings={"finetune": True}, warm_up=True,
+        ),
+        Task(
+            "classify", "Sentence classification", "published weights of MiniLM learn whether a film review praises",
+            ("minilm",), steps=200,
+            settings={"eval_sequences": 1024}, pretrained=True, score=Score("accuracy", percent=True),
+        ),
+        Task(
+            "continue", "Continued training",
+            f"published weights of SmolLM2 go on with Python source, AdamW at lr {FINETUNE_LR:g}",
+            ("smollm2-135m",), steps=30, settings={"finetune": True, "eval_sequences": 32}, pretrained=True,
         ),
         Task(
             "vision", "Image classification", "a small ViT or ResNet on images of ten classes",
