@@ -15,6 +15,7 @@ from collage.harness.tasks import recipes, weights
 from collage.harness.tasks.data import Corpus, Tokens
 from collage.harness.tasks.examples import Examples, Rows
 from collage.harness.tasks.masks import CausalBlocks, MaskedBlocks
+from collage.harness.tasks.pretrained import PUBLISHED
 from collage.harness.train import choice
 from collage.harness.train.config import RunConfig
 from collage.optimizers.base import PrecisionOptimizer
@@ -76,16 +77,24 @@ def _matched(model: nn.Module, init: Mapping[str, Tensor]) -> list[tuple[nn.Para
     return matched
 
 
+def start(config: RunConfig) -> Mapping[str, Tensor] | None:
+    """The weights to start from: those of `config.init`, published ones, or None: random."""
+    if config.init:
+        return read_weights(config.init)
+    published = PUBLISHED.get(config.model)
+    return published.weights(config.seed) if published else None
+
+
 def read_weights(path: str) -> dict[str, Tensor]:
     """The weights in a safetensors file, a state dict, or the folder of a transformers model."""
     return {entry.name: entry.tensor for entry in weights.read(Path(path)) if entry.tensor is not None}
 
 
 def optimizer_of(config: RunConfig, model: nn.Module) -> PrecisionOptimizer:
-    """The run's, on all parameters. In masked models biases and norm weights do not decay, as BERT was published."""
+    """The run's, on all parameters. In BERTs biases and norm weights do not decay, as they were published."""
     kinds = {name: weights.kind_of(name) for name, _ in model.named_parameters()}
-    masked = config.recipe.objective == "masked" and config.weight_decay is not None
-    spared = {name for name, kind in kinds.items() if masked and (kind == "norm" or name.endswith("bias"))}
+    sparing = config.recipe.family in ("bert", "roberta", "bert-classifier") and config.weight_decay is not None
+    spared = {name for name, kind in kinds.items() if sparing and (kind == "norm" or name.endswith("bias"))}
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [{"params": [(name, p) for name, p in named if name not in spared]}]
     if spared:

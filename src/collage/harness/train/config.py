@@ -24,6 +24,7 @@ from collage.harness.tasks.data import (
     tokenizer_tokens,
 )
 from collage.harness.tasks.examples import Examples
+from collage.harness.tasks.pretrained import PUBLISHED, reviews
 from collage.harness.tasks.recipes import RECIPES, Recipe, get_recipe
 from collage.harness.tasks.recipes import Schedule as RecipeSchedule
 from collage.harness.tasks.registry import FINETUNE_LR
@@ -183,18 +184,23 @@ class RunConfig:
         return 1.0
 
     def tokens(self) -> Tokens:
-        """The vocabulary of the text."""
+        """The vocabulary of the text: that of published weights, the given one, or bytes."""
+        published = PUBLISHED.get(self.model)
+        if published and published.tokens:
+            return published.tokens()
         return tokenizer_tokens(self.tokenizer) if self.tokenizer else byte_tokens()
 
     def corpus(self) -> Corpus | Examples:
         """The text: the given one, or the embedded one of the regime. Of a classifier its examples."""
         if self.recipe.of_images:
             return images.digits()
+        if self.validation and not self.data:
+            raise ValueError("validation: given without data; give both, or neither for the embedded texts")
+        if self.recipe.objective == "classes":
+            return reviews.examples(self.data, self.validation, self.seq_len)
         tokens = self.tokens()
         if self.data:
             return read_corpus(self.data, self.validation or None, tokens)
-        if self.validation:
-            raise ValueError("validation: given without data; give both, or neither for the embedded texts")
         return finetune_corpus(tokens) if self.finetune else default_corpus(tokens)
 
     def share(self, processes: int) -> tuple[int, int]:
@@ -253,7 +259,11 @@ def _require_positive(config: RunConfig) -> None:
 
 
 def _require_fitting_data(config: RunConfig) -> None:
-    """Raises ValueError for settings of text where images are trained on."""
+    """Raises ValueError for settings of text where images are trained on, or sentences, or there is a vocabulary."""
+    if config.tokenizer and config.model in PUBLISHED:
+        raise ValueError(f"tokenizer: '{config.model}' has a vocabulary of its own; leave it out")
+    if config.finetune and config.recipe.objective == "classes" and not config.recipe.of_images:
+        raise ValueError(f"finetune: '{config.model}' tells sentences apart, and has no use for source; leave it out")
     if not config.recipe.of_images:
         return
     for name in ("data", "validation", "tokenizer", "finetune"):

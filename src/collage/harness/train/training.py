@@ -88,7 +88,7 @@ def run(
     Args:
         config: the settings.
         corpus: `config.corpus()`, if it has been read already.
-        init: weights to start from, by name; by default those of `config.init`, or random ones.
+        init: weights to start from, by name; by default those of `config.init`, published or random ones.
         resume: a whole checkpoint of this run; what follows is then what would have followed, bit for bit.
         record: is given each log as a line of metrics.jsonl.
         tick: is given the number of finished steps.
@@ -113,8 +113,8 @@ class _Session:
         histogram: bool,
     ) -> None:
         self.began, self.memory, self.config = time.perf_counter(), PeakMemory(), config
-        if init is None and config.init:
-            init = building.read_weights(config.init)
+        if init is None:
+            init = building.start(config)
         train_data, validation = building.datasets(config, corpus)
         settings = arguments(config, report_to, building.eval_batch(config, validation))
         self.model = building.model_of(config, corpus, init)
