@@ -80,6 +80,11 @@ TASKS: dict[str, Task] = {
             ("tiny-resnet", "tiny-vit"), steps=200,
             settings={"eval_sequences": 360}, score=Score("accuracy", percent=True), needs={"sklearn": "vision"},
         ),
+        Task(
+            "rl", "Reinforcement learning", "PPO: a policy of 16 bits that plays CartPole or Acrobot",
+            ("cartpole", "acrobot"), steps=800,
+            settings={"eval_sequences": 64}, loss="minus the return", score=Score("return"), needs={"gymnasium": "rl"},
+        ),
     )
 }  # fmt: skip
 
