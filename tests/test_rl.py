@@ -1,15 +1,18 @@
 """Reinforcement learning: games side by side, what a rollout teaches, the policy that acts, whole runs of CartPole."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import assert_same_bits
 
+from collage.harness import loops
 from collage.harness.rl import acting, playing, ppo, rollouts
 from collage.harness.rl.networks import ActorCritic
 from collage.harness.tasks.games import GAMES
+from collage.harness.train.config import RunConfig
 
 GAME = replace(GAMES["cartpole"], actors=3, horizon=40)
 
@@ -156,3 +159,92 @@ def test_the_mismatch_is_the_mean_distance_of_log_probabilities():
     distances = model(seen.observations.flatten(0, 1))[0].gather(-1, seen.actions.view(-1, 1)).view(-1)
     expected = (distances - seen.acted.flatten()).abs().mean().item()
     assert 0 < seen.mismatch(model) == expected < 2**-8
+
+
+def config(**given) -> RunConfig:
+    return RunConfig.of("cartpole", "unused", **{"steps": 9, "every": 4, "eval_sequences": 3, "shadow": 16, **given})
+
+
+def run(**given):
+    rows = []
+    return loops.run(config(**given), record=rows.append), rows
+
+
+@pytest.mark.parametrize("strategy", ["collage-plus-sr", "collage-fp16"])
+def test_a_run_is_a_function_of_its_settings(strategy):
+    (first, rows), (again, told) = run(strategy=strategy), run(strategy=strategy)
+    assert rows == told
+    assert first.curve == again.curve
+    for name, weight in first.weights.items():
+        assert_same_bits(name, again.weights[name], weight)
+    other, _ = run(strategy=strategy, seed=1)
+    assert any(not torch.equal(other.weights[name], weight) for name, weight in first.weights.items())
+
+
+def test_a_runs_records_and_result_say_what_every_runs_do_and_the_mismatch():
+    result, rows = run(eval_every=4)
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("eval", 0), ("train", 1), ("train", 4), ("eval", 4), ("train", 8), ("eval", 8), ("eval", 9),
+    ]  # fmt: skip
+    evaluated = {row["step"]: row["score"] for row in rows if row["kind"] == "eval"}
+    assert result.curve == {step: -score for step, score in evaluated.items()}
+    assert (result.initial_score, result.score) == (evaluated[0], evaluated[9])
+    assert (result.initial_loss, result.val_loss) == (-evaluated[0], -evaluated[9])
+    first = rows[1]
+    assert first["lr"] == config().lr
+    assert 0.999 < first["edq_ratio"] <= 1.001
+    assert 0 < first["mismatch"] < 2**-8
+    assert first["grad_norm"] > 0
+    assert result.report.total.v_ratio == pytest.approx(1.0, abs=0.01)  # bf16x2 beside float32
+    assert result.optimizer_ms > 0 < result.tokens_per_s
+    summary = result.to_dict()
+    assert summary["mismatch"] == result.mismatch == pytest.approx(first["mismatch"])
+    assert summary["bytes_per_param"] == 12.0
+
+
+def test_strategies_begin_with_the_same_rollout():
+    losses = {}
+    for strategy in ("bf16", "collage-plus", "fp32-master", "fp32"):
+        result, rows = run(strategy=strategy, steps=1, every=1)
+        losses[strategy] = rows[1]["loss"], rows[1]["mismatch"], result.initial_score
+    assert len(set(losses.values())) == 1
+
+
+def test_the_mismatch_is_of_the_weights_that_the_optimizer_holds(monkeypatch):
+    """After the first rollout float32 masters hold more than the policy that acts sees; bf16 holds just that."""
+    found = {}
+    for strategy in ("bf16", "fp32-master"):
+        result, rows = run(strategy=strategy, steps=17, every=17, lr=1e-4)
+        found[strategy] = rows[-2]["mismatch"]
+        assert rows[-2]["step"] == 17
+        assert result.mismatch == pytest.approx((rows[1]["mismatch"] + rows[-2]["mismatch"]) / 2)
+    assert found["fp32-master"] != found["bf16"]
+
+
+def test_a_float16_policy_has_a_smaller_mismatch_than_a_bfloat16_one():
+    """Three more bits of significand: about an eighth."""
+    ratio = run(strategy="collage-fp16")[0].mismatch / run(strategy="collage-plus")[0].mismatch
+    assert 1 / 32 < ratio < 1 / 3
+
+
+def test_a_policy_that_is_lost_ends_the_run():
+    result, _ = run(lr=1e30, every=1, steps=30)
+    assert result.diverged
+    assert result.last_step < 30
+    assert math.isnan(result.score)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"data": ("x",)}, "data: 'cartpole' learns from the games it plays, not from text; leave it out"),
+        ({"finetune": True}, "finetune: 'cartpole' learns from"),
+        ({"save_every": 5}, "save_every: 'cartpole' plays in one process and keeps no checkpoints; leave it out"),
+        ({"batch_size": 100}, "batch_size: 'cartpole' is trained on rollouts of 1024 moves; give a divisor of it"),
+        ({"micro_batch": 64}, "micro_batch: 'cartpole' is trained on all moves of a step at once"),
+        ({"seq_len": 3}, "seq_len: 'cartpole' observes 4 numbers; leave it out"),
+    ],
+)  # fmt: skip
+def test_settings_of_text_are_refused(given, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config(**given)

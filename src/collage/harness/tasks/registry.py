@@ -89,6 +89,13 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
+def require_installed(model: str) -> None:
+    """Raises ValueError, with the command that installs it, if a package that a recipe's tasks need is missing."""
+    for task in TASKS.values():
+        if model in task.models:
+            task.require()
+
+
 def get_task(name: str) -> Task:
     """The row of `TASKS` with this name."""
     if name not in TASKS:

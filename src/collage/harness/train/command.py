@@ -13,6 +13,7 @@ from torch import Tensor
 import collage
 from collage.harness import console, loops, options
 from collage.harness.tasks.recipes import get_recipe
+from collage.harness.tasks.registry import require_installed
 from collage.harness.text import fixed, percent, scientific, to_json
 from collage.harness.train import building, checkpoints, resuming, training, world
 from collage.harness.train.config import KEPT, OWN, RUNS, RunConfig
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
 def _checked(args: argparse.Namespace) -> RunConfig:
     """The settings, for this number of processes. Raises ValueError naming the flag."""
     plays = get_recipe(args.model).plays
+    require_installed(args.model)
     config = RunConfig.from_options(args, save_every=0 if plays else SAVE_EVERY)
     with options.flags_named(RunConfig):
         config.share(world.size())
