@@ -25,6 +25,8 @@ LIBRARY = STEP | {
     "ema",
     "floors",
     "gradients",
+    "numerals",
+    "advice",
 }
 ALLOWED = {
     "rounding": set(),
@@ -43,6 +45,8 @@ ALLOWED = {
     "monitor": NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping"},
     "saying": set(),
     "randomness": set(),
+    "numerals": set(),
+    "advice": STEP | {"floors", "numerals", "optimizers"},
     "conversion": NUMBERS | {"backends"},
     "optimizers": STEP | {"conversion", "saying", "randomness"},
     "casting": {"sharding", "optimizers"},
@@ -68,6 +72,7 @@ HARNESS = {
     "report": {"text"},
     "train": {"console", "options", "tasks", "text"},
     "compare": {"console", "machine", "options", "report", "tasks", "text", "train"},
+    "advise": {"console", "options", "plan", "tasks", "text"},
     "preflight": {"console", "tasks", "text"},
     "convert": {"console", "tasks", "text", "train"},
     "ledger": set(),
