@@ -24,6 +24,7 @@ def advise(
     model: nn.Module | Mapping[str, Tensor] | Weights,
     lr: float,
     *,
+    final_lr: float | None = None,
     weight_decay: float = 1e-2,
     betas: tuple[float, float] = (0.9, 0.999),
     steps: int = LONGEST,
@@ -42,6 +43,7 @@ def advise(
     Args:
         model: with its weights; or a dict of tensors by name.
         lr: the learning rate, its peak.
+        final_lr: what it falls to; by default a tenth of lr. A schedule that ends lower loses more in the end.
         weight_decay, betas: as given to AdamW.
         steps: of the run; the rehearsal makes the first 1,000 of them.
         memory: of a rank, in bytes or as "24GB", "22.5GiB": weights, gradients and state have to fit. Activations come
@@ -61,7 +63,7 @@ def advise(
     >>> advice.strategy, [row["verdict"] for row in advice.rows]
     ('collage-plus', ['loses', 'safe'])
     """
-    settings = _settings(lr, weight_decay, betas, steps)
+    settings = _settings(lr, lr / 10 if final_lr is None else final_lr, weight_decay, betas, steps)
     machine = _machine(memory, ranks, bandwidth)
     names = {str(known): known for known in map(Strategy.parse, strategies)}
     lossy = None if tuned_under is None else Strategy.parse(tuned_under)
@@ -76,16 +78,17 @@ def advise(
     return Advice(strategy, why, rows, _notes(looked, settings), tuned)
 
 
-def _settings(lr: float, weight_decay: float, betas: tuple[float, float], steps: int) -> Settings:
+def _settings(lr: float, final_lr: float, weight_decay: float, betas: tuple[float, float], steps: int) -> Settings:
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr: must be a positive number, got {lr:g}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay: must be zero or positive, got {weight_decay:g}")
+    for name, number in (("final_lr", final_lr), ("weight_decay", weight_decay)):
+        if not (math.isfinite(number) and number >= 0):
+            raise ValueError(f"{name}: must be zero or positive, got {number:g}")
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas: needs two numbers in [0, 1), got {betas}")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: needs an integer >= 1, got {steps!r}")
-    return Settings(lr=lr, weight_decay=weight_decay, betas=betas, steps=steps)
+    return Settings(lr=lr, final_lr=final_lr, weight_decay=weight_decay, betas=betas, steps=steps)
 
 
 def _machine(memory: float | str | None, ranks: int, bandwidth: float | None) -> Machine:

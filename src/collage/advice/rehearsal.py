@@ -31,9 +31,13 @@ STEADY = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of AdamW. steps: of the run that is planned; the rehearsal makes LONGEST of them at most."""
+    """Of AdamW. lr: in the beginning, from where it falls to final_lr along a cosine.
+
+    steps: of the run that is planned; the rehearsal makes LONGEST of them at most, with the same beginning and end.
+    """
 
     lr: float
+    final_lr: float
     weight_decay: float
     betas: tuple[float, float]
     steps: int
@@ -41,6 +45,10 @@ class Settings:
     @property
     def rehearsed(self) -> int:
         return min(self.steps, LONGEST)
+
+    def lr_at(self, done: float) -> float:
+        """Of a share of the run that is done."""
+        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,11 @@ class _Stage:
 
     def run(self) -> None:
         each, memory = len(self.samples), self._memory()
-        for gradients in zip(*(stream(x.shape, self.settings.rehearsed, memory) for x in self.samples), strict=True):
+        steps = self.settings.rehearsed
+        streams = zip(*(stream(x.shape, steps, memory) for x in self.samples), strict=True)
+        for step, gradients in enumerate(streams):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.lr_at(step / steps)
             for k, parameter in enumerate(self.parameters):
                 parameter.tensor.grad = gradients[k % each].to(parameter.tensor.dtype)
             self.optimizer.step()

@@ -60,5 +60,5 @@ def _cannot_move(strategy: Strategy, looked: Weights, lr: float) -> float:
     still = 0.0
     for part in looked.parts:
         flat = part.values.flatten()
-        still += part.count / len(flat) * stuck(strategy.param, flat, None, lr, strategy.arithmetic)
+        still += part.size / len(flat) * stuck(strategy.param, flat, None, lr, strategy.arithmetic)
     return still / looked.count

@@ -29,7 +29,7 @@ class Part(NamedTuple):
     values: Tensor
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return math.prod(self.shape)
 
 
@@ -53,7 +53,7 @@ class Weights:
 
     @property
     def count(self) -> int:
-        return sum(part.count for part in self.parts)
+        return sum(part.size for part in self.parts)
 
     def samples(self) -> tuple[Tensor, Tensor]:
         """What is rehearsed: of matrices, and of norms and biases."""
@@ -63,13 +63,13 @@ class Weights:
         """Runs [ROWS, RUN] of what has two dimensions, each parameter in proportion to its size; or [0, RUN]."""
         own = [part for part in self.parts if len(part.shape) > 1 and part.values.numel()]
         runs = [_runs(part.values) for part in own]
-        return _systematic([part.count for part in own], runs, ROWS) if own else torch.zeros(0, RUN)
+        return _systematic([part.size for part in own], runs, ROWS) if own else torch.zeros(0, RUN)
 
     def vectors(self) -> Tensor:
         """Numbers [SINGLES] of norms and biases, likewise; or [0]."""
         own = [part for part in self.parts if len(part.shape) < 2 and part.values.numel()]
         numbers = [part.values for part in own]
-        return _systematic([part.count for part in own], numbers, SINGLES) if own else torch.zeros(0)
+        return _systematic([part.size for part in own], numbers, SINGLES) if own else torch.zeros(0)
 
 
 def of(model: nn.Module | Mapping[str, Tensor] | Weights) -> Weights:
@@ -96,7 +96,7 @@ def gathered(entries: Iterable[Entry]) -> Weights:
 
 def _floats(entries: Iterable[Entry]) -> Iterator[Entry]:
     for entry in entries:
-        if entry[2].is_floating_point() and entry[2].dtype.itemsize > 1 and math.prod(entry[1]):
+        if entry[2].is_floating_point() and entry[2].dtype.itemsize > 1 and 0 not in entry[1]:
             yield entry
 
 

@@ -15,7 +15,7 @@ from collage.harness.console import say
 from collage.harness.text import to_json
 from collage.strategies import STRATEGIES
 
-FLAGS = ("lr", "weight_decay", "betas", "steps", "memory", "ranks", "bandwidth")
+FLAGS = ("lr", "final_lr", "weight_decay", "betas", "steps", "memory", "ranks", "bandwidth")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL_OR_RECIPE", help=models.ACCEPTED)
     add("--lr", type=float, required=True, metavar="X", help="learning rate, its peak, e.g. 1e-5")
+    add("--final-lr", type=float, metavar="X", help="what it falls to; of a constant one the same (default: a tenth)")
     add("--weight-decay", type=float, default=0.01, metavar="WD", help="as given to AdamW (default: %(default)s)")
     add(
         "--betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("B1", "B2"),
@@ -56,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     screen = Console()
     with screen.status("rehearsing ..."), options.flags_of(FLAGS):
         found = advise(
-            models.find(args.model), args.lr, weight_decay=args.weight_decay, betas=tuple(args.betas), steps=args.steps,
-            memory=_memory(args.memory), ranks=args.ranks, tuned_under=under, arrived=arrived, bandwidth=args.bandwidth,
-            strategies=names,
+            models.find(args.model), args.lr, final_lr=args.final_lr, weight_decay=args.weight_decay,
+            betas=tuple(args.betas), steps=args.steps, memory=_memory(args.memory), ranks=args.ranks, tuned_under=under,
+            arrived=arrived, bandwidth=args.bandwidth, strategies=names,
         )  # fmt: skip
     say(screen, str(found))
     if args.json:
