@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from helpers import assert_same_bits
 from torch import nn
 
+from collage.harness.cli import leave
 from collage.sharding import as_bytes, from_bytes
 
 
@@ -40,12 +41,15 @@ def launch(file: str, world: int, *arguments: str, seconds: float = 120) -> None
 
 def perform(tasks: Mapping[str, Any]) -> None:
     """What a test file does as a rank: the task that its first argument names, with the others."""
+    as_rank(tasks[sys.argv[1]], *sys.argv[2:])
+
+
+def as_rank(task: Callable[..., None], *arguments: Any) -> None:
+    """Do a task as one of a gloo group, and leave."""
     dist.init_process_group("gloo")
-    tasks[sys.argv[1]](*sys.argv[2:])
+    task(*arguments)
     dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads may outlive their group, and then end the interpreter's exit by std::terminate
+    leave(0)
 
 
 def whole(tensor: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from helpers import assert_same_bits
-from ranks import launch
+from ranks import as_rank, launch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -68,12 +68,15 @@ def script(folder: Path, strategy: str) -> None:
         assert_same_bits(f"{strategy} {name} resumed", planes(resumed)[name], x)
 
 
+def scripts(folder: Path) -> None:
+    for strategy in ("collage-plus-sr", "collage-exact", "fp32-master"):
+        script(folder, strategy)
+
+
 def test_two_processes_stay_the_same_and_resume(tmp_path: Path) -> None:
     launch(__file__, 2, str(tmp_path))
 
 
 if __name__ == "__main__":
     os.environ["LOCAL_RANK"] = os.environ["RANK"]  # by which Accelerate sees that it is launched
-    for strategy in ("collage-plus-sr", "collage-exact", "fp32-master"):
-        script(Path(sys.argv[1]), strategy)
-    dist.destroy_process_group()
+    as_rank(scripts, Path(sys.argv[1]))

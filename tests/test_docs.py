@@ -67,7 +67,7 @@ def test_a_command_runs(command, capsys):
     argv = shlex.split(command)[1:]
     if argv[0] in ("compare", "train"):
         argv += shlex.split(SHORT)
-        argv += shlex.split("--pretrain-steps 3") if "--finetune" in argv else []
+        argv += shlex.split("--pretrain-steps 3") if {"--finetune", "finetune"} & {*argv} else []
         argv += shlex.split("--strategies bf16,fp32-master") if argv[0] == "compare" and len(command) > 20 else []
         argv += shlex.split("--seeds 1" if "--optimizer" in argv else "--seeds 2") if "--seeds" in argv else []
     if argv[0] == "bench":

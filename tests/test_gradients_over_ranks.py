@@ -1,13 +1,12 @@
 """Clipping, accumulation, release and skipped steps over ranks: FSDP2 and DDP on gloo."""
 
-import sys
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same_bits
-from ranks import launch
+from ranks import as_rank, launch
 from torch import nn
 
 import collage
@@ -243,10 +242,8 @@ def within_ddp() -> None:
 
 
 def rank() -> None:
-    dist.init_process_group("gloo")
     for check in (clipped, released, released_in_ddp, accumulated, skipped, skipped_exactly, refused, within_ddp):
         check()
-    dist.destroy_process_group()
 
 
 def test_gradients_on_two_ranks():
@@ -259,4 +256,4 @@ def test_gradients_on_four_ranks():
 
 
 if __name__ == "__main__":
-    sys.exit(rank())
+    as_rank(rank)

@@ -6,8 +6,7 @@ import warnings
 import exports
 import pytest
 import reports
-import torch.distributed as dist
-from ranks import launch
+from ranks import as_rank, launch
 
 from collage.strategies import STRATEGIES
 
@@ -17,11 +16,9 @@ SOME = [tuple(STRATEGIES)[k : k + 4] for k in range(0, len(STRATEGIES), 4)]
 
 def rank(steps: str, *strategies: str) -> None:
     warnings.simplefilter("ignore")  # of edits
-    dist.init_process_group("gloo")
     for strategy in strategies:
         reports.compare(strategy, int(steps))
         exports.compare(strategy)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("world", "strategies"), QUICK)
@@ -37,4 +34,4 @@ def test_ranks_report_and_export_what_one_process_does_under_every_strategy(stra
 
 
 if __name__ == "__main__":
-    rank(*sys.argv[1:])
+    as_rank(rank, *sys.argv[1:])

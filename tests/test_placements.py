@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same_bits
-from ranks import launch
+from ranks import as_rank, launch
 from torch import nn
 
 import collage
@@ -44,7 +44,6 @@ def rank(strategy: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     start = gradient(99)
     for backend in ("auto", "reference"):
@@ -55,7 +54,6 @@ def rank(strategy: str) -> None:
             for k, (mine, theirs) in enumerate(zip(got, want, strict=True)):
                 assert_same_bits(f"{backend} {place} {how} {k}", mine, theirs)
     refused(mesh, start)
-    dist.destroy_process_group()
 
 
 def refused(mesh, start: torch.Tensor) -> None:
@@ -84,4 +82,4 @@ def test_every_placement_of_a_gradient_gives_the_bits_of_one_process(strategy):
 
 
 if __name__ == "__main__":
-    rank(sys.argv[1])
+    as_rank(rank, sys.argv[1])

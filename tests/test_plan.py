@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from ranks import launch
+from ranks import as_rank, launch
 from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -167,9 +167,8 @@ def test_ranks_share_weights_gradients_and_states(ranks):
     assert told.at_peak["copies"] > 0
 
 
-def as_a_rank(told, release):
+def peak_of_a_rank(told, release):
     """A rank's part of the test below."""
-    torch.distributed.init_process_group("gloo")
     with quiet():
         model = find("tiny-llama").build("cpu", torch.bfloat16)
     shard(model, init_device_mesh("cpu", (2,)), torch.bfloat16, torch.bfloat16)
@@ -180,7 +179,6 @@ def as_a_rank(told, release):
         loss.backward()
     if torch.distributed.get_rank() == 0:
         assert ledger.peak == told, (ledger.peak, told)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("release", [False, True])
@@ -347,4 +345,4 @@ def test_a_wrong_configuration_is_named(text, said, tmp_path, capsys):
 
 
 if __name__ == "__main__":
-    as_a_rank(json.loads(sys.argv[1]), bool(int(sys.argv[2])))
+    as_rank(peak_of_a_rank, json.loads(sys.argv[1]), bool(int(sys.argv[2])))

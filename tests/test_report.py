@@ -16,12 +16,16 @@ import pytest
 from rich.console import Console
 
 from collage.harness.compare.shown import print_comparison
-from collage.harness.report.columns import COLUMNS
-from collage.harness.report.page import PLOTS, write_report
+from collage.harness.report import page as pages
+from collage.harness.report.columns import columns
+from collage.harness.report.page import write_report
 from collage.harness.report.plots_inside import below, by_family, edges
 from collage.harness.report.plotting import DARK, LIGHT, LOOKS, balanced, look, spread
 from collage.harness.report.results import mean, smooth
 from collage.harness.text import MISSING, percent
+
+COLUMNS = columns({})
+PLOTS = [plot for plot in pages.PLOTS if not plot.scored]  # of a task that has a loss alone
 
 DEFAULT = ("bf16", "collage-light", "collage-plus", "fp32-master")
 KEEPS = {"bf16": 0.07, "collage-light": 0.9931, "collage-plus": 0.9982, "fp32-master": 1.0}  # of the improvement

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same_bits
-from ranks import launch
+from ranks import as_rank, launch
 from torch import nn
 
 import collage
@@ -177,7 +177,6 @@ def loaded(made: nn.Module, folder: str) -> None:
 def rank(task: str, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if task == "averages":
         for format in ("bf16x2:sr", "fp32"):
@@ -194,7 +193,6 @@ def rank(task: str, folder: str) -> None:
         loaded(sharded(mesh), folder)
     elif task == "load":
         loaded(sharded(mesh), folder)
-    dist.destroy_process_group()
 
 
 def told_of_writes(mesh) -> None:
@@ -219,4 +217,4 @@ def test_an_average_survives_dcp_on_two_ranks_on_one_and_without_any(tmp_path):
 
 
 if __name__ == "__main__":
-    rank(*sys.argv[1:])
+    as_rank(rank, *sys.argv[1:])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same_bits
-from ranks import launch
+from ranks import as_rank, launch
 from reports import assert_same_report
 from torch import nn
 
@@ -64,7 +64,6 @@ def rank(strategy: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for backend in ("auto", "reference"):
         sharded, alone = model(), model()
@@ -77,7 +76,6 @@ def rank(strategy: str) -> None:
         assert_same_report(backend, report, of_one)
         for name, tensor in want.items():
             assert_same_bits(f"{backend}: {name}", got[name], tensor)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("strategy", ["collage-plus", "collage-plus-sr", "collage-exact-lean", "collage-8bit"])
@@ -86,4 +84,4 @@ def test_fsdp2_has_the_bits_of_one_process(strategy):
 
 
 if __name__ == "__main__":
-    rank(sys.argv[1])
+    as_rank(rank, sys.argv[1])

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same_bits
+from ranks import as_rank
 from safetensors.torch import load_file
 
 from collage.harness.cli import main
@@ -48,7 +49,6 @@ def begun(folder: Path, source: str, name: str, step: int = 3) -> None:
 
 def on_every_rank(folder: Path) -> None:
     """What torchrun starts. Every process sees the same exit codes."""
-    torch.distributed.init_process_group("gloo")  # one for all runs
     first = os.environ["RANK"] == "0"
 
     def train(name: str, *more: str) -> int:
@@ -207,6 +207,24 @@ def test_shards_of_one_process_are_refused(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "run").exists()
 
 
+HELD = """
+import atexit, time, torch, torch.distributed as dist
+from collage.harness.cli import leave
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+dist.all_reduce(torch.ones(3), async_op=True).get_future().then(lambda _: time.sleep(1))  # a worker is still at it
+atexit.register(print, "left")
+print("said", end=" ")
+leave(3)
+"""
+
+
+def test_a_worker_of_gloo_does_not_spoil_the_end_of_a_process() -> None:
+    """Without WORLD_SIZE, a signal ends this one: its worker asks for the interpreter's lock when that has ended."""
+    environment = {**os.environ, "WORLD_SIZE": "1"}
+    done = subprocess.run([sys.executable, "-c", HELD], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "said left\n"), done.stderr
+
+
 def test_compare_is_not_for_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["compare"]) == 2
@@ -214,4 +232,4 @@ def test_compare_is_not_for_several(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 if __name__ == "__main__":
-    on_every_rank(Path(sys.argv[1]))
+    as_rank(on_every_rank, Path(sys.argv[1]))  # one group for all runs

@@ -1,7 +1,5 @@
 """python -m collage"""
 
-import sys
+from collage.harness.cli import shell
 
-from collage.harness.cli import main
-
-sys.exit(main())
+shell()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from collage import __version__
 
@@ -97,6 +100,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"'collage {command}' needs {package}: {EXTRA}")
     except (ValueError, TypeError, OSError) as error:
         return _fail(str(error))
+
+
+def shell() -> NoReturn:
+    """What a shell starts: `main`, and then the end of this process."""
+    try:
+        code = main()
+    except SystemExit as end:
+        code = int(str(end.code or 0))
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; where others train with it, without the interpreter's own end.
+
+    A worker of gloo lets go of a collective's tensors after those who waited for it went on. If by then the interpreter
+    is ending, torch asks for its lock all the same, and CPython (before 3.14) ends that thread by unwinding it, which
+    aborts the process. Destroying the group waits for its workers only if nobody refers to it, as caches of DTensor do.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _fail(message: str) -> int:

@@ -18,8 +18,8 @@ Row = dict[str, Any]
 WHOLE = 0.999  # EDQ ratio
 V_TOLERANCE = 0.01  # of v over its shadow
 _MEANS = (
-    "val_loss", "initial_loss", "edq_ratio", "edq_visible", "edq", "lost", "v_ratio", "m_error", "edq_shadow",
-    "bytes_per_param", "state_bytes", "optimizer_ms", "tokens_per_s",
+    "val_loss", "initial_loss", "score", "initial_score", "edq_ratio", "edq_visible", "edq", "lost", "v_ratio",
+    "m_error", "edq_shadow", "bytes_per_param", "state_bytes", "optimizer_ms", "tokens_per_s",
 )  # fmt: skip
 
 
@@ -34,12 +34,15 @@ def _row(strategy: str, runs: Sequence[Row]) -> Row:
     pairs = [(run, reference[seed]) for seed, run in mine.items() if seed in reference]
     pairs = [pair for pair in pairs if not any(map(diverged, pair))]
     differences = [run["val_loss"] - other["val_loss"] for run, other in pairs]
+    scores = [run["score"] - other["score"] for run, other in pairs if run["score"] is not None]
     peaks = [run["peak_device_bytes"] or run["peak_rss_bytes"] for run in mine.values()]
     return {
         "strategy": strategy,
         **{key: mean([run[key] for run in mine.values()]) for key in _MEANS},
         "difference": mean(differences),
         "difference_spread": stdev(differences) if len(differences) > 1 else None,
+        "score_difference": mean(scores),
+        "score_spread": stdev(scores) if len(scores) > 1 else None,
         "kept": _kept(pairs),
         "frozen": len({name for run in mine.values() for name in run["frozen"]}),
         "peak_memory_bytes": mean(peaks),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from collage.harness.report.results import REFERENCE, ULP_AT_ONE
 from collage.harness.text import Column, fixed, percent, scientific, short, size
 
-COLUMNS = (
-    Column("val_loss", "Loss", "validation, nats", partial(fixed, digits=4)),
+_COLUMNS = (
     Column("difference", "Difference", f"to {REFERENCE}", partial(fixed, digits=4, sign="+"), "difference_spread"),
     Column("kept", "Kept", "of its gain", percent),
     Column("edq_ratio", "EDQ", "ratio", partial(fixed, digits=4)),
@@ -20,6 +21,26 @@ COLUMNS = (
     Column("optimizer_ms", "Optimizer", "ms/step", partial(fixed, digits=1)),
     Column("tokens_per_s", "Speed", "tokens/s", partial(fixed, digits=0)),
 )
+
+
+def columns(summary: Mapping[str, Any]) -> tuple[Column, ...]:
+    """Of the strategies' table: the task's loss and score, then what every task has."""
+    loss = Column("val_loss", "Loss", summary.get("loss", "validation, nats"), partial(fixed, digits=4))
+    score = summary.get("score")
+    if not score:
+        return (loss, *_COLUMNS)
+    shown = _share if score["percent"] else partial(fixed, digits=1)
+    own = (
+        Column("score", score["name"].capitalize(), "at the end", shown),
+        Column("score_difference", "Difference", f"of {score['name']}", partial(shown, sign="+"), "score_spread"),
+    )
+    return (loss, _COLUMNS[0], *own, *_COLUMNS[1:])
+
+
+def _share(value: float | None, sign: str = "") -> str:
+    """A share in percent, to the second digit after the point: one example in some hundreds."""
+    return fixed(None if value is None else 100 * value, 2, sign)
+
 
 FLOORS = (
     Column("down", "down", "towards 0", scientific),

@@ -12,7 +12,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from collage.harness.report import plots, plots_inside
-from collage.harness.report.columns import COLUMNS, FLOORS
+from collage.harness.report.columns import FLOORS, columns
 from collage.harness.report.plotting import DARK, LIGHT, Theme, embedded, look, save, style
 from collage.harness.report.results import Comparison
 from collage.harness.text import MISSING, Column, number, present
@@ -32,6 +32,7 @@ class Plot:
         draw: makes the figure, or None if its numbers were not measured.
         limits: what it does not show, besides what is true of the whole run.
         varies: whether another seed changes it.
+        scored: whether it is of tasks alone that have a score.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Plot:
     draw: Callable[[Comparison, Theme], Figure | None]
     limits: tuple[str, ...] = ()
     varies: bool = True
+    scored: bool = False
 
 
 PLOTS = (
@@ -51,6 +53,7 @@ PLOTS = (
         plots.losses,
         ("What another text, another schedule or a longer run would show.",),
     ),
+    Plot("score", "Score", "What the task is about, beside its loss. More is better.", plots.scores, scored=True),
     Plot(
         "edq",
         "Effective descent quality and lost updates",
@@ -167,10 +170,10 @@ def context(c: Comparison, folder: Path) -> dict[str, Any]:
         "title": s["title"],
         "setting": plots.setting(c),
         "advice": s.get("advice") or "None: too little was measured.",
-        "results": cells(COLUMNS, {row["strategy"]: row for row in s["table"]}),
+        "results": cells(columns(s), {row["strategy"]: row for row in s["table"]}),
         "table_note": table_note(c),
         "colours": {name: [look(c.strategies, name, theme)[0] for theme in (LIGHT, DARK)] for name in c.strategies},
-        "plots": [drawn(c, plot, folder) for plot in PLOTS],
+        "plots": [drawn(c, plot, folder) for plot in PLOTS if c.score or not plot.scored],
         "frozen": {name: c.frozen(name) for name in c.strategies},
         "floors": cells(FLOORS, {name: ways or {} for name, ways in (s.get("floors") or {}).items()}),
         "command": s["command"],

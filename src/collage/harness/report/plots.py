@@ -29,7 +29,7 @@ def setting(c: Comparison) -> str:
     """What was trained, in one line."""
     s = c.summary
     parts = [
-        f"{'Fine-tuning' if c.finetune else 'From scratch'}: {s.get('model')}",
+        f"{str(s['title']).partition(':')[0]}: {s.get('model')}",
         f"{s['parameters']:,} parameters" if s.get("parameters") else "",
         f"{s['steps']:,} steps" if s.get("steps") else "",
         s.get("optimizer") or "",
@@ -63,7 +63,7 @@ def loss_title(c: Comparison) -> str:
     rated = best_and_worst({k: v for k, v in c.column("difference").items() if k != REFERENCE}, abs)
     if rated:
         told = ", ".join(f"{name} {signed(value)}" for name, value in rated)
-        return f"Loss against {REFERENCE}: {told} nats"
+        return f"Loss against {REFERENCE}: {told} {c.unit}"
     losses = sorted((v, k) for k, v in c.column("val_loss").items() if v is not None)
     return f"Lowest validation loss: {fixed(losses[0][0], 4)}, with {losses[0][1]}" if losses else "Validation loss"
 
@@ -122,7 +122,7 @@ def loss_panel(ax: Axes, c: Comparison, theme: Theme, *, train: bool = False) ->
     ends = draw_curves(ax, c, theme, curves.__getitem__, moving=train)
     points = [p for per_seed in curves.values() for p in settled(per_seed, 0 if c.finetune else c.summary["steps"])]
     moving = train and any(smoothing(mean(per_seed)) for per_seed in curves.values())
-    title = f"{'Training' if train else 'Validation'} loss [nats]{', moving average' if moving else ''}"
+    title = f"{'Training' if train else 'Validation'} loss [{c.unit}]{', moving average' if moving else ''}"
     ax.set(title=title, xlabel="step")
     if points:
         fit(ax, points)
@@ -167,7 +167,9 @@ def headline(c: Comparison, theme: Theme) -> Figure:
         return fig
     left, right = fig.subplots(1, 2, width_ratios=[1.15, 1])
     loss_panel(left, c, theme)
-    title = f"Share of {REFERENCE}'s improvement kept" if key == "kept" else f"Final loss minus {REFERENCE}'s [nats]"
+    title = (
+        f"Share of {REFERENCE}'s improvement kept" if key == "kept" else f"Final loss minus {REFERENCE}'s [{c.unit}]"
+    )
     score_panel(right, c, theme, key, title)
     return fig
 
@@ -197,8 +199,25 @@ def losses(c: Comparison, theme: Theme) -> Figure | None:
         ends = draw_curves(ax, c, theme, lambda s: difference(s) if s != REFERENCE else {})
         ax.axhline(0, color=theme.muted, lw=0.8)
         fit(ax, [p for s in c.strategies for points in difference(s).values() for p in points] or [(0, 0)])
-        ax.set(title=f"Validation loss minus {REFERENCE}'s on the same seed [nats]", xlabel="step")
+        ax.set(title=f"Validation loss minus {REFERENCE}'s on the same seed [{c.unit}]", xlabel="step")
         label_ends(ax, {f"{s} {signed(end[0])}": end for s, end in ends.items()}, theme)
+    return fig
+
+
+def scores(c: Comparison, theme: Theme) -> Figure | None:
+    """The task's measure beside its loss, accuracy or return, over the steps."""
+    curves = {s: c.curves("eval", "score", s) for s in c.strategies}
+    if not any(curves.values()):
+        return None
+    rated = [(name, value) for name, value in c.column("score").items() if value is not None]
+    told = ", ".join(f"{name} {short(value)}" for name, value in rated)
+    fig = figure(f"{str(c.score).capitalize()}: {told}", setting(c), theme, height=3.2)
+    ax = fig.subplots()
+    ends = draw_curves(ax, c, theme, curves.__getitem__)
+    points = [p for per_seed in curves.values() for seed in per_seed.values() for p in seed]
+    fit(ax, points)
+    ax.set(title=str(c.score).capitalize(), xlabel="step")
+    label_ends(ax, ends, theme)
     return fig
 
 

@@ -39,6 +39,17 @@ class Comparison:
     def finetune(self) -> bool:
         return bool(self.summary.get("regime") == "finetune")
 
+    @property
+    def score(self) -> str | None:
+        """Name of the task's measure beside its loss; None: it has none."""
+        score = self.summary.get("score")
+        return score["name"] if score else None
+
+    @property
+    def unit(self) -> str:
+        """Of the loss."""
+        return str(self.summary.get("loss", "nats")).rpartition(", ")[2]
+
     def column(self, key: str) -> dict[str, float | None]:
         """One column of the table, by strategy."""
         rows = {row["strategy"]: number(row.get(key)) for row in self.summary["table"]}

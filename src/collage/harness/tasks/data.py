@@ -13,6 +13,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from tokenizers import Tokenizer
+
 PAD, BOS, EOS, MASK = range(4)
 FIRST_BYTE = 4  # byte b is token FIRST_BYTE + b
 BYTE_VOCAB = 264  # 4 + 256, rounded up to the multiple of 8 that matrix units like
@@ -77,13 +79,25 @@ def tokenizer_tokens(path: Path | str) -> Tokens:
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
-        ids: dict[str, int] = tokenizer.get_vocab()
-        last = max(ids.values())
+        max(tokenizer.get_vocab().values())
     except Exception as error:  # the library raises bare Exception; an empty vocabulary has no last id
         raise ValueError(
             f"tokenizer '{path}': cannot be used ({error}); accepted: a JSON file with a vocabulary, as written by "
             "Tokenizer.save of the tokenizers library or found as tokenizer.json beside a model"
         ) from error
+    return tokens_of(Path(path).name, tokenizer)
+
+
+def tokens_of(name: str, tokenizer: Tokenizer, pad: int | None = None) -> Tokens:
+    """The vocabulary of a tokenizer of the `tokenizers` library, as `tokenizer_tokens` has it.
+
+    Args:
+        name: what it is called.
+        tokenizer: is changed: it neither pads nor truncates any more.
+        pad: the token that pads; by default the one of that name, or a new one.
+    """
+    ids: dict[str, int] = tokenizer.get_vocab()
+    last = max(ids.values())
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
@@ -93,12 +107,12 @@ def tokenizer_tokens(path: Path | str) -> Tokens:
         return torch.tensor(encoding.ids, dtype=torch.int64)
 
     mask = ids.get("[MASK]", ids.get("<mask>"))
-    pad = ids.get("[PAD]", ids.get("<pad>", last + 1))
+    pad = ids.get("[PAD]", ids.get("<pad>", last + 1)) if pad is None else pad
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     special |= {i for i in (pad, mask) if i is not None}
     ordinary = torch.tensor(sorted(set(ids.values()) - special))
     rows = -(-(max(last, pad) + 1) // 8) * 8
-    return Tokens(Path(path).name, encode, rows, pad, mask, tuple(sorted(special)), ordinary)
+    return Tokens(name, encode, rows, pad, mask, tuple(sorted(special)), ordinary)
 
 
 def default_corpus(tokens: Tokens | None = None) -> Corpus:
@@ -134,9 +148,9 @@ def read_corpus(
         raise ValueError(f"validation '{min(shared)}': is also trained on; give training and validation separate files")
     if not train_files:
         raise ValueError(f"data: no file given; accepted: {ACCEPTED}")
-    train = torch.cat([tokens.encode(_read_text(f)) for f in train_files])
+    train = torch.cat([tokens.encode(read_text(f)) for f in train_files])
     if validation_files:
-        held_out = torch.cat([tokens.encode(_read_text(f)) for f in validation_files])
+        held_out = torch.cat([tokens.encode(read_text(f)) for f in validation_files])
     else:
         train, held_out = train.tensor_split([len(train) - len(train) // 10])
     names, held_out_names = (tuple(map(str, files)) for files in (train_files, validation_files))
@@ -163,7 +177,7 @@ def _is_text_of(folder: Path, file: Path) -> bool:
     return file.suffix in SUFFIXES and not hidden and file.is_file() and file.stat().st_size > 0
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     raw = path.read_bytes()
     if not raw:
         raise ValueError(f"data '{path}': the file is empty; accepted: {ACCEPTED}")

@@ -5,19 +5,19 @@ Every model is made from a transformers configuration with random weights; nothi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedModel
 
-Family = Literal["gpt", "llama", "bert", "roberta"]
-Objective = Literal["causal", "masked"]
+Family = Literal["gpt", "llama", "bert", "roberta", "bert-classifier", "vit", "resnet"]
+Objective = Literal["causal", "masked", "classes"]
 Schedule = Literal["linear", "cosine-to-a-tenth"]
 
 
@@ -35,7 +35,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An architecture and the settings it is trained with."""
+    """An architecture and the settings it is trained with.
+
+    Of a model of images, `vocab` is how many classes it tells apart, and `positions` and `seq_len` are the pixels of a
+    side.
+    """
 
     name: str
     family: Family
@@ -54,10 +58,15 @@ class Recipe:
     dropout: float = 0.0
     init_std: float = 0.02  # of the normal weights
     pad_id: int | None = None  # its embedding is never trained; RoBERTa counts positions from it
+    others: Mapping[str, Any] = field(default_factory=dict)  # settings of transformers' configuration
 
     @property
     def objective(self) -> Objective:
-        return "causal" if self.family in ("gpt", "llama") else "masked"
+        return _OBJECTIVES[self.family]
+
+    @property
+    def of_images(self) -> bool:
+        return self.family in ("vit", "resnet")
 
 
 # About a million parameters over the vocabulary of `data.byte_tokens`, and 2,048 bytes a step. No dropout, so that
@@ -78,6 +87,30 @@ _TINY_BERT = replace(
     eps=1e-6, weight_decay=0.01, schedule="linear",
 )  # fmt: skip
 _TINY_ROBERTA = replace(_TINY_BERT, name="tiny-roberta", family="roberta")
+
+# Ten classes of 32 x 32 grey pixels. A batch is a divisor of what `images.digits` keeps for validation.
+_TINY_VIT = Recipe(
+    name="tiny-vit", family="vit", hidden=64, layers=4, heads=4, intermediate=128, vocab=10, positions=32,
+    phases=(Phase(seq_len=32, lr=1e-3, warmup_steps=20, steps=300, batch=60, micro_batch=60),),
+    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, schedule="cosine-to-a-tenth",
+)  # fmt: skip
+_TINY_RESNET = replace(_TINY_VIT, name="tiny-resnet", family="resnet", hidden=32, layers=2, weight_decay=5e-4)
+
+# Published weights: `tasks.pretrained` has them. The settings are those that people fine-tune with.
+_MINILM = Recipe(
+    name="minilm", family="bert-classifier", hidden=384, layers=6, heads=12, intermediate=1536, vocab=30522,
+    positions=512, phases=(Phase(seq_len=40, lr=5e-5, warmup_steps=20, steps=200, batch=16, micro_batch=16),),
+    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, schedule="linear", dropout=0.1, pad_id=0,
+)  # fmt: skip
+_SMOLLM2_135M = Recipe(
+    name="smollm2-135m", family="llama", hidden=576, layers=30, heads=9, intermediate=1536, vocab=49152,
+    positions=8192, phases=(Phase(seq_len=96, lr=1e-5, warmup_steps=3, steps=30, batch=2, micro_batch=2),),
+    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, schedule="cosine-to-a-tenth",
+    others={
+        "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    },
+)  # fmt: skip
 
 # BERT and RoBERTa as the paper trains them (its appendix and its published scripts): phase 1, then phase 2.
 _BERT_BASE = Recipe(
@@ -123,6 +156,10 @@ RECIPES: dict[str, Recipe] = {
         _TINY_LLAMA,
         _TINY_BERT,
         _TINY_ROBERTA,
+        _TINY_VIT,
+        _TINY_RESNET,
+        _MINILM,
+        _SMOLLM2_135M,
         _BERT_BASE,
         _BERT_LARGE,
         _ROBERTA_BASE,
@@ -203,7 +240,7 @@ def _llama_model(r: Recipe) -> PreTrainedModel:
         LlamaConfig(
             hidden_size=r.hidden, num_hidden_layers=r.layers, num_attention_heads=r.heads,
             intermediate_size=r.intermediate, max_position_embeddings=r.positions, attention_dropout=r.dropout,
-            initializer_range=r.init_std, use_cache=False, **_ids(r),
+            initializer_range=r.init_std, use_cache=False, **_ids(r), **r.others,
         )
     )  # fmt: skip
 
@@ -222,6 +259,13 @@ def _bert_model(r: Recipe) -> PreTrainedModel:
     return BertForMaskedLM(BertConfig(max_position_embeddings=r.positions, **_encoder_settings(r)))
 
 
+def _bert_classifier(r: Recipe) -> PreTrainedModel:
+    """Of two classes, as transformers' configuration has it by default."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(max_position_embeddings=r.positions, **_encoder_settings(r)))
+
+
 def _roberta_model(r: Recipe) -> PreTrainedModel:
     from transformers import RobertaConfig, RobertaForMaskedLM
 
@@ -233,9 +277,48 @@ def _roberta_model(r: Recipe) -> PreTrainedModel:
     )
 
 
+def _vit_model(r: Recipe) -> PreTrainedModel:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(  # type: ignore[call-arg]
+            hidden_size=r.hidden, num_hidden_layers=r.layers, num_attention_heads=r.heads,
+            intermediate_size=r.intermediate, hidden_dropout_prob=r.dropout, attention_probs_dropout_prob=r.dropout,
+            initializer_range=r.init_std, image_size=r.positions, patch_size=r.positions // 4, num_channels=1,
+            num_labels=r.vocab,
+        )
+    )  # fmt: skip
+
+
+def _resnet_model(r: Recipe) -> PreTrainedModel:
+    """Stages of one pair of convolutions, each twice as wide as the one before."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    widths = [r.hidden << k for k in range(r.layers)]
+    return ResNetForImageClassification(
+        ResNetConfig(  # type: ignore[call-arg]
+            num_channels=1, embedding_size=r.hidden // 2, hidden_sizes=widths, depths=[1] * r.layers,
+            layer_type="basic", num_labels=r.vocab,
+        )
+    )  # fmt: skip
+
+
 _FAMILIES: dict[Family, Callable[[Recipe], PreTrainedModel]] = {
     "gpt": _gpt2_model,
     "llama": _llama_model,
     "bert": _bert_model,
     "roberta": _roberta_model,
+    "bert-classifier": _bert_classifier,
+    "vit": _vit_model,
+    "resnet": _resnet_model,
+}
+
+_OBJECTIVES: dict[Family, Objective] = {
+    "gpt": "causal",
+    "llama": "causal",
+    "bert": "masked",
+    "roberta": "masked",
+    "bert-classifier": "classes",
+    "vit": "classes",
+    "resnet": "classes",
 }

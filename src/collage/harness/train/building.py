@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from collage.harness.tasks import recipes, weights
 from collage.harness.tasks.data import Corpus, Tokens
+from collage.harness.tasks.examples import Examples, Rows
 from collage.harness.tasks.masks import CausalBlocks, MaskedBlocks
+from collage.harness.tasks.pretrained import PUBLISHED
 from collage.harness.train import choice
 from collage.harness.train.config import RunConfig
 from collage.optimizers.base import PrecisionOptimizer
 from collage.strategies import Strategy
 
+Samples: TypeAlias = "Rows | CausalBlocks | MaskedBlocks"
 
-def model_of(config: RunConfig, corpus: Corpus, init: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+
+def model_of(config: RunConfig, corpus: Corpus | Examples, init: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
     """The recipe's model, its parameters rounded to bf16 and held in the strategy's dtype; its buffers as they are.
 
     Every strategy starts from the same rounded weights, those in float32 too. `init` replaces the random weights.
     """
-    model = _fresh(config, corpus.tokens)
+    model = _fresh(config, corpus.tokens if isinstance(corpus, Corpus) else None)
     if init is not None:
         _take(model, init)
     dtype = Strategy.parse(config.strategy).dtype
@@ -36,10 +40,14 @@ def model_of(config: RunConfig, corpus: Corpus, init: Mapping[str, Tensor] | Non
 
 def require_fit(config: RunConfig, init: Mapping[str, Tensor]) -> None:
     """Raises ValueError if the weights are not those of the run's model. Allocates no model, reads no text."""
-    _matched(_fresh(config, config.tokens(), device="meta"), init)
+    tokens = None if config.recipe.objective == "classes" else config.tokens()
+    _matched(_fresh(config, tokens, device="meta"), init)
 
 
-def _fresh(config: RunConfig, tokens: Tokens, device: str | None = None) -> PreTrainedModel:
+def _fresh(config: RunConfig, tokens: Tokens | None, device: str | None = None) -> PreTrainedModel:
+    """tokens: None of a model that does not predict any."""
+    if tokens is None:
+        return recipes.build(config.model, seed=config.seed, device=device)
     pad_id = tokens.pad_id if config.tokenizer else None
     return recipes.build(config.model, tokens.vocab_size, seed=config.seed, device=device, pad_id=pad_id)
 
@@ -69,16 +77,24 @@ def _matched(model: nn.Module, init: Mapping[str, Tensor]) -> list[tuple[nn.Para
     return matched
 
 
+def start(config: RunConfig) -> Mapping[str, Tensor] | None:
+    """The weights to start from: those of `config.init`, published ones, or None: random."""
+    if config.init:
+        return read_weights(config.init)
+    published = PUBLISHED.get(config.model)
+    return published.weights(config.seed) if published else None
+
+
 def read_weights(path: str) -> dict[str, Tensor]:
     """The weights in a safetensors file, a state dict, or the folder of a transformers model."""
     return {entry.name: entry.tensor for entry in weights.read(Path(path)) if entry.tensor is not None}
 
 
 def optimizer_of(config: RunConfig, model: nn.Module) -> PrecisionOptimizer:
-    """The run's, on all parameters. In masked models biases and norm weights do not decay, as BERT was published."""
+    """The run's, on all parameters. In BERTs biases and norm weights do not decay, as they were published."""
     kinds = {name: weights.kind_of(name) for name, _ in model.named_parameters()}
-    masked = config.recipe.objective == "masked" and config.weight_decay is not None
-    spared = {name for name, kind in kinds.items() if masked and (kind == "norm" or name.endswith("bias"))}
+    sparing = config.recipe.family in ("bert", "roberta", "bert-classifier") and config.weight_decay is not None
+    spared = {name for name, kind in kinds.items() if sparing and (kind == "norm" or name.endswith("bias"))}
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [{"params": [(name, p) for name, p in named if name not in spared]}]
     if spared:
@@ -86,12 +102,36 @@ def optimizer_of(config: RunConfig, model: nn.Module) -> PrecisionOptimizer:
     return choice.made(vars(config), groups)
 
 
-def datasets(config: RunConfig, corpus: Corpus, flag: str = "--data") -> tuple[Dataset[Any], Subset[Any]]:
-    """Training windows, and a fixed sample of validation windows spread evenly over their text.
+def datasets(config: RunConfig, corpus: Corpus | Examples, flag: str = "--data") -> tuple[Samples, Subset[Any]]:
+    """What is trained on, windows of text or examples, and a fixed sample of what is held out, spread evenly over it.
 
     Raises:
         ValueError: too little text for a step or for one window; ``flag`` says where it was given.
     """
+    if isinstance(corpus, Examples):
+        train: Samples = Rows(corpus.train)
+        held_out: Samples = Rows(corpus.validation)
+    else:
+        train, held_out = _windows(config, corpus, flag)
+    if len(train) < config.batch_size:
+        raise ValueError(_too_few(config, corpus, len(train), flag))
+    # Whole batches only: Trainer drops a short last one.
+    count = min(config.eval_sequences, len(held_out))
+    count = max(count - count % eval_batch(config, held_out), 1)
+    return train, Subset(held_out, [i * len(held_out) // count for i in range(count)])
+
+
+def _too_few(config: RunConfig, corpus: Corpus | Examples, count: int, flag: str) -> str:
+    if isinstance(corpus, Examples):
+        return f"--batch-size: {corpus.name} has {count} examples to train on, fewer than a step's {config.batch_size}"
+    return (
+        f"{flag}: {len(corpus.train):,} tokens are {count} windows of {config.seq_len}, fewer than a step's "
+        f"{config.batch_size}; give more text, or a smaller --batch-size or --seq-len"
+    )
+
+
+def _windows(config: RunConfig, corpus: Corpus, flag: str) -> tuple[Samples, Samples]:
+    """Of the text that is trained on, and of that which is held out."""
     held_out_flag = "--validation" if corpus.validation_files else f"validation, the last tenth of {flag}"
     for name, ids in ((flag, corpus.train), (held_out_flag, corpus.validation)):
         if len(ids) < config.seq_len:
@@ -99,23 +139,12 @@ def datasets(config: RunConfig, corpus: Corpus, flag: str = "--data") -> tuple[D
                 f"{name}: {len(ids):,} tokens do not fill one window of {config.seq_len}; give more text, or a smaller "
                 "--seq-len"
             )
-    train: CausalBlocks | MaskedBlocks
-    held_out: CausalBlocks | MaskedBlocks
     if config.recipe.objective == "causal":
-        train = CausalBlocks(corpus.train, config.seq_len)
-        held_out = CausalBlocks(corpus.validation, config.seq_len)
-    else:
-        train = MaskedBlocks(corpus.train, config.seq_len, corpus.tokens, config.seed)
-        held_out = MaskedBlocks(corpus.validation, config.seq_len, corpus.tokens, fixed=True)
-    if len(train) < config.batch_size:
-        raise ValueError(
-            f"{flag}: {len(corpus.train):,} tokens are {len(train)} windows of {config.seq_len}, fewer than a step's "
-            f"{config.batch_size}; give more text, or a smaller --batch-size or --seq-len"
-        )
-    # Whole batches only: Trainer drops a short last one.
-    count = min(config.eval_sequences, len(held_out))
-    count = max(count - count % eval_batch(config, held_out), 1)
-    return train, Subset(held_out, [i * len(held_out) // count for i in range(count)])
+        return CausalBlocks(corpus.train, config.seq_len), CausalBlocks(corpus.validation, config.seq_len)
+    return (
+        MaskedBlocks(corpus.train, config.seq_len, corpus.tokens, config.seed),
+        MaskedBlocks(corpus.validation, config.seq_len, corpus.tokens, fixed=True),
+    )
 
 
 def eval_batch(config: RunConfig, held_out: Sized) -> int:

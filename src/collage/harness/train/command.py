@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,10 @@ def _train(config: RunConfig, screen: Console) -> int:
     return 1
 
 
-def _weights(config: RunConfig) -> dict[str, Tensor] | None:
-    if not config.init:
-        return None
-    init = building.read_weights(config.init)
-    building.require_fit(config, init)
+def _weights(config: RunConfig) -> Mapping[str, Tensor] | None:
+    init = building.start(config)
+    if init is not None:
+        building.require_fit(config, init)
     return init
 
 

@@ -13,6 +13,7 @@ import torch
 
 from collage.harness import options
 from collage.harness.options import option
+from collage.harness.tasks import images
 from collage.harness.tasks.data import (
     Corpus,
     Tokens,
@@ -22,14 +23,16 @@ from collage.harness.tasks.data import (
     read_corpus,
     tokenizer_tokens,
 )
+from collage.harness.tasks.examples import Examples
+from collage.harness.tasks.pretrained import PUBLISHED, reviews
 from collage.harness.tasks.recipes import RECIPES, Recipe, get_recipe
 from collage.harness.tasks.recipes import Schedule as RecipeSchedule
+from collage.harness.tasks.registry import FINETUNE_LR
 from collage.harness.train import choice
 from collage.harness.train.computing import has_bf16_matrix_units
 
 SCHEDULES = (*get_args(RecipeSchedule), "constant")
 COMPUTE = ("auto", "fp32", "bf16")
-FINETUNE_LR = 1e-5
 
 # The groups of the options. Those of RUNS are any run's; OWN and KEPT are of `collage train` alone.
 OWN, KEPT = "this run", "checkpoints"
@@ -113,9 +116,10 @@ class RunConfig:
                 f"micro_batch: must divide batch_size, got {self.micro_batch} and {self.batch_size}; "
                 "sequences of a step are processed micro_batch at a time"
             )
-        longest = get_recipe(self.model).positions
+        longest = self.recipe.positions
         if self.seq_len > longest:
             raise ValueError(f"seq_len: '{self.model}' has {longest} positions, got {self.seq_len}; at most {longest}")
+        _require_fitting_data(self)
         choice.require_makeable(vars(self))
 
     @classmethod
@@ -160,7 +164,8 @@ class RunConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.seq_len
+        """Of an image, one."""
+        return self.batch_size * (1 if self.recipe.of_images else self.seq_len)
 
     def compute_dtype(self) -> torch.dtype:
         """dtype of forward and backward; "auto" is float32 on a CPU without bf16 matrix units."""
@@ -179,16 +184,23 @@ class RunConfig:
         return 1.0
 
     def tokens(self) -> Tokens:
-        """The vocabulary of the text."""
+        """The vocabulary of the text: that of published weights, the given one, or bytes."""
+        published = PUBLISHED.get(self.model)
+        if published and published.tokens:
+            return published.tokens()
         return tokenizer_tokens(self.tokenizer) if self.tokenizer else byte_tokens()
 
-    def corpus(self) -> Corpus:
-        """The text: the given one, or the embedded one of the regime."""
+    def corpus(self) -> Corpus | Examples:
+        """The text: the given one, or the embedded one of the regime. Of a classifier its examples."""
+        if self.recipe.of_images:
+            return images.digits()
+        if self.validation and not self.data:
+            raise ValueError("validation: given without data; give both, or neither for the embedded texts")
+        if self.recipe.objective == "classes":
+            return reviews.examples(self.data, self.validation, self.seq_len)
         tokens = self.tokens()
         if self.data:
             return read_corpus(self.data, self.validation or None, tokens)
-        if self.validation:
-            raise ValueError("validation: given without data; give both, or neither for the embedded texts")
         return finetune_corpus(tokens) if self.finetune else default_corpus(tokens)
 
     def share(self, processes: int) -> tuple[int, int]:
@@ -244,6 +256,22 @@ def _require_positive(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
             raise ValueError(f"{name}: needs a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
+
+
+def _require_fitting_data(config: RunConfig) -> None:
+    """Raises ValueError for settings of text where images are trained on, or sentences, or there is a vocabulary."""
+    if config.tokenizer and config.model in PUBLISHED:
+        raise ValueError(f"tokenizer: '{config.model}' has a vocabulary of its own; leave it out")
+    if config.finetune and config.recipe.objective == "classes" and not config.recipe.of_images:
+        raise ValueError(f"finetune: '{config.model}' tells sentences apart, and has no use for source; leave it out")
+    if not config.recipe.of_images:
+        return
+    for name in ("data", "validation", "tokenizer", "finetune"):
+        if getattr(config, name):
+            raise ValueError(f"{name}: '{config.model}' is trained on images, not on text; leave it out")
+    side = config.recipe.positions
+    if config.seq_len != side:
+        raise ValueError(f"seq_len: '{config.model}' takes images of {side} x {side} pixels; leave it out")
 
 
 def _require_known(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -43,6 +43,7 @@ class Recorder(TrainerCallback):
         tick: Callable[[int], None],
     ) -> None:
         self.evaluated: dict[int, float] = {}  # step -> validation loss
+        self.scores: dict[int, float] = {}  # step -> the task's other measure, if it has one
         self._edq, self._record, self._tick = edq, record, tick
         self._where = {"strategy": config.strategy, "seed": config.seed}
 
@@ -59,7 +60,10 @@ class Recorder(TrainerCallback):
         where = {**self._where, "step": state.global_step}
         if "eval_loss" in logs:
             self.evaluated[state.global_step] = logs["eval_loss"]
-            self._record({"kind": "eval", **where, "loss": logs["eval_loss"]})
+            scored = {"score": logs["eval_score"]} if "eval_score" in logs else {}
+            if scored:
+                self.scores[state.global_step] = scored["score"]
+            self._record({"kind": "eval", **where, "loss": logs["eval_loss"], **scored})
         if "loss" in logs:
             measured = {name: logs.get(name) for name in ("loss", "grad_norm", *LOGGED)}
             layers = self._edq.window.by_parameter if "edq_ratio" in logs and self._edq.window else {}

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from collage.harness import console, options
 from collage.harness.tasks.data import Corpus
+from collage.harness.tasks.examples import Examples
 from collage.harness.text import to_json
 from collage.harness.train import building, checkpoints, world
 from collage.harness.train.config import RunConfig
@@ -33,7 +34,7 @@ def already_finished(config: RunConfig, screen: Console) -> int | None:
     return int(diverged)
 
 
-def begin(config: RunConfig, corpus: Corpus, screen: Console) -> tuple[Path | None, set[Key]]:
+def begin(config: RunConfig, corpus: Corpus | Examples, screen: Console) -> tuple[Path | None, set[Key]]:
     """Make the folder ready. Returns the checkpoint to go on from (None: begin), and what metrics.jsonl has already.
 
     Raises ValueError, before anything is written, for too little text, and for a folder that has another run.
@@ -59,7 +60,7 @@ def _require_empty(out: Path) -> None:
         )
 
 
-def _checkpoint(config: RunConfig, corpus: Corpus, screen: Console) -> Path | None:
+def _checkpoint(config: RunConfig, corpus: Corpus | Examples, screen: Console) -> Path | None:
     """The newest whole checkpoint, if it is of this run. Raises ValueError if it is not, or if none is whole."""
     _require_same_run(config)
     start, said = checkpoints.newest_whole(config.out)
@@ -80,16 +81,17 @@ def _checkpoint(config: RunConfig, corpus: Corpus, screen: Console) -> Path | No
     return start
 
 
-def _other_world(config: RunConfig, corpus: Corpus, start: Path, origin: Mapping[str, Any]) -> str:
+def _other_world(config: RunConfig, corpus: Corpus | Examples, start: Path, origin: Mapping[str, Any]) -> str:
     """What to say where other processes go on. Raises ValueError where these would have taken the text otherwise.
 
     The rest of an epoch that does not fill a step is one all the same where it fills a forward pass of each process.
     """
     before, now = origin["processes"], world.size()
-    windows, step = len(corpus.train) // config.seq_len, checkpoints.step_of(start) or 0
-    if before != now and windows % config.batch_size and step > windows // config.batch_size:
+    samples, step = len(building.datasets(config, corpus)[0]), checkpoints.step_of(start) or 0
+    if before != now and samples % config.batch_size and step > samples // config.batch_size:
+        kind = "examples" if isinstance(corpus, Examples) else "windows of text"
         raise ValueError(
-            f"--resume: {start.name} was made by {before} processes, here are {now}; the {windows} windows of text are "
+            f"--resume: {start.name} was made by {before} processes, here are {now}; the {samples} {kind} are "
             f"not whole steps of {config.batch_size}, so that their epochs end differently. Start {before}"
         )
     same = before == now and origin["sharded"] == config.shard

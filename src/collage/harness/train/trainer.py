@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -31,7 +31,7 @@ class PrecisionTrainer(Trainer):
     """Computes in `compute_dtype`, whatever dtype the weights are stored in.
 
     The model stays the PreTrainedModel; forward and backward see a cast of its parameters, so gradients come back in
-    the parameters' dtype.
+    the parameters' dtype. If it tells classes apart, evaluations tell its accuracy as "score".
     """
 
     def __init__(
@@ -39,9 +39,12 @@ class PrecisionTrainer(Trainer):
         model: PreTrainedModel,
         *args: Any,
         compute_dtype: torch.dtype,
+        classes: bool = False,
         origin: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if classes:
+            kwargs |= {"compute_metrics": _accuracy, "preprocess_logits_for_metrics": _likeliest}
         super().__init__(model, *args, **kwargs)
         self.compute_dtype = compute_dtype
         self.sharded = shards.is_sharded(model)
@@ -164,6 +167,16 @@ class PrecisionTrainer(Trainer):
         return norm.full_tensor() if any_dtensor([norm]) else norm
 
 
+def _likeliest(logits: Tensor, labels: Tensor) -> Tensor:
+    """[n, classes] -> [n]: all that accuracy needs."""
+    return logits.argmax(-1)
+
+
+def _accuracy(found: EvalPrediction) -> dict[str, float]:
+    predicted: Any = found.predictions
+    return {"score": float((predicted == found.label_ids).mean())}
+
+
 def _mean_in_float32(bucket: Any) -> Any:
     """DDP's mean of the processes' gradients, rounded to their dtype once, not at every addition."""
     total = bucket.buffer().float() / world.size()
@@ -205,7 +218,7 @@ def arguments(config: RunConfig, report_to: str, eval_batch: int) -> TrainingArg
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or config.steps,
         save_total_limit=config.keep,
-        prediction_loss_only=True,
+        prediction_loss_only=config.recipe.objective != "classes",
         remove_unused_columns=False,
         dataloader_drop_last=True,
         dataloader_pin_memory=on_gpu,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import collage
 from collage.harness.tasks.data import Corpus
+from collage.harness.tasks.examples import Examples
 from collage.harness.train import building, checkpoints, shards
 from collage.harness.train.config import RunConfig
 from collage.harness.train.meters import PeakMemory, StepMeter, UpdateSizes
@@ -32,6 +33,8 @@ class RunResult:
     initial_loss: float  # on the validation sample, before the first step
     val_loss: float  # after the last
     since_step: int  # the step it went on from; 0: none
+    initial_score: float | None  # the task's other measure, higher is better: accuracy, return; None: it has none
+    score: float | None
     last_step: int  # before the configured one if it diverged
     curve: dict[int, float]  # step -> validation loss
     report: Report  # of the monitor
@@ -54,7 +57,8 @@ class RunResult:
         state = sum(self.bytes_by_slot.values())
         return {
             "strategy": self.strategy, "seed": self.seed, "initial_loss": self.initial_loss,
-            "val_loss": self.val_loss, "since_step": self.since_step, "last_step": self.last_step,
+            "val_loss": self.val_loss, "initial_score": self.initial_score, "score": self.score,
+            "since_step": self.since_step, "last_step": self.last_step,
             **{name: quality["total"][name] for name in LOGGED},
             "frozen": self.report.frozen, "unfollowed": self.report.unfollowed,
             "beside": quality["beside"], "bytes_by_slot": self.bytes_by_slot,
@@ -67,7 +71,7 @@ class RunResult:
 
 def run(
     config: RunConfig,
-    corpus: Corpus | None = None,
+    corpus: Corpus | Examples | None = None,
     *,
     init: Mapping[str, Tensor] | None = None,
     resume: Path | None = None,
@@ -84,7 +88,7 @@ def run(
     Args:
         config: the settings.
         corpus: `config.corpus()`, if it has been read already.
-        init: weights to start from, by name; by default those of `config.init`, or random ones.
+        init: weights to start from, by name; by default those of `config.init`, published or random ones.
         resume: a whole checkpoint of this run; what follows is then what would have followed, bit for bit.
         record: is given each log as a line of metrics.jsonl.
         tick: is given the number of finished steps.
@@ -102,15 +106,15 @@ class _Session:
     def __init__(
         self,
         config: RunConfig,
-        corpus: Corpus,
+        corpus: Corpus | Examples,
         init: Mapping[str, Tensor] | None,
         listeners: tuple[Callable[[Record], None], Callable[[int], None]],
         report_to: str,
         histogram: bool,
     ) -> None:
         self.began, self.memory, self.config = time.perf_counter(), PeakMemory(), config
-        if init is None and config.init:
-            init = building.read_weights(config.init)
+        if init is None:
+            init = building.start(config)
         train_data, validation = building.datasets(config, corpus)
         settings = arguments(config, report_to, building.eval_batch(config, validation))
         self.model = building.model_of(config, corpus, init)
@@ -129,11 +133,12 @@ class _Session:
             optimizers=(self.optimizer, torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.lr_scale)),
             callbacks=[self.edq, self.meter, self.recorder],
             compute_dtype=config.compute_dtype(),
+            classes=config.recipe.objective == "classes",
             origin={"run": config.bound(), "text": corpus.checksum()} if config.save_every else None,
         )
 
     def run(self, resume: Path | None) -> RunResult:
-        initial = self.trainer.evaluate()["eval_loss"]
+        initial = self.trainer.evaluate()
         if resume is not None and checkpoints.step_of(resume) == self.config.steps:
             self.trainer.load_finished(resume)  # Trainer.train() would take one step more
         else:
@@ -145,8 +150,10 @@ class _Session:
             strategy=self.config.strategy,
             seed=self.config.seed,
             parameters=sum(p.numel() for p in self.model.parameters()),
-            initial_loss=initial,
+            initial_loss=initial["eval_loss"],
             val_loss=self.recorder.evaluated[last],
+            initial_score=initial.get("eval_score"),
+            score=self.recorder.scores.get(last),
             since_step=(checkpoints.step_of(resume) or 0) if resume else 0,
             last_step=last,
             curve=self.recorder.evaluated,

@@ -1,0 +1,91 @@
+"""What a comparison can be about: the tasks, one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from collage.harness.tasks.recipes import RECIPES
+
+FINETUNE_LR = 1e-5
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measure of a task beside its loss. More is better."""
+
+    name: str
+    percent: bool = False  # a share
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to train models for.
+
+    Args:
+        name: on the command line.
+        title: in the heading of what it gave.
+        says: what is trained on what, in a line.
+        models: the recipes that it may train, first the default.
+        steps: of a run, unless given.
+        settings: those of a run, by field of RunConfig, that are not the recipe's.
+        warm_up: whether a run goes on from a warm-up by AdamW under float32 masters, on the recipe's own text.
+        pretrained: whether it goes on from published weights.
+        loss: what the loss is, and its unit.
+        score: None: it has the loss alone.
+        needs: module -> extra of this package that installs it.
+    """
+
+    name: str
+    title: str
+    says: str
+    models: tuple[str, ...]
+    steps: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    warm_up: bool = False
+    pretrained: bool = False
+    loss: str = "validation, nats"
+    score: Score | None = None
+    needs: Mapping[str, str] = field(default_factory=dict)
+
+    def require(self) -> None:
+        """Raises ValueError, with the command that installs it, if a package is missing."""
+        for module, extra in self.needs.items():
+            if find_spec(module) is None:
+                raise ValueError(
+                    f"task '{self.name}': needs the package {module}: install it with `pip install "
+                    f"'collage-optim[{extra}]'`"
+                )
+
+
+_OF_TEXT = [name for name, recipe in RECIPES.items() if recipe.objective in ("causal", "masked")]
+_LANGUAGE = tuple(sorted(_OF_TEXT, key=lambda name: name != "tiny-llama"))  # the default before the others
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "pretrain", "Training from scratch", "language models from random weights on novels",
+            _LANGUAGE, steps=300,
+        ),
+        Task(
+            "finetune", "Fine-tuning",
+            f"the same go on with Python source after a warm-up, AdamW at lr {FINETUNE_LR:g}",
+            _LANGUAGE, steps=120, settings={"finetune": True}, warm_up=True,
+        ),
+        Task(
+            "vision", "Image classification", "a small ViT or ResNet on images of ten classes",
+            ("tiny-resnet", "tiny-vit"), steps=200,
+            settings={"eval_sequences": 360}, score=Score("accuracy", percent=True), needs={"sklearn": "vision"},
+        ),
+    )
+}  # fmt: skip
+
+
+def get_task(name: str) -> Task:
+    """The row of `TASKS` with this name."""
+    if name not in TASKS:
+        raise ValueError(f"--task: unknown {name!r}; known: {', '.join(TASKS)}")
+    return TASKS[name]
