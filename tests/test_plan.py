@@ -12,12 +12,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
 
 import collage
+from collage.advice.memory import share, state_bytes
 from collage.harness.cli import main
 from collage.harness.ledger import ACTIVATIONS, KINDS, TEMPORARY, WEIGHTS, Ledger
 from collage.harness.plan import measure as measuring
 from collage.harness.plan.models import KNOWN, find
-from collage.harness.plan.predict import predict, state_bytes
-from collage.harness.plan.simulation import Work, loss_of, shard, share, simulate, watch
+from collage.harness.plan.predict import predict
+from collage.harness.plan.simulation import Work, loss_of, shard, simulate, watch
 from collage.harness.plan.trial import Trial, run
 from collage.harness.tasks.recipes import RECIPES, build
 from collage.harness.train.trainer import quiet

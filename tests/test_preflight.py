@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from collage.harness.preflight import examine as examining
+from collage.advice import counting
 from collage.harness.preflight import shown
 from collage.harness.preflight.command import add_arguments, run
 from collage.harness.preflight.examine import examine
@@ -139,7 +139,7 @@ def model(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lr", [1e-3, 1e-5, 1.7e-6, 1e-8])
 def test_counts_equal_exact_arithmetic(tmp_path, monkeypatch, dtype, lr):
-    monkeypatch.setattr(examining, "CHUNK", 500)  # several chunks; for the 16-bit ones the count of distinct values
+    monkeypatch.setattr(counting, "CHUNK", 500)  # several chunks; for the 16-bit ones the count of distinct values
     weights = sample_weights(300).repeat(2).to(dtype)
     save_file({"w": weights}, tmp_path / "w.safetensors")
     total = examine(tmp_path / "w.safetensors", lr).total

@@ -25,6 +25,8 @@ LIBRARY = STEP | {
     "ema",
     "floors",
     "gradients",
+    "numerals",
+    "advice",
 }
 ALLOWED = {
     "rounding": set(),
@@ -43,6 +45,8 @@ ALLOWED = {
     "monitor": NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping"},
     "saying": set(),
     "randomness": set(),
+    "numerals": set(),
+    "advice": STEP | {"floors", "numerals", "optimizers"},
     "conversion": NUMBERS | {"backends"},
     "optimizers": STEP | {"conversion", "saying", "randomness"},
     "casting": {"sharding", "optimizers"},
@@ -69,6 +73,7 @@ HARNESS = {
     "train": {"console", "options", "tasks", "text"},
     "experiment": {"report", "tasks", "train"},
     "compare": {"console", "experiment", "machine", "options", "report", "tasks", "text", "train"},
+    "advise": {"console", "options", "plan", "tasks", "text"},
     "preflight": {"console", "tasks", "text"},
     "convert": {"console", "tasks", "text", "train"},
     "ledger": set(),

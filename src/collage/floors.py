@@ -115,14 +115,14 @@ def binades(format_name: str) -> tuple[int, int]:
     return (0, 0) if smallest < 2.0**-126 else (round(math.log2(smallest)) - 2, 0)
 
 
-def movable_below(format_name: str, step: float) -> float:
+def movable_below(format_name: str, step: float, arithmetic: str | None = None) -> float:
     """Magnitude below which a step moves every weight, whatever its last component holds: a quick first test.
 
     A power of two, with a binade to spare; 0 where a step is not above the floor of the smallest weights, which does
     not scale with them.
     """
-    largest = floor(format_name).up
-    if step <= floor(format_name, 2 * _smallest(format_of(format_name))).up:
+    largest = floor(format_name, arithmetic=arithmetic).up
+    if step <= floor(format_name, 2 * _smallest(format_of(format_name)), arithmetic).up:
         return 0.0
     return 2.0 ** (math.ceil(math.log2(step / largest)) - 1) if largest else math.inf
 

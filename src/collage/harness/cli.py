@@ -27,6 +27,13 @@ COMMANDS = {
         "say, without training, which weights a learning rate cannot move in which format",
         "collage preflight model.safetensors --lr 1e-5 --weight-decay 0.1",
     ),
+    "advise": (
+        "advise.command",
+        "say which strategy to take for a model, a learning rate and a number of steps, and why",
+        "collage advise tiny-llama --lr 1e-5 --weight-decay 0.1 --steps 1000\n"
+        "  collage advise model.safetensors --lr 1e-5 --steps 20000 --memory 24GB --ranks 8\n"
+        "  collage advise model.safetensors --lr 1e-4 --tuned-under bf16",
+    ),
     "train": (
         "train.command",
         "train under one strategy, with checkpoints, resume and EDQ in the log",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from types import NoneType
@@ -80,14 +80,19 @@ def given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
+def flags_named(kind: type) -> AbstractContextManager[None]:
+    """A ValueError that begins with a field of a dataclass, "micro_batch: ...", begins with its flag instead."""
+    return flags_of({f.name for f in fields(kind)})
+
+
 @contextmanager
-def flags_named(kind: type) -> Iterator[None]:
-    """A ValueError that begins with a field, "micro_batch: ...", begins with its flag instead."""
+def flags_of(names: Collection[str]) -> Iterator[None]:
+    """The same, of these names."""
     try:
         yield
     except ValueError as error:
         name, colon, rest = str(error).partition(":")
-        if name not in {f.name for f in fields(kind)}:
+        if name not in names:
             raise
         raise ValueError(f"{flag_of(name)}{colon}{rest}") from None
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import collage
+from collage.advice.memory import moved_bytes
 from collage.backends import choose
-from collage.formats import Master, format_of
+from collage.formats import format_of
 from collage.optimizers.base import PrecisionOptimizer
 from collage.optimizers.planes import nbytes
 from collage.rules import Rule
@@ -52,9 +53,8 @@ class Kind(NamedTuple):
         return [{"params": own, "use_muon": hidden} for hidden, own in kinds.items() if own]
 
     def moved(self, strategy: Strategy, shapes: Shapes) -> float:
-        """Bytes that a step reads and writes; of a master's 16-bit copy it only writes."""
-        unread = 2 * count(shapes) if isinstance(format_of(strategy.param), Master) else 0
-        return 2 * self.planes(strategy, shapes) - unread + strategy.dtype.itemsize * count(shapes)
+        """Bytes that a step reads and writes."""
+        return moved_bytes(strategy, self.planes(strategy, shapes), count(shapes))
 
     def kept(self, strategy: Strategy, shapes: Shapes) -> float:
         """Bytes of weights, state and gradients."""

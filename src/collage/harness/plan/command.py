@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from collage.advice.memory import amount
 from collage.harness.bench.contestants import KINDS
 from collage.harness.console import bar, progress, say
 from collage.harness.options import strategy
@@ -22,7 +23,6 @@ from collage.harness.train.trainer import quiet
 from collage.strategies import STRATEGIES
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
-UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,22 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of forward and backward; weights of another one are cast to it, as `collage train` does (default: "
         "%(default)s)",
     )
-    add("--memory", type=amount, metavar="SIZE", help="of a rank, e.g. 24GB or 22.5GiB: which strategies fit?")
+    add("--memory", type=memory, metavar="SIZE", help="of a rank, e.g. 24GB or 22.5GiB: which strategies fit?")
     add("--measure", action="store_true", help="also make real steps here, each strategy in processes of its own")
     add("--steps", type=int, default=3, metavar="N", help="of --measure (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
 
 
-def amount(text: str) -> int:
-    """24GB -> 24 * 10**9; 24GiB -> 24 * 2**30."""
-    unit = next((unit for unit in UNITS if text.upper().endswith(unit)), "")
+def memory(text: str) -> int:
+    """24GB, for argparse."""
     try:
-        number = float(text[: len(text) - len(unit)])
-    except ValueError:
-        number = 0.0
-    if not unit or not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"needs a size such as 24GB, 22.5GiB or 80GB, got {text!r}")
-    return int(number * UNITS[unit])
+        return amount(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("memory: ")) from None
 
 
 def run(args: argparse.Namespace) -> int:

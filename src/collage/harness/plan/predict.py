@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from collage.harness.plan.simulation import Simulated, Work, share, simulate
-from collage.optimizers.planes import nbytes
+from collage.advice.memory import state_bytes
+from collage.harness.plan.simulation import Simulated, Work, simulate
 from collage.rules import Rule
 from collage.rules.adamw import ADAMW
 from collage.strategies import Strategy
-
-COUNTER = 8  # bytes of a step counter; every parameter has one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +74,3 @@ def _prediction(strategy: Strategy, released: bool, found: Simulated, states: in
         strategy=str(strategy), released=released, weights=found.weights, states=states, gradients=found.gradients,
         activations=found.activations, at_peak={**found.peak, "states": states},
     )  # fmt: skip
-
-
-def state_bytes(rule: Rule, strategy: Strategy, shapes: Sequence[tuple[int, ...]], ranks: int = 1) -> int:
-    """Bytes of an optimizer's state for parameters of these shapes, on the first of so many ranks."""
-    total = 0
-    for shape in shapes:
-        own, part = strategy.of(shape), share(shape, ranks)
-        total += nbytes(rule, own, part) - own.dtype.itemsize * torch.Size(part).numel() + COUNTER
-    return total

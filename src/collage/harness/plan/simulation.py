@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -66,15 +66,6 @@ def simulate(model: nn.Module, dtype: torch.dtype, work: Work, release: bool = F
         weights, held = ledger.live[WEIGHTS], [local(param) for param in twin.parameters() if param.requires_grad]
         saved = _run(twin, work, ledger) if work.sequences else _give_gradients(twin, ledger, release)
     return Simulated(weights, sum(part.nbytes for part in held), saved, ledger.peak)
-
-
-def share(shape: Sequence[int], ranks: int) -> tuple[int, ...]:
-    """The shape of what the first of so many ranks, which has most, holds of a parameter under FSDP2.
-
-    >>> share((50257, 768), 4)
-    (12565, 768)
-    """
-    return (-(-shape[0] // ranks), *shape[1:]) if shape else ()
 
 
 def place(model: nn.Module, dtype: torch.dtype) -> None:

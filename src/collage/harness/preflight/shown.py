@@ -8,9 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from collage.advice.counting import Tally
 from collage.floors import THETA_FORMATS, decay_floor, floor, register_of
 from collage.harness.console import say
-from collage.harness.preflight.examine import Preflight, Tally
+from collage.harness.preflight.examine import Preflight
 from collage.harness.text import listed, percent, scientific, short
 from collage.strategies import STRATEGIES
 

@@ -92,8 +92,20 @@ TASKS: dict[str, Task] = {
             ("tiny-resnet", "tiny-vit"), steps=200,
             settings={"eval_sequences": 360}, score=Score("accuracy", percent=True), needs={"sklearn": "vision"},
         ),
+        Task(
+            "rl", "Reinforcement learning", "PPO: a policy of 16 bits that plays CartPole or Acrobot",
+            ("cartpole", "acrobot"), steps=800,
+            settings={"eval_sequences": 64}, loss="minus the return", score=Score("return"), needs={"gymnasium": "rl"},
+        ),
     )
 }  # fmt: skip
+
+
+def require_installed(model: str) -> None:
+    """Raises ValueError, with the command that installs it, if a package that a recipe's tasks need is missing."""
+    for task in TASKS.values():
+        if model in task.models:
+            task.require()
 
 
 def get_task(name: str) -> Task:

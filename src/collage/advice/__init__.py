@@ -1,0 +1,1 @@
+"""Which precision strategy to take: see `collage.advise`."""

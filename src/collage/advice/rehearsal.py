@@ -1,0 +1,170 @@
+"""The rehearsal: the real optimizer on a sample of a model's own weights, under every strategy, on made-up gradients.
+
+Nothing is derived from a formula. Every strategy is a parameter group of one `collage.AdamW`, is given the same
+gradients, and is compared with float32 by how far its weights have moved. The gradient of a weight is a drift that
+stays and noise, both of the same size, so that updates are as large and as steady as those of real runs: on these
+gradients bf16 delivers the share of its updates that it delivers when a small Llama is fine-tuned. Weights of a
+row have gradients of different sizes, and all of them fall, so that the second moment has to come down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from collage.formats import format_of
+from collage.optimizers.adamw import AdamW
+from collage.optimizers.parameters import Parameter
+from collage.strategies import Strategy
+
+LONGEST = 1000  # steps
+REFERENCE = Strategy("fp32", "fp32", "fp32")
+FALL = 0.3  # of the gradients, from the first step to the last
+SIZE, SPREAD = 1e-3, 1.0  # of a gradient: median, and standard deviation of its logarithm
+EPS = 1e-8
+STEADY = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of AdamW. lr: in the beginning, from where it falls to final_lr along a cosine.
+
+    steps: of the run that is planned; the rehearsal makes LONGEST of them at most, with the same beginning and end.
+    """
+
+    lr: float
+    final_lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    steps: int
+
+    @property
+    def rehearsed(self) -> int:
+        return min(self.steps, LONGEST)
+
+    def lr_at(self, done: float) -> float:
+        """Of a share of the run that is done."""
+        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What became of some weights under a strategy, beside float32. None: there are no such weights.
+
+    arrived: of float32's movement, as much as was made in its direction. off: |movement - float32's| / |float32's|.
+    noise: |movement - float32's| / |weights|.
+    """
+
+    arrived: float
+    off: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a strategy did.
+
+    matrices, vectors: of weights with two dimensions, and of norms and biases; None: there are none.
+    decay: of float32's decay the share that arrived; None: none was asked for.
+    v_ratio: mean of the second moment over float32's, at the end.
+    """
+
+    matrices: Moved | None
+    vectors: Moved | None
+    decay: float | None
+    v_ratio: float
+
+
+def rehearse(samples: Sequence[Tensor], strategies: Sequence[Strategy], settings: Settings) -> list[Rehearsed]:
+    """Step samples of a model's weights (runs of its matrices, numbers of its vectors) under every strategy."""
+    stage = _Stage(samples, (REFERENCE, *strategies), settings)
+    stage.run()
+    return [stage.judged(k) for k in range(1, len(strategies) + 1)]
+
+
+class _Stage:
+    """All strategies, each twice if there is a decay: with it, and without."""
+
+    def __init__(self, samples: Sequence[Tensor], strategies: Sequence[Strategy], settings: Settings) -> None:
+        self.samples, self.settings = [x.bfloat16().float() for x in samples if x.numel()], settings
+        self.decays = (settings.weight_decay, 0.0) if settings.weight_decay else (0.0,)
+        groups = [self._group(k, strategy, decay) for k, strategy in enumerate(strategies) for decay in self.decays]
+        self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, eps=EPS)
+        self.parameters = list(self.optimizer.parameters())
+        self.start = [self._theta(parameter) for parameter in self.parameters]
+
+    def _group(self, k: int, strategy: Strategy, decay: float) -> dict[str, object]:
+        own = [(f"{k}.{decay}.{i}", nn.Parameter(x.to(strategy.dtype, copy=True))) for i, x in enumerate(self.samples)]
+        return {"params": own, "strategy": strategy, "weight_decay": decay}
+
+    def run(self) -> None:
+        each, memory = len(self.samples), self._memory()
+        steps = self.settings.rehearsed
+        streams = zip(*(stream(x.shape, steps, memory) for x in self.samples), strict=True)
+        for step, gradients in enumerate(streams):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.lr_at(step / steps)
+            for k, parameter in enumerate(self.parameters):
+                parameter.tensor.grad = gradients[k % each].to(parameter.tensor.dtype)
+            self.optimizer.step()
+
+    def _memory(self) -> float:
+        """Steps until gradients have another direction: those that move weights by STEADY of their size."""
+        weights = torch.cat([x.flatten() for x in self.samples if x.dim() > 1] or self.samples)
+        return STEADY * float(weights.square().mean().sqrt()) / self.settings.lr
+
+    def judged(self, k: int) -> Rehearsed:
+        """The k-th strategy beside the first."""
+        by_dim = {x.dim(): self._moved(k, i) for i, x in enumerate(self.samples)}
+        decay = self._decay(k) if len(self.decays) > 1 else None
+        return Rehearsed(by_dim.get(2), by_dim.get(1), decay, self._v(k, 0) / self._v(0, 0))
+
+    def _at(self, k: int, sample: int, decayed: bool = True) -> int:
+        """Where a strategy's copy of a sample stands among the parameters."""
+        group = k * len(self.decays) + (0 if decayed else len(self.decays) - 1)
+        return group * len(self.samples) + sample
+
+    def _movement(self, k: int, sample: int, decayed: bool = True) -> Tensor:
+        place = self._at(k, sample, decayed)
+        return self._theta(self.parameters[place]) - self.start[place]
+
+    def _theta(self, parameter: Parameter) -> Tensor:
+        fmt = format_of(self.optimizer.strategy_of(parameter).param)
+        return fmt.value(self.optimizer.theta(parameter)).double()
+
+    def _moved(self, k: int, sample: int) -> Moved:
+        own, whole = self._movement(k, sample), self._movement(0, sample)
+        missing = (own - whole).norm()
+        weights = self.samples[sample].double().norm()
+        return Moved(_along(own, whole), float(missing / whole.norm()), float(missing / weights))
+
+    def _decay(self, k: int) -> float:
+        own, whole = (self._movement(j, 0) - self._movement(j, 0, decayed=False) for j in (k, 0))
+        return _along(own, whole)
+
+    def _v(self, k: int, sample: int) -> float:
+        parameter = self.parameters[self._at(k, sample)]
+        strategy = self.optimizer.strategy_of(parameter)
+        return float(format_of(strategy.variance).value(self.optimizer.planes(parameter)[2]).double().mean())
+
+
+def _along(x: Tensor, whole: Tensor) -> float:
+    """How much of a movement another has made: 1 is all of it."""
+    return float((x * whole).sum() / whole.square().sum())
+
+
+def stream(shape: Sequence[int], steps: int, memory: float, seed: int = 0) -> Iterator[Tensor]:
+    """bf16 gradients of weights of a shape, for so many steps. memory: steps after which the drift has changed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    size, drift, kept = SIZE * torch.exp(SPREAD * normal()), normal(), math.exp(-1 / memory)
+    for step in range(steps):
+        yield (size * FALL ** (step / steps) * (drift + normal())).bfloat16()
+        drift = kept * drift + math.sqrt(1 - kept * kept) * normal()

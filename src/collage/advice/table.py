@@ -1,0 +1,55 @@
+"""Advice as text: a line for each strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from collage.numerals import MISSING, fixed, percent
+
+Row = Mapping[str, Any]
+
+
+def _share(key: str) -> Callable[[Row], str]:
+    return lambda row: percent(row[key])
+
+
+def _fixed(key: str, digits: int) -> Callable[[Row], str]:
+    return lambda row: fixed(row[key], digits)
+
+
+def _fits(row: Row) -> str:
+    return MISSING if row["fits"] is None else "yes" if row["fits"] else "no"
+
+
+def _seconds(row: Row) -> str:
+    seconds = row["seconds_per_step"]
+    return MISSING if seconds is None else f"{seconds:.2g} s" if seconds >= 1 else f"{1e3 * seconds:.2g} ms"
+
+
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("strategy", lambda row: row["strategy"]),
+    ("bytes", lambda row: f"{row['bytes_per_param']:.4g}"),
+    ("GB", lambda row: f"{row['gigabytes']:.3g}"),
+    ("fits", _fits),
+    ("cannot move", _share("cannot_move")),
+    ("arrives", _share("arrived")),
+    ("decay arrives", _share("decay_arrives")),
+    ("v", _fixed("v_ratio", 2)),
+    ("a step", _seconds),
+    ("verdict", lambda row: row["verdict"]),
+    ("because", lambda row: row["because"]),
+)
+_LEFT = ("strategy", "verdict", "because")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows beneath their headings."""
+    columns = [[heading, *(cell(row) for row in rows)] for heading, cell in COLUMNS]
+    kept = [column for column in columns if any(text != MISSING for text in column[1:])]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*map(_padded, kept), strict=True))
+
+
+def _padded(column: Sequence[str]) -> list[str]:
+    width = max(map(len, column))
+    return [text.ljust(width) if column[0] in _LEFT else text.rjust(width) for text in column]

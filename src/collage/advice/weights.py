@@ -1,0 +1,136 @@
+"""What advice looks at of a model: every shape, and of each parameter a sample of its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from collage.layout import as_rows
+from collage.sharding import local
+
+LOOKED = 1 << 14  # numbers of a parameter that are looked at
+RUN = 128  # neighbours of a row that stay together, as formats with a scale for 128 need them
+ROWS, SINGLES = 64, 1024  # of the rehearsal: runs of matrices, numbers of vectors
+
+Entry = tuple[str, tuple[int, ...], Tensor]  # name, shape, the numbers or some of them
+
+
+class Part(NamedTuple):
+    """A parameter: runs of it [n, at most RUN] in float32, or if it has one dimension numbers of it [n]."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: Tensor
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of a model that train, each once.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    parts: Sequence[Part]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("model: has no floating-point weights that train; give one that has")
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [part.shape for part in self.parts]
+
+    @property
+    def count(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """What is rehearsed: of matrices, and of norms and biases."""
+        return self.matrices(), self.vectors()
+
+    def matrices(self) -> Tensor:
+        """Runs [ROWS, RUN] of what has two dimensions, each parameter in proportion to its size; or [0, RUN]."""
+        own = [part for part in self.parts if len(part.shape) > 1 and part.values.numel()]
+        runs = [_runs(part.values) for part in own]
+        return _systematic([part.size for part in own], runs, ROWS) if own else torch.zeros(0, RUN)
+
+    def vectors(self) -> Tensor:
+        """Numbers [SINGLES] of norms and biases, likewise; or [0]."""
+        own = [part for part in self.parts if len(part.shape) < 2 and part.values.numel()]
+        numbers = [part.values for part in own]
+        return _systematic([part.size for part in own], numbers, SINGLES) if own else torch.zeros(0)
+
+
+def of(model: nn.Module | Mapping[str, Tensor] | Weights) -> Weights:
+    """The weights of a module's parameters that train, or of tensors by name.
+
+    Raises:
+        ValueError: there are none, or they are on the meta device and have no numbers. TypeError: something else.
+    """
+    if isinstance(model, Weights):
+        return model
+    if isinstance(model, nn.Module):
+        pairs = ((name, param.detach()) for name, param in model.named_parameters() if param.requires_grad)
+    elif isinstance(model, Mapping):
+        pairs = ((name, tensor.detach()) for name, tensor in model.items())
+    else:
+        raise TypeError(f"model: needs a torch.nn.Module or a dict of tensors, got {type(model).__name__}")
+    return gathered((name, tuple(tensor.shape), local(tensor)) for name, tensor in pairs)
+
+
+def gathered(entries: Iterable[Entry]) -> Weights:
+    """The sample of entries that come one at a time."""
+    return Weights([Part(name, shape, _looked(name, shape, tensor)) for name, shape, tensor in _floats(entries)])
+
+
+def _floats(entries: Iterable[Entry]) -> Iterator[Entry]:
+    for entry in entries:
+        if entry[2].is_floating_point() and entry[2].dtype.itemsize > 1 and 0 not in entry[1]:
+            yield entry
+
+
+@torch.no_grad()
+def _looked(name: str, shape: tuple[int, ...], tensor: Tensor) -> Tensor:
+    """Numbers of a tensor at even distances, LOOKED of them at most, on the CPU; those that are not finite are 0."""
+    if tensor.is_meta:
+        raise ValueError(f"model: '{name}' is on the meta device and has no numbers to look at; load its weights first")
+    if len(shape) < 2:
+        return _cleaned(tensor.reshape(-1)[:: -(-tensor.numel() // LOOKED)])
+    rows, columns = as_rows(tensor.shape)
+    width = min(columns, RUN)
+    return _cleaned(tensor.reshape(rows, columns)[:: -(-rows * width // LOOKED), :width])
+
+
+def _cleaned(values: Tensor) -> Tensor:
+    return torch.nan_to_num(values.to("cpu", torch.float32), 0.0, 0.0, 0.0)
+
+
+def _runs(values: Tensor) -> Tensor:
+    """[n, RUN]: rows that are shorter stand one after the other, the last run begins anew."""
+    flat = values.flatten()
+    n = -(-len(flat) // RUN)
+    return flat.repeat(-(-n * RUN // len(flat)))[: n * RUN].view(n, RUN)
+
+
+def _systematic(sizes: Sequence[int], own: Sequence[Tensor], wanted: int) -> Tensor:
+    """So many of the entries of several tensors, of each in proportion to its size, at even distances."""
+    ends = list(accumulate(sizes))
+    picked: list[Tensor] = []
+    for k, (end, size, entries) in enumerate(zip(ends, sizes, own, strict=True)):
+        before = 0 if k == 0 else ends[k - 1]
+        many = math.floor(end / ends[-1] * wanted) - math.floor(before / ends[-1] * wanted)
+        places = (torch.arange(many) * len(entries)) // max(many, 1)
+        picked.append(entries[places])
+        assert size > 0
+    return torch.cat(picked)

@@ -1,0 +1,1 @@
+"""`collage advise`: which precision strategy to take, and why."""
