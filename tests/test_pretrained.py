@@ -3,73 +3,46 @@
 Tiny packages stand for the real ones, but for the slow tests at the end.
 """
 
-import io
-import json
 import math
 import sys
-import tarfile
-from dataclasses import replace
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import assert_same_bits
+from published import (
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    RATED,
+    TEXT,
+    VOCABULARY,
+    WIDTH,
+    WORDS,
+    archive,
+    package,
+    tiny_minilm,
+    tiny_smollm2,
+)
 
 from collage.harness.tasks import recipes
 from collage.harness.tasks.pretrained import PUBLISHED, minilm, packages, reviews, smollm2
 from collage.harness.train import training
 from collage.harness.train.config import RunConfig
 
-gguf = pytest.importorskip("gguf")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-tokenizers = pytest.importorskip("tokenizers")
 
-HEADS, KV_HEADS, WIDTH, HIDDEN, MLP = 4, 2, 8, 32, 64
-NEVER_RUN = 'raise AssertionError("a package that is only read was imported")'
+@pytest.fixture
+def smol(tmp_path, monkeypatch):
+    return tiny_smollm2(tmp_path, monkeypatch)
 
 
-def package(folder, what):
-    """An installed package that must not run. Returns where its file goes."""
-    file = folder / what.module / what.file
-    file.parent.mkdir(parents=True)
-    (folder / what.module / "__init__.py").write_text(NEVER_RUN)
-    return file
+@pytest.fixture
+def mini(tmp_path, monkeypatch):
+    return tiny_minilm(tmp_path, monkeypatch)
 
 
 # --- SmolLM2: a GGUF file ---
-
-
-def q4_1(bits, shape):
-    """Blocks of 32: scale and least in float16, 16 bytes of two four-bit numbers. Returns bytes and exact values."""
-    count = math.prod(shape) // 32
-    scale = (bits.integers(1, 64, count) / 1024).astype(np.float16)
-    least = (bits.integers(-64, 64, count) / 1024).astype(np.float16)
-    numbers = bits.integers(0, 16, (count, 32), dtype=np.uint8)
-    packed = numbers[:, :16] | numbers[:, 16:] << 4  # the first half in the low bits
-    raw = np.concatenate([scale[:, None].view(np.uint8), least[:, None].view(np.uint8), packed], axis=1)
-    blocks = zip(scale, least, numbers, strict=True)
-    exact = [Fraction(float(s)) * int(n) + Fraction(float(low)) for s, low, row in blocks for n in row]
-    return raw.reshape(shape[0], -1), values(exact, shape)
-
-
-def q8_0(bits, shape):
-    """Blocks of 32: a scale in float16, 32 signed bytes."""
-    count = math.prod(shape) // 32
-    scale = (bits.integers(1, 64, count) / 4096).astype(np.float16)
-    numbers = bits.integers(-128, 128, (count, 32), dtype=np.int8)
-    raw = np.concatenate([scale[:, None].view(np.uint8), numbers.view(np.uint8)], axis=1)
-    exact = [Fraction(float(s)) * int(n) for s, row in zip(scale, numbers, strict=True) for n in row]
-    return raw.reshape(shape[0], -1), values(exact, shape)
-
-
-def values(exact, shape):
-    """float32; each must hold the exact number."""
-    found = torch.tensor([float(x) for x in exact], dtype=torch.float32)
-    assert [Fraction(float(x)) for x in found] == exact
-    return found.view(shape)
 
 
 def together(weight, heads):
@@ -79,60 +52,6 @@ def together(weight, heads):
         half = len(head) // 2
         rows += [head[i // 2 + half * (i % 2)] for i in range(len(head))]
     return torch.stack(rows)
-
-
-TEXT = "Anne hoped 1814 would pass.\n"
-ALPHABET = sorted(set(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-VOCABULARY = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *ALPHABET, "Ġh", "18", "and", "of", "to"]
-assert len(VOCABULARY) % 8 == 0  # as the real one: its embedding has no spare rows
-QUANTISED = {"attn_q": HEADS * WIDTH, "attn_k": KV_HEADS * WIDTH, "attn_v": KV_HEADS * WIDTH, "ffn_gate": MLP}
-
-
-@pytest.fixture
-def smol(tmp_path, monkeypatch):
-    """A tiny package. Returns the exact numbers of its tensors, by llama.cpp's names."""
-    bits, exact = np.random.default_rng(0), {}
-    writer = gguf.GGUFWriter(package(tmp_path, smollm2.PACKAGE), "llama")
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([3] * 3 + [1] * (len(VOCABULARY) - 3))
-    writer.add_token_merges(["Ġ h", "1 8"])
-    writer.add_pad_token_id(2)
-
-    def add(name, kind, shape):
-        if kind is None:
-            exact[name] = torch.from_numpy(bits.standard_normal(shape, dtype=np.float32))
-            writer.add_tensor(name, exact[name].numpy())
-        else:
-            raw, exact[name] = kind(bits, shape)
-            quantised = gguf.GGMLQuantizationType[kind.__name__.upper()]
-            writer.add_tensor(name, raw, raw_dtype=quantised)
-
-    add("token_embd.weight", q8_0, (len(VOCABULARY), HIDDEN))
-    add("output_norm.weight", None, (HIDDEN,))
-    for layer in range(2):
-        for norm in ("attn_norm", "ffn_norm"):
-            add(f"blk.{layer}.{norm}.weight", None, (HIDDEN,))
-        shapes = {**{n: (rows, HIDDEN) for n, rows in QUANTISED.items()}, "ffn_up": (MLP, HIDDEN)}
-        shapes |= {"attn_output": (HIDDEN, HEADS * WIDTH), "ffn_down": (HIDDEN, MLP)}
-        for name, shape in shapes.items():
-            add(f"blk.{layer}.{name}.weight", q4_1, shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    monkeypatch.syspath_prepend(tmp_path)
-    return exact
-
-
-def small_llama(monkeypatch):
-    small = replace(
-        recipes.RECIPES["smollm2-135m"], hidden=HIDDEN, layers=2, heads=HEADS, intermediate=MLP, vocab=len(VOCABULARY),
-        others={**recipes.RECIPES["smollm2-135m"].others, "num_key_value_heads": KV_HEADS},
-    )  # fmt: skip
-    monkeypatch.setitem(recipes.RECIPES, small.name, small)
 
 
 def test_every_block_of_a_gguf_file_is_the_number_it_stands_for(smol):
@@ -148,8 +67,7 @@ def test_every_block_of_a_gguf_file_is_the_number_it_stands_for(smol):
             assert_same_bits(other, together(got, heads) if heads else got, want)
 
 
-def test_weights_are_those_of_the_recipe(smol, monkeypatch):
-    small_llama(monkeypatch)
+def test_weights_are_those_of_the_recipe(smol):
     model = recipes.build("smollm2-135m")
     lacking = model.load_state_dict(smollm2.weights(), strict=False)
     assert (lacking.missing_keys, lacking.unexpected_keys) == (["lm_head.weight"], [])  # tied
@@ -189,38 +107,6 @@ def test_tokens_are_those_of_the_file(smol):
 
 # --- MiniLM: a safetensors file and a tokenizer ---
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "a", "not", "##ly"]
-
-
-@pytest.fixture
-def mini(tmp_path, monkeypatch):
-    """A tiny package, and a recipe of its shape."""
-    small = replace(
-        recipes.RECIPES["minilm"], hidden=16, layers=1, heads=2, intermediate=32, vocab=len(WORDS), positions=8,
-        init_std=0.2,
-        phases=(replace(recipes.RECIPES["minilm"].phases[0], seq_len=8),),
-    )  # fmt: skip
-    monkeypatch.setitem(recipes.RECIPES, "minilm", small)
-    file = package(tmp_path, minilm.PACKAGE)
-    state = recipes.build("minilm", seed=7).state_dict()
-    encoder = {name.removeprefix("bert."): w for name, w in state.items() if name.startswith("bert.")}
-    safetensors_torch.save_file({**encoder, "embeddings.position_ids": torch.arange(8)[None]}, file)
-    save_word_pieces(file.with_name("tokenizer.json"))
-    monkeypatch.syspath_prepend(tmp_path)
-    return state
-
-
-def save_word_pieces(path):
-    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    pieces.normalizer = tokenizers.normalizers.BertNormalizer()
-    pieces.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    pieces.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    pieces.enable_truncation(4)  # as the real file does
-    pieces.enable_padding(length=4)
-    pieces.save(str(path))
-
 
 def test_the_encoder_is_published_and_the_head_the_seeds(mini):
     found = minilm.weights(0)
@@ -234,23 +120,6 @@ def test_the_encoder_is_published_and_the_head_the_seeds(mini):
 
 
 # --- The sentences ---
-
-RATED = [("1", "2.5", "A good film"), ("2", "-1.5", "a bad film"), ("3", "0.4", "a film"), ("4", "-0.5", "not good")]
-
-
-def archive(path, rated):
-    """The source distribution: an archive within an archive."""
-
-    def packed(name, content):
-        with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w:gz") as tar:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-        return buffer.getvalue()
-
-    table = "".join("\t".join(row) + "\n" for row in rated)
-    inner = packed(reviews._TABLE, table.encode())
-    path.write_bytes(packed(f"vaderSentiment-3.3.2/{reviews._INNER}", inner))
 
 
 def test_reviews_are_labelled_by_the_sign_of_a_clear_rating(mini, tmp_path, monkeypatch):
@@ -374,8 +243,7 @@ def test_a_classifier_is_trained_from_the_published_weights(mini, tmp_path):
     assert all(p.dim() == 1 for p in spared["params"])
 
 
-def test_a_language_model_goes_on_from_the_published_weights(smol, tmp_path, monkeypatch):
-    small_llama(monkeypatch)
+def test_a_language_model_goes_on_from_the_published_weights(smol, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT * 400)
     config = RunConfig.of(
         "smollm2-135m", tmp_path / "out", data=(str(tmp_path / "text.txt"),), steps=3, seq_len=32, shadow=0,
@@ -435,4 +303,3 @@ def test_the_real_smollm2_reads_english_and_python(finetune, loss, tmp_path):
 
 def test_every_published_model_has_a_recipe():
     assert PUBLISHED.keys() <= recipes.RECIPES.keys()
-    assert json.dumps(dict(recipes.RECIPES["smollm2-135m"].others))

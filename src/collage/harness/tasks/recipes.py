@@ -104,7 +104,7 @@ _TINY_RESNET = replace(_TINY_VIT, name="tiny-resnet", family="resnet", hidden=32
 # Published weights: `tasks.pretrained` has them. The settings are those that people fine-tune with.
 _MINILM = Recipe(
     name="minilm", family="bert-classifier", hidden=384, layers=6, heads=12, intermediate=1536, vocab=30522,
-    positions=512, phases=(Phase(seq_len=40, lr=5e-5, warmup_steps=20, steps=200, batch=16, micro_batch=16),),
+    positions=512, phases=(Phase(seq_len=40, lr=5e-5, warmup_steps=15, steps=150, batch=16, micro_batch=16),),
     betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, schedule="linear", dropout=0.1, pad_id=0,
 )  # fmt: skip
 _SMOLLM2_135M = Recipe(

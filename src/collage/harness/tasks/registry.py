@@ -79,7 +79,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "classify", "Sentence classification", "published weights of MiniLM learn whether a film review praises",
-            ("minilm",), steps=200,
+            ("minilm",), steps=150,
             settings={"eval_sequences": 1024}, pretrained=True, score=Score("accuracy", percent=True),
         ),
         Task(
