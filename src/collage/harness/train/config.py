@@ -151,7 +151,8 @@ class RunConfig:
         settings["strategy"] = options.strategy("strategy", chosen.get("strategy", cls.strategy))
         settings["beside"] = tuple(options.strategy("beside", name) for name in chosen.get("beside", ()))
         batch, steps = settings["batch_size"], settings["steps"]
-        settings.setdefault("micro_batch", math.gcd(batch, stage.micro_batch) if batch > stage.micro_batch else batch)
+        whole = batch <= stage.micro_batch or recipe.plays
+        settings.setdefault("micro_batch", batch if whole else math.gcd(batch, stage.micro_batch))
         # A shorter run warms up for the same share of its steps as the published one, or less.
         settings.setdefault("warmup_steps", min(stage.warmup_steps, max(1, steps // 10)))
         return cls(model=model, out=Path(out), **settings)
