@@ -201,7 +201,7 @@ class RunConfig:
         if self.recipe.plays:
             return GAMES[self.model]
         if self.recipe.of_images:
-            return images.digits()
+            return images.examples(self.data)
         if self.validation and not self.data:
             raise ValueError("validation: given without data; give both, or neither for the embedded texts")
         if self.recipe.objective == "classes":
@@ -274,7 +274,7 @@ def _require_fitting_data(config: RunConfig) -> None:
         raise ValueError(f"finetune: '{config.model}' tells sentences apart, and has no use for source; leave it out")
     if not config.recipe.of_images:
         return
-    for name in ("data", "validation", "tokenizer", "finetune"):
+    for name in ("validation", "tokenizer", "finetune"):
         if getattr(config, name):
             raise ValueError(f"{name}: '{config.model}' is trained on images, not on text; leave it out")
     side = config.recipe.positions
