@@ -224,7 +224,10 @@ def test_the_encoder_is_published_and_the_head_the_seeds(mini):
     for name, value in mini.items():
         if name.startswith("bert."):
             assert_same_bits(name, found.pop(name), value)
-    assert {name: tuple(w.shape) for name, w in found.items()} == {"classifier.weight": (2, 16), "classifier.bias": (2,)}
+    assert {name: tuple(w.shape) for name, w in found.items()} == {
+        "classifier.weight": (2, 16),
+        "classifier.bias": (2,),
+    }
     assert_same_bits("classifier.weight", found["classifier.weight"], minilm.weights(0)["classifier.weight"])
     assert not torch.equal(found["classifier.weight"], minilm.weights(1)["classifier.weight"])
 
@@ -256,7 +259,10 @@ def test_reviews_are_labelled_by_the_sign_of_a_clear_rating(mini, tmp_path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = RunConfig.of("minilm", tmp_path / "out").corpus()
     assert found.name == "movie reviews"
-    assert (len(found.train["labels"]), len(found.validation["labels"])) == (12, 3)  # 15 are clear; each fifth is held out
+    assert (len(found.train["labels"]), len(found.validation["labels"])) == (
+        12,
+        3,
+    )  # 15 are clear; each fifth is held out
     assert found.validation["labels"].tolist() == [1, 0, 0]
     ids, mask = found.validation["input_ids"][0], found.validation["attention_mask"][0]
     assert [WORDS[i] for i in ids] == ["[CLS]", "a", "good", "film", "[SEP]", "[PAD]", "[PAD]", "[PAD]"]
@@ -307,7 +313,9 @@ def test_a_missing_package_is_a_sentence_with_the_command(module, monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     what = module.PACKAGE
     command = f"pip install --no-deps {what.distribution}=={what.version}"
-    with pytest.raises(ValueError, match=f"^package '{what.distribution}' is not installed; install it with `{command}`$"):
+    with pytest.raises(
+        ValueError, match=f"^package '{what.distribution}' is not installed; install it with `{command}`$"
+    ):
         module.weights(0)
     with pytest.raises(ValueError, match=command):
         module.tokenizer()

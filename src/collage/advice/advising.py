@@ -110,9 +110,7 @@ def _require_share(arrived: float | None, lossy: Strategy | None) -> None:
 def _tuned(under: str, lr: float, arrived: float | None, seen: Mapping[str, Rehearsed]) -> Tuned:
     if arrived is not None:
         return Tuned(under, lr, arrived, "as that run reports")
-    main = seen[under].matrices or seen[under].vectors
-    assert main is not None
-    return Tuned(under, lr, max(main.arrived, 1e-3), "as rehearsed")
+    return Tuned(under, lr, max(seen[under].main.arrived, 1e-3), "as rehearsed")
 
 
 def _notes(looked: Weights, settings: Settings) -> list[str]:

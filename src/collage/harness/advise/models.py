@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from collage.advice import weights
 from collage.advice.weights import Entry, Weights, gathered
 from collage.harness.plan import models as planned
+from collage.harness.tasks.pretrained import PUBLISHED
 from collage.harness.tasks.recipes import RECIPES, build, get_recipe
 from collage.harness.tasks.weights import ACCEPTED as FILES
 from collage.harness.tasks.weights import kind_of, read
 
-ACCEPTED = f"{FILES}; or a recipe or model by name, as it is before training ({', '.join((*RECIPES, *planned.KNOWN))})"
+ACCEPTED = f"{FILES}; or a recipe or model by name, as it is before training or was published ({', '.join((*RECIPES, *planned.KNOWN))})"
 SMALL = 10**7  # parameters: of larger recipes and models the weights are drawn, a sample of each
 DRAWN = 1 << 14  # numbers of a parameter
 STD = 0.02  # of normal weights, as GPT-2, Llama and BERT begin
@@ -39,7 +40,9 @@ def find(name: str) -> Weights:
 
 
 def _by_name(name: str) -> Weights:
-    model = planned.find(name).build("meta", torch.float32)
+    if name in PUBLISHED:
+        return weights.of(PUBLISHED[name].weights(0))
+    model = build(name, device="meta") if name in RECIPES else planned.find(name).build("meta", torch.float32)
     if name in RECIPES and sum(param.numel() for param in model.parameters()) <= SMALL:
         return weights.of(build(name))
     std = get_recipe(name).init_std if name in RECIPES else STD
