@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from collage.advice import bandwidth as measuring
 from collage.advice import weights
-from collage.advice.advised import Advice
-from collage.advice.choosing import chosen
 from collage.advice.counting import one_thread
 from collage.advice.memory import amount
 from collage.advice.rehearsal import LONGEST, Rehearsed, Settings, rehearse
 from collage.advice.rows import GB, Machine, row
-from collage.advice.tuned import Tuned
 from collage.advice.weights import Weights
+from collage.advised.advice import Advice
+from collage.advised.choosing import chosen
+from collage.advised.tuned import Tuned
 from collage.strategies import STRATEGIES, Strategy
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from collage.advice.rehearsal import Rehearsed, Settings
+from collage.advised.words import LOSES, PART, SAFE, STUCK, UNKNOWN, WHOLE, arrive
 from collage.numerals import percent
 
-SAFE, LOSES, UNKNOWN = "safe", "loses", "unknown"
-
-WHOLE, PART = 0.97, 0.92  # shares of float32's movement: with more nothing was lost, with less 0.02 nats and more
 NOTHING = 2e-4  # of the weights: what lacks no more than that is too little to be seen
 # Norms and biases that stay while float32 moves them by STILL of their size. In training from scratch 0.02 nats and
 # more went with it where matrices lost a little, too; in fine-tuning nothing.
 STAYED, STILL, NEARLY_WHOLE = 0.5, 0.005, 0.985
 NOISY = 0.15  # of the weights: rounding noise of matrices that go where they should on average
-STUCK, SOON_STUCK = 1.25, 1.1  # second moment over float32's; in a run that is longer than the rehearsal
+SOON_STUCK = 1.1  # second moment over float32's, of a run that is longer than the rehearsal
 HASTY = 0.04  # lr over the size of a weight: from here on runs that differ in nothing but noise end apart
 
 
@@ -36,19 +34,19 @@ def judged(seen: Rehearsed, settings: Settings) -> Verdict:
     if lost:
         return Verdict(LOSES, lost)
     doubt = _doubt(seen, settings)
-    return Verdict(UNKNOWN, doubt) if doubt else Verdict(SAFE, _arrive(seen.main.arrived))
+    return Verdict(UNKNOWN, doubt) if doubt else Verdict(SAFE, arrive(seen.main.arrived))
 
 
 def _lost(seen: Rehearsed) -> str:
     if seen.main.arrived < PART:
-        return _arrive(seen.main.arrived)
+        return arrive(seen.main.arrived)
     return _stay(seen) if seen.main.arrived < NEARLY_WHOLE else ""
 
 
 def _doubt(seen: Rehearsed, settings: Settings) -> str:
     main, stuck = seen.main, SOON_STUCK if settings.steps > settings.rehearsed else STUCK
     if main.arrived < WHOLE:
-        return _arrive(main.arrived)
+        return arrive(main.arrived)
     if main.noise > NOISY:
         return f"rounding noise grows to {percent(main.noise)} of the weights"
     if seen.v_ratio > stuck:
@@ -63,7 +61,3 @@ def _stay(seen: Rehearsed) -> str:
     vectors = seen.vectors
     stay = vectors is not None and vectors.arrived < STAYED and vectors.noise > STILL
     return "norms and biases stay where they are" if stay else ""
-
-
-def _arrive(share: float) -> str:
-    return f"{percent(min(max(share, 0.0), 1.0))} of the updates arrive"

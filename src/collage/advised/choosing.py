@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from collage.advice.verdict import LOSES, SAFE, UNKNOWN
+from collage.advised.words import LOSES, SAFE, UNKNOWN
 from collage.numerals import listed, percent
 
 Row = Mapping[str, Any]
