@@ -148,7 +148,7 @@ class UpdateSizes(Monitor):
     EDGES = tuple(k / 2 for k in range(-60, 21))
 
     def __init__(self, optimizer: PrecisionOptimizer, every: int = 10, stride: int = 61) -> None:
-        super().__init__(every, lambda: None)
+        super().__init__(every, lambda: None, lambda: optimizer.param_groups)
         self.counts = torch.zeros(len(self.EDGES) - 1, dtype=torch.int64)
         self._stride = stride
         optimizer.monitors.append(self)
