@@ -13,7 +13,7 @@ SRC = Path(__file__).parent.parent / "src" / "collage"
 
 # Room -> the rooms it may import. A new room needs a row here. "collage" is the package's own __init__.py.
 NUMBERS = {"rounding", "mcf", "rng", "accumulators", "layout", "formats", "strategies"}
-STEP = NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping", "monitor"}
+STEP = NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping", "monitor", "advised", "numerals"}
 LIBRARY = STEP | {
     "conversion",
     "saying",
@@ -25,7 +25,6 @@ LIBRARY = STEP | {
     "ema",
     "floors",
     "gradients",
-    "numerals",
     "advice",
 }
 ALLOWED = {
@@ -42,11 +41,12 @@ ALLOWED = {
     "sharding": {"backends"},
     "collectives": {"sharding"},
     "unwrapping": set(),
-    "monitor": NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping"},
+    "monitor": NUMBERS | {"rules", "backends", "sharding", "collectives", "unwrapping", "advised"},
     "saying": set(),
     "randomness": set(),
     "numerals": set(),
-    "advice": STEP | {"floors", "numerals", "optimizers"},
+    "advised": {"numerals"},
+    "advice": STEP | {"floors", "optimizers"},
     "conversion": NUMBERS | {"backends"},
     "optimizers": STEP | {"conversion", "saying", "randomness"},
     "casting": {"sharding", "optimizers"},
@@ -69,8 +69,9 @@ HARNESS = {
     "text": set(),
     "console": {"text"},
     "tasks": set(),
-    "report": {"text"},
+    "report": {"tasks", "text"},
     "train": {"console", "options", "tasks", "text"},
+    "rl": {"tasks", "train"},
     "experiment": {"report", "tasks", "train"},
     "compare": {"console", "experiment", "machine", "options", "report", "tasks", "text", "train"},
     "advise": {"console", "options", "plan", "tasks", "text"},

@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from collage.harness import loops
 from collage.harness.rl import acting, playing, ppo, rollouts
-from collage.harness.rl.networks import ActorCritic
 from collage.harness.tasks.games import GAMES
+from collage.harness.tasks.policies import ActorCritic
+from collage.harness.tasks.recipes import build
+from collage.harness.train import loops
 from collage.harness.train.config import RunConfig
 
 GAME = replace(GAMES["cartpole"], actors=3, horizon=40)
@@ -28,6 +29,13 @@ def network(dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> ActorCri
 
 def rollout(seed: int = 0) -> rollouts.Rollout:
     return rollouts.collect(GAME, playing.Table(GAME, GAME.actors, seed), acting.Actor(network(), seed))
+
+
+def test_both_networks_of_a_recipe_have_its_shape():
+    counts = {name: sum(p.numel() for p in build(name).parameters()) for name in GAMES}
+    hidden = 64 * 64 + 64
+    assert counts["cartpole"] == 2 * (4 * 64 + 64 + hidden) + 64 * 2 + 2 + 64 + 1
+    assert counts["acrobot"] == 2 * (6 * 64 + 64 + hidden) + 64 * 3 + 3 + 64 + 1
 
 
 def test_a_table_is_a_function_of_its_seed_and_the_actions():
@@ -225,6 +233,13 @@ def test_a_float16_policy_has_a_smaller_mismatch_than_a_bfloat16_one():
     """Three more bits of significand: about an eighth."""
     ratio = run(strategy="collage-fp16")[0].mismatch / run(strategy="collage-plus")[0].mismatch
     assert 1 / 32 < ratio < 1 / 3
+
+
+def test_a_first_step_that_the_scaler_skips_leaves_no_state_unweighed():
+    result, rows = run(strategy="collage-fp16", steps=9, every=1)
+    assert rows[1]["edq_ratio"] is None  # 65,536 is too large a factor: nothing was stepped
+    assert rows[-2]["edq_ratio"] is not None
+    assert result.to_dict()["bytes_per_param"] == 10.0
 
 
 def test_a_policy_that_is_lost_ends_the_run():

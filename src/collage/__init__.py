@@ -1,8 +1,8 @@
 """Collage: train in bfloat16 without float32 master weights, and measure what rounding loses."""
 
 from collage import mcf
-from collage.advice.advised import Advice
 from collage.advice.advising import advise
+from collage.advised.advice import Advice
 from collage.casting import to_bf16, to_fp16
 from collage.checkpoint import high_precision_state_dict, load_high_precision_state_dict
 from collage.ema import EMA

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from collage.advice import bandwidth as measuring
 from collage.advice import weights
-from collage.advice.advised import Advice
-from collage.advice.choosing import chosen
 from collage.advice.counting import one_thread
 from collage.advice.memory import amount
 from collage.advice.rehearsal import LONGEST, Rehearsed, Settings, rehearse
 from collage.advice.rows import GB, Machine, row
-from collage.advice.tuned import Tuned
 from collage.advice.weights import Weights
+from collage.advised.advice import Advice
+from collage.advised.choosing import chosen
+from collage.advised.tuned import Tuned
 from collage.strategies import STRATEGIES, Strategy
 
 
@@ -110,9 +110,7 @@ def _require_share(arrived: float | None, lossy: Strategy | None) -> None:
 def _tuned(under: str, lr: float, arrived: float | None, seen: Mapping[str, Rehearsed]) -> Tuned:
     if arrived is not None:
         return Tuned(under, lr, arrived, "as that run reports")
-    main = seen[under].matrices or seen[under].vectors
-    assert main is not None
-    return Tuned(under, lr, max(main.arrived, 1e-3), "as rehearsed")
+    return Tuned(under, lr, max(seen[under].main.arrived, 1e-3), "as rehearsed")
 
 
 def _notes(looked: Weights, settings: Settings) -> list[str]:

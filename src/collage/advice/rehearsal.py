@@ -26,7 +26,8 @@ REFERENCE = Strategy("fp32", "fp32", "fp32")
 FALL = 0.3  # of the gradients, from the first step to the last
 SIZE, SPREAD = 1e-3, 1.0  # of a gradient: median, and standard deviation of its logarithm
 EPS = 1e-8
-STEADY = 0.05
+STEADY = 0.05  # share of their size that weights move until their gradients have another drift
+TINY = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +72,21 @@ class Rehearsed:
     matrices, vectors: of weights with two dimensions, and of norms and biases; None: there are none.
     decay: of float32's decay the share that arrived; None: none was asked for.
     v_ratio: mean of the second moment over float32's, at the end.
+    haste: lr over the size of a weight.
     """
 
     matrices: Moved | None
     vectors: Moved | None
     decay: float | None
     v_ratio: float
+    haste: float
+
+    @property
+    def main(self) -> Moved:
+        """Of the matrices, or where there are none of what there is."""
+        found = self.matrices or self.vectors
+        assert found is not None  # nothing is rehearsed without weights
+        return found
 
 
 def rehearse(samples: Sequence[Tensor], strategies: Sequence[Strategy], settings: Settings) -> list[Rehearsed]:
@@ -102,7 +112,7 @@ class _Stage:
         return {"params": own, "strategy": strategy, "weight_decay": decay}
 
     def run(self) -> None:
-        each, memory = len(self.samples), self._memory()
+        each, memory = len(self.samples), STEADY * self._size() / self.settings.lr
         steps = self.settings.rehearsed
         streams = zip(*(stream(x.shape, steps, memory) for x in self.samples), strict=True)
         for step, gradients in enumerate(streams):
@@ -112,16 +122,17 @@ class _Stage:
                 parameter.tensor.grad = gradients[k % each].to(parameter.tensor.dtype)
             self.optimizer.step()
 
-    def _memory(self) -> float:
-        """Steps until gradients have another direction: those that move weights by STEADY of their size."""
+    def _size(self) -> float:
+        """Root mean square of the matrices' weights, or of all."""
         weights = torch.cat([x.flatten() for x in self.samples if x.dim() > 1] or self.samples)
-        return STEADY * float(weights.square().mean().sqrt()) / self.settings.lr
+        return max(float(weights.square().mean().sqrt()), TINY)
 
     def judged(self, k: int) -> Rehearsed:
         """The k-th strategy beside the first."""
         by_dim = {x.dim(): self._moved(k, i) for i, x in enumerate(self.samples)}
         decay = self._decay(k) if len(self.decays) > 1 else None
-        return Rehearsed(by_dim.get(2), by_dim.get(1), decay, self._v(k, 0) / self._v(0, 0))
+        haste = self.settings.lr / self._size()
+        return Rehearsed(by_dim.get(2), by_dim.get(1), decay, self._v(k, 0) / self._v(0, 0), haste)
 
     def _at(self, k: int, sample: int, decayed: bool = True) -> int:
         """Where a strategy's copy of a sample stands among the parameters."""

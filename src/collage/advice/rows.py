@@ -35,8 +35,6 @@ def row(
     moved = moved_bytes(
         strategy, planes_bytes(ADAMW, strategy, looked.shapes, machine.ranks), sum(map(math.prod, parts))
     )
-    main = seen.matrices or seen.vectors
-    assert main is not None
     word, why = judged(seen, settings)
     known = evidence.nearest(name, settings.lr)
     return {
@@ -45,7 +43,7 @@ def row(
         "gigabytes": own / GB,
         "fits": None if machine.memory is None else own <= machine.memory,
         "cannot_move": _cannot_move(strategy, looked, settings.lr),
-        "arrived": main.arrived,
+        "arrived": seen.main.arrived,
         "decay_arrives": seen.decay,
         "v_ratio": seen.v_ratio,
         "seconds_per_step": moved / machine.bandwidth,

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from collage.harness import loops
 from collage.harness.report.results import REFERENCE
 from collage.harness.tasks.registry import Task
-from collage.harness.train import building, training
+from collage.harness.train import building, loops, training
 from collage.harness.train.config import RunConfig
 
 PRETRAIN_STEPS = 250

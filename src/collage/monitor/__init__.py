@@ -22,12 +22,15 @@ from collage.sharding import any_dtensor
 from collage.strategies import Strategy
 from collage.unwrapping import unwrapped
 
+Group = dict[str, Any]
+
 
 @runtime_checkable
 class Monitored(Protocol):
     """What a monitor needs of an optimizer."""
 
     monitors: list[Monitor]
+    param_groups: list[Group]
 
     def shadow(self, stride: int, strategies: Sequence[Strategy]) -> Follower: ...
 
@@ -35,8 +38,12 @@ class Monitored(Protocol):
 class Monitor:
     """Watches an optimizer. Made by `monitor`."""
 
-    def __init__(self, every: int, new_shadow: Callable[[], Follower | None]) -> None:
+    def __init__(
+        self, every: int, new_shadow: Callable[[], Follower | None], groups: Callable[[], list[Group]]
+    ) -> None:
         self.every = every
+        self._groups = groups  # of the optimizer: a load makes new ones
+        self._lr: float | None = None  # the largest so far
         self.seconds = 0.0  # that its own work has taken so far
         self._now: tuple[int, frozenset[str]] = (0, frozenset())  # step of the optimizer, and who has made it so far
         self._coming = self._now  # the same with the call under way, which may yet be refused
@@ -90,6 +97,7 @@ class Monitor:
         sampled, beside = self._shadow.after(stepping, self.due) if self._shadow else ({}, {})
         if not self.due:
             return
+        self._lr = max([*([] if self._lr is None else [self._lr]), *_rates(self._groups())], default=None)
         every = [pair for parameters, batch in stepping for pair in zip(parameters, batch.sums, strict=True)]
         rows = [(p, sums.tolist()) for p, sums in sorted(every, key=lambda pair: pair[0].position)]
         if self._shares or any_dtensor([parameter.tensor for parameter, _ in rows]):
@@ -146,7 +154,12 @@ class Monitor:
         return self._reported(books)
 
     def _reported(self, books: Books) -> Report:
-        return replace(books.report(), unfollowed=sorted(self._unfollowed, key=self._unfollowed.__getitem__))
+        return replace(
+            books.report(),
+            unfollowed=sorted(self._unfollowed, key=self._unfollowed.__getitem__),
+            strategies=list(dict.fromkeys(str(group["strategy"]) for group in self._groups())),
+            lr=self._lr,
+        )
 
     def meet_anew(self) -> None:
         """Start the shadow anew at the next step: the optimizer's state was exchanged."""
@@ -156,6 +169,10 @@ class Monitor:
         """Forget the sums so far; the shadow goes on."""
         self._all, self._window = Books(), Books()
         self._shares = Shares()
+
+
+def _rates(groups: Iterable[Group]) -> list[float]:
+    return [float(group["lr"]) for group in groups if "lr" in group]
 
 
 def monitor(
@@ -196,6 +213,8 @@ def monitor(
             raise ValueError(f"{name}: needs an integer >= 1, got {number!r}")
     beside = (strategies,) if isinstance(strategies, str | Strategy) else strategies
     others = tuple(dict.fromkeys(map(Strategy.parse, beside)))
-    result = Monitor(every, partial(watched.shadow, shadow, others) if shadow else lambda: None)
+    result = Monitor(
+        every, partial(watched.shadow, shadow, others) if shadow else lambda: None, lambda: watched.param_groups
+    )
     watched.monitors.append(result)
     return result

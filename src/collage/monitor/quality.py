@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from collage.advised.advice import Advice
+from collage.monitor.advising import advice_of
 from collage.monitor.shadow import Sampled
 
 
@@ -122,6 +124,8 @@ class Report:
         frozen: parameters none of whose updates arrived in any plane.
         beside: strategies run on the shadow's sample, and what they lost on this very run.
         unfollowed: parameters that no shadow follows, nor a strategy beside: an element's step depends on others.
+        strategies: of the optimizer's groups, each once.
+        lr: the largest that a measured step had; None: none was measured, or has one.
     """
 
     total: Quality
@@ -130,6 +134,12 @@ class Report:
     frozen: list[str]
     beside: dict[str, Quality]
     unfollowed: list[str] = field(default_factory=list)
+    strategies: list[str] = field(default_factory=list)
+    lr: float | None = None
+
+    def advice(self) -> Advice:
+        """Which strategy to take, as far as this run shows: its own, and those that the monitor ran beside it."""
+        return advice_of(self.strategies, self.total, self.beside, self.lr)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON; a number that is not finite becomes None."""

@@ -69,5 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _memory(text: str | None) -> float | str | None:
-    """A number of bytes, or a size with a unit."""
-    return float(text) if text is not None and text.replace(".", "", 1).isdecimal() else text
+    """A number of bytes, or a size with a unit, which is left as it is."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from collage.advice import weights
 from collage.advice.weights import Entry, Weights, gathered
 from collage.harness.plan import models as planned
+from collage.harness.tasks.pretrained import PUBLISHED
 from collage.harness.tasks.recipes import RECIPES, build, get_recipe
 from collage.harness.tasks.weights import ACCEPTED as FILES
 from collage.harness.tasks.weights import kind_of, read
 
-ACCEPTED = f"{FILES}; or a recipe or model by name, as it is before training ({', '.join((*RECIPES, *planned.KNOWN))})"
+NAMES = (*RECIPES, *planned.KNOWN)
+ACCEPTED = f"{FILES}; or a recipe or model by name, as it is before training or was published ({', '.join(NAMES)})"
 SMALL = 10**7  # parameters: of larger recipes and models the weights are drawn, a sample of each
 DRAWN = 1 << 14  # numbers of a parameter
 STD = 0.02  # of normal weights, as GPT-2, Llama and BERT begin
@@ -27,19 +29,21 @@ def find(name: str) -> Weights:
     Raises:
         FileNotFoundError: there are none; the known names are listed. ValueError: a file of another kind.
     """
-    if name in RECIPES or name in planned.KNOWN:
+    if name in NAMES:
         return _by_name(name)
     path = Path(name)
     if not path.exists():
-        known = ", ".join((*RECIPES, *planned.KNOWN))
         raise FileNotFoundError(
-            f"MODEL_OR_RECIPE '{name}': no such recipe, file or folder (nothing is downloaded); known names: {known}"
+            f"MODEL_OR_RECIPE '{name}': no such recipe, file or folder (nothing is downloaded); known names: "
+            + ", ".join(NAMES)
         )
     return gathered((e.name, tuple(e.tensor.shape), e.tensor) for e in read(path) if e.tensor is not None)
 
 
 def _by_name(name: str) -> Weights:
-    model = planned.find(name).build("meta", torch.float32)
+    if name in PUBLISHED:
+        return weights.of(PUBLISHED[name].weights(0))
+    model = build(name, device="meta") if name in RECIPES else planned.find(name).build("meta", torch.float32)
     if name in RECIPES and sum(param.numel() for param in model.parameters()) <= SMALL:
         return weights.of(build(name))
     std = get_recipe(name).init_std if name in RECIPES else STD

@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from collage.harness.rl.networks import ActorCritic, log_probabilities
 from collage.harness.rl.playing import Table
 from collage.harness.tasks.games import Game
+from collage.harness.tasks.policies import ActorCritic, log_probabilities
 
 UNSEEN = 2**20  # an evaluation's seed: the same games for all, and none that is trained on
 

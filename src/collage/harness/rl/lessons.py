@@ -10,10 +10,10 @@ import torch
 import collage
 from collage.harness.rl import rollouts
 from collage.harness.rl.acting import Actor
-from collage.harness.rl.networks import ActorCritic, forward
 from collage.harness.rl.playing import Table
-from collage.harness.rl.ppo import Samples
+from collage.harness.rl.ppo import Samples, forward
 from collage.harness.tasks.games import Game
+from collage.harness.tasks.policies import ActorCritic
 from collage.optimizers.base import PrecisionOptimizer
 
 

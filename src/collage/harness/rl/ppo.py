@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from collage.harness.rl.acting import of_actions
 from collage.harness.tasks.games import Game
+from collage.harness.tasks.policies import ActorCritic
+from collage.harness.train.computing import computed
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class Samples:
 
     def take(self, rows: Tensor) -> Samples:
         return Samples(**{name: value[rows] for name, value in vars(self).items()})
+
+
+def forward(
+    model: ActorCritic, dtype: torch.dtype, observations: Tensor, weights: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the model returns, computed in a dtype; with its own weights, or others by name."""
+    outputs: tuple[Tensor, Tensor] = computed(model, {"observations": observations}, dtype, weights)
+    return outputs
 
 
 def advantages(

@@ -14,9 +14,9 @@ import collage
 from collage.harness.rl import ppo
 from collage.harness.rl.acting import mean_return
 from collage.harness.rl.lessons import Lessons
-from collage.harness.rl.networks import ActorCritic, forward
 from collage.harness.rl.telling import Teller
 from collage.harness.tasks.games import Game
+from collage.harness.tasks.policies import ActorCritic
 from collage.harness.train import building
 from collage.harness.train.config import RunConfig
 from collage.harness.train.meters import PeakMemory, StepMeter, UpdateSizes
@@ -95,7 +95,7 @@ class _Session:
     def _step(self, samples: ppo.Samples) -> None:
         self.teller.tell("on_step_begin")
         self.optimizer.zero_grad()
-        loss = ppo.loss(self.game, *forward(self.model, self.dtype, samples.observations), samples)
+        loss = ppo.loss(self.game, *ppo.forward(self.model, self.dtype, samples.observations), samples)
         torch.autograd.backward(self.scaler.scale(loss))
         self.losses.append(loss.item())
         norm = self._clip()

@@ -44,4 +44,6 @@ def _array(path: Path, content: bytes) -> Tensor:
         raise ValueError(
             f"data: {path} has {found:,} bytes behind its header of {lengths}, which promises {expected:,}"
         )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=begin).reshape(lengths)
+    numbers = bytearray(content[begin:])
+    array = torch.frombuffer(numbers, dtype=torch.uint8) if numbers else torch.empty(0, dtype=torch.uint8)
+    return array.reshape(lengths)

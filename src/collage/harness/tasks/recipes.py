@@ -120,12 +120,12 @@ _SMOLLM2_135M = Recipe(
 # Policies of games; `games.GAMES` says how they play. A step has a part of a rollout, and goes through it at once.
 _CARTPOLE = Recipe(
     name="cartpole", family="actor-critic", hidden=64, layers=2, heads=1, intermediate=64, vocab=2, positions=4,
-    phases=(Phase(seq_len=4, lr=2e-3, warmup_steps=1, steps=800, batch=256, micro_batch=2048),),
+    phases=(Phase(seq_len=4, lr=2e-3, warmup_steps=1, steps=800, batch=256, micro_batch=256),),
     betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, schedule="linear", max_grad_norm=0.5,
 )  # fmt: skip
 _ACROBOT = replace(
     _CARTPOLE, name="acrobot", vocab=3, positions=6,
-    phases=(Phase(seq_len=6, lr=1e-3, warmup_steps=1, steps=600, batch=512, micro_batch=2048),),
+    phases=(Phase(seq_len=6, lr=1e-3, warmup_steps=1, steps=600, batch=512, micro_batch=512),),
 )  # fmt: skip
 
 # BERT and RoBERTa as the paper trains them (its appendix and its published scripts): phase 1, then phase 2.
@@ -322,7 +322,7 @@ def _resnet_model(r: Recipe) -> PreTrainedModel:
 
 
 def _actor_critic(r: Recipe) -> PreTrainedModel:
-    from collage.harness.rl.networks import ActorCritic
+    from collage.harness.tasks.policies import ActorCritic
 
     return ActorCritic(r.positions, r.vocab, r.hidden, r.layers)
 

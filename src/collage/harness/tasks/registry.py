@@ -14,6 +14,17 @@ FINETUNE_LR = 1e-5
 
 
 @dataclass(frozen=True)
+class Loss:
+    """How a task's losses are told."""
+
+    says: str = "validation"  # what the one is that a run is judged by
+    unit: str = "nats"
+    digits: int = 4  # after the point
+    training: str = "nats"  # unit of the one that is trained on
+    samples: str = "tokens"  # what a run takes so many of in a second
+
+
+@dataclass(frozen=True)
 class Score:
     """A measure of a task beside its loss. More is better."""
 
@@ -34,7 +45,7 @@ class Task:
         settings: those of a run, by field of RunConfig, that are not the recipe's.
         warm_up: whether a run goes on from a warm-up by AdamW under float32 masters, on the recipe's own text.
         pretrained: whether it goes on from published weights.
-        loss: what the loss is, and its unit.
+        loss: how it is told.
         score: None: it has the loss alone.
         needs: module -> extra of this package that installs it.
     """
@@ -47,7 +58,7 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
     warm_up: bool = False
     pretrained: bool = False
-    loss: str = "validation, nats"
+    loss: Loss = field(default_factory=Loss)
     score: Score | None = None
     needs: Mapping[str, str] = field(default_factory=dict)
 
@@ -90,12 +101,14 @@ TASKS: dict[str, Task] = {
         Task(
             "vision", "Image classification", "a small ViT or ResNet on images of ten classes",
             ("tiny-resnet", "tiny-vit"), steps=200,
-            settings={"eval_sequences": 360}, score=Score("accuracy", percent=True), needs={"sklearn": "vision"},
+            settings={"eval_sequences": 360}, needs={"sklearn": "vision"}, score=Score("accuracy", percent=True),
+            loss=Loss(samples="images"),
         ),
         Task(
             "rl", "Reinforcement learning", "PPO: a policy of 16 bits that plays CartPole or Acrobot",
             ("cartpole", "acrobot"), steps=800,
-            settings={"eval_sequences": 64}, loss="minus the return", score=Score("return"), needs={"gymnasium": "rl"},
+            settings={"eval_sequences": 64}, needs={"gymnasium": "rl"}, score=Score("return"),
+            loss=Loss("minus the mean", "points of return", digits=1, training="PPO's", samples="moves"),
         ),
     )
 }  # fmt: skip

@@ -12,11 +12,11 @@ from rich.console import Console
 from torch import Tensor
 
 import collage
-from collage.harness import console, loops, options
+from collage.harness import console, options
 from collage.harness.tasks.recipes import get_recipe
 from collage.harness.tasks.registry import require_installed
 from collage.harness.text import fixed, percent, scientific, to_json
-from collage.harness.train import building, checkpoints, resuming, training, world
+from collage.harness.train import building, checkpoints, loops, resuming, training, world
 from collage.harness.train.config import KEPT, OWN, RUNS, RunConfig
 from collage.harness.train.resuming import METRICS, RESULT
 

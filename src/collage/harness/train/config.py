@@ -151,7 +151,8 @@ class RunConfig:
         settings["strategy"] = options.strategy("strategy", chosen.get("strategy", cls.strategy))
         settings["beside"] = tuple(options.strategy("beside", name) for name in chosen.get("beside", ()))
         batch, steps = settings["batch_size"], settings["steps"]
-        settings.setdefault("micro_batch", math.gcd(batch, stage.micro_batch) if batch > stage.micro_batch else batch)
+        whole = batch <= stage.micro_batch or recipe.plays
+        settings.setdefault("micro_batch", batch if whole else math.gcd(batch, stage.micro_batch))
         # A shorter run warms up for the same share of its steps as the published one, or less.
         settings.setdefault("warmup_steps", min(stage.warmup_steps, max(1, steps // 10)))
         return cls(model=model, out=Path(out), **settings)
@@ -200,7 +201,7 @@ class RunConfig:
         if self.recipe.plays:
             return GAMES[self.model]
         if self.recipe.of_images:
-            return images.digits()
+            return images.examples(self.data)
         if self.validation and not self.data:
             raise ValueError("validation: given without data; give both, or neither for the embedded texts")
         if self.recipe.objective == "classes":
@@ -273,7 +274,7 @@ def _require_fitting_data(config: RunConfig) -> None:
         raise ValueError(f"finetune: '{config.model}' tells sentences apart, and has no use for source; leave it out")
     if not config.recipe.of_images:
         return
-    for name in ("data", "validation", "tokenizer", "finetune"):
+    for name in ("validation", "tokenizer", "finetune"):
         if getattr(config, name):
             raise ValueError(f"{name}: '{config.model}' is trained on images, not on text; leave it out")
     side = config.recipe.positions

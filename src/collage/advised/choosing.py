@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from collage.advice.verdict import LOSES, SAFE, UNKNOWN
-from collage.numerals import listed, percent
+from collage.advised.words import LOSES, SAFE, UNKNOWN
+from collage.numerals import percent
 
 Row = Mapping[str, Any]
 
@@ -28,10 +28,19 @@ def _cited(row: Row) -> str:
 
 
 def _unlike(best: Row, rows: Sequence[Row]) -> str:
-    """What the first of those that are about as cheap loses."""
+    """Of those that are no dearer, or little: what the first loses, or why the nearest to float32 is in doubt."""
     near = [row for row in rows if row["bytes_per_param"] <= best["bytes_per_param"] + 1]
     worse = next((row for row in near if row["verdict"] == LOSES), None)
-    return f"; under {worse['strategy']} {worse['because']}{_cited(worse)}" if worse else ""
+    if worse:
+        return f"; under {worse['strategy']} {worse['because']}{_cited(worse)}"
+    doubtful = _nearest(near)
+    return f"; {doubtful['strategy']} is in doubt: {doubtful['because']}" if doubtful else ""
+
+
+def _nearest(rows: Sequence[Row]) -> Row | None:
+    """The one in doubt that is nearest to float32, to a percent, the cheapest of several."""
+    known = [row for row in rows if row["verdict"] == UNKNOWN and row["arrived"] is not None]
+    return min(known, key=lambda row: (round(abs(row["arrived"] - 1), 2), row["bytes_per_param"]), default=None)
 
 
 def _nothing_fits(safe: Sequence[Row]) -> str:
@@ -43,7 +52,10 @@ def _nothing_fits(safe: Sequence[Row]) -> str:
 
 
 def _nothing_is_safe(rows: Sequence[Row]) -> str:
-    doubtful = [row["strategy"] for row in rows if row["verdict"] == UNKNOWN]
-    if doubtful:
-        return f"None of these strategies is surely safe: run {listed(doubtful)} beside fp32-master (collage compare)."
-    return "None of these strategies is safe: add others, such as collage-plus-sr or fp32-master."
+    nearest = _nearest(rows)
+    if nearest is None:
+        return "None of these strategies is safe: add others, such as collage-plus or fp32-master."
+    return (
+        f"None of these strategies is surely safe; {nearest['strategy']} is nearest to float32, but "
+        f"{nearest['because']}: run it beside fp32-master (collage compare)."
+    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from collage.advice.table import table
-from collage.advice.tuned import Tuned
+from collage.advised.table import table
+from collage.advised.tuned import Tuned
 
 
 @dataclass(frozen=True)

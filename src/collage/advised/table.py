@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from collage.numerals import MISSING, fixed, percent
+from collage.numerals import MISSING, fixed, percent, short
 
 Row = Mapping[str, Any]
 
@@ -16,6 +16,10 @@ def _share(key: str) -> Callable[[Row], str]:
 
 def _fixed(key: str, digits: int) -> Callable[[Row], str]:
     return lambda row: fixed(row[key], digits)
+
+
+def _short(key: str, digits: int) -> Callable[[Row], str]:
+    return lambda row: short(row[key], digits)
 
 
 def _fits(row: Row) -> str:
@@ -29,8 +33,8 @@ def _seconds(row: Row) -> str:
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("strategy", lambda row: row["strategy"]),
-    ("bytes", lambda row: f"{row['bytes_per_param']:.4g}"),
-    ("GB", lambda row: f"{row['gigabytes']:.3g}"),
+    ("bytes", _short("bytes_per_param", 4)),
+    ("GB", _short("gigabytes", 3)),
     ("fits", _fits),
     ("cannot move", _share("cannot_move")),
     ("arrives", _share("arrived")),

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-
-from collage.harness.train.computing import computed
 
 
 class ActorCritic(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -37,14 +33,6 @@ def log_probabilities(policy: nn.Sequential, observations: Tensor) -> Tensor:
 def _outputs(network: nn.Sequential, observations: Tensor) -> Tensor:
     outputs: Tensor = network(observations.to(next(network.parameters()).dtype))
     return outputs.float()
-
-
-def forward(
-    model: ActorCritic, dtype: torch.dtype, observations: Tensor, weights: Mapping[str, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """What the model returns, computed in a dtype; with its own weights, or others by name."""
-    outputs: tuple[Tensor, Tensor] = computed(model, {"observations": observations}, dtype, weights)
-    return outputs
 
 
 def _network(inputs: int, hidden: int, layers: int, outputs: int, gain: float) -> nn.Sequential:
