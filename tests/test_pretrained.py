@@ -1,74 +1,48 @@
-"""Published weights, vocabularies and labelled sentences out of packages. Tiny ones stand for the real here, but for the
-slow tests at the end."""
+"""Published weights, vocabularies and labelled sentences, out of packages.
 
-import io
-import json
+Tiny packages stand for the real ones, but for the slow tests at the end.
+"""
+
 import math
 import sys
-import tarfile
-from dataclasses import replace
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import assert_same_bits
+from published import (
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    RATED,
+    TEXT,
+    VOCABULARY,
+    WIDTH,
+    WORDS,
+    archive,
+    package,
+    tiny_minilm,
+    tiny_smollm2,
+)
 
 from collage.harness.tasks import recipes
 from collage.harness.tasks.pretrained import PUBLISHED, minilm, packages, reviews, smollm2
 from collage.harness.train import training
 from collage.harness.train.config import RunConfig
 
-gguf = pytest.importorskip("gguf")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-tokenizers = pytest.importorskip("tokenizers")
 
-HEADS, KV_HEADS, WIDTH, HIDDEN, MLP = 4, 2, 8, 32, 64
-NEVER_RUN = 'raise AssertionError("a package that is only read was imported")'
+@pytest.fixture
+def smol(tmp_path, monkeypatch):
+    return tiny_smollm2(tmp_path, monkeypatch)
 
 
-def package(folder, what):
-    """An installed package that must not run. Returns where its file goes."""
-    file = folder / what.module / what.file
-    file.parent.mkdir(parents=True)
-    (folder / what.module / "__init__.py").write_text(NEVER_RUN)
-    return file
+@pytest.fixture
+def mini(tmp_path, monkeypatch):
+    return tiny_minilm(tmp_path, monkeypatch)
 
 
 # --- SmolLM2: a GGUF file ---
-
-
-def q4_1(bits, shape):
-    """Blocks of 32: scale and least in float16, sixteen bytes of two four-bit numbers. Returns bytes and exact values."""
-    count = math.prod(shape) // 32
-    scale = (bits.integers(1, 64, count) / 1024).astype(np.float16)
-    least = (bits.integers(-64, 64, count) / 1024).astype(np.float16)
-    numbers = bits.integers(0, 16, (count, 32), dtype=np.uint8)
-    packed = numbers[:, :16] | numbers[:, 16:] << 4  # the first half in the low bits
-    raw = np.concatenate([scale[:, None].view(np.uint8), least[:, None].view(np.uint8), packed], axis=1)
-    exact = [
-        Fraction(float(s)) * int(n) + Fraction(float(low)) for s, low, row in zip(scale, least, numbers) for n in row
-    ]
-    return raw.reshape(shape[0], -1), values(exact, shape)
-
-
-def q8_0(bits, shape):
-    """Blocks of 32: a scale in float16, 32 signed bytes."""
-    count = math.prod(shape) // 32
-    scale = (bits.integers(1, 64, count) / 4096).astype(np.float16)
-    numbers = bits.integers(-128, 128, (count, 32), dtype=np.int8)
-    raw = np.concatenate([scale[:, None].view(np.uint8), numbers.view(np.uint8)], axis=1)
-    exact = [Fraction(float(s)) * int(n) for s, row in zip(scale, numbers) for n in row]
-    return raw.reshape(shape[0], -1), values(exact, shape)
-
-
-def values(exact, shape):
-    """float32; each must hold the exact number."""
-    found = torch.tensor([float(x) for x in exact], dtype=torch.float32)
-    assert [Fraction(float(x)) for x in found] == exact
-    return found.view(shape)
 
 
 def together(weight, heads):
@@ -78,59 +52,6 @@ def together(weight, heads):
         half = len(head) // 2
         rows += [head[i // 2 + half * (i % 2)] for i in range(len(head))]
     return torch.stack(rows)
-
-
-TEXT = "Anne hoped 1814 would pass.\n"
-ALPHABET = sorted(set(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-VOCABULARY = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *ALPHABET, "Ġh", "18"]
-QUANTISED = {"attn_q": HEADS * WIDTH, "attn_k": KV_HEADS * WIDTH, "attn_v": KV_HEADS * WIDTH, "ffn_gate": MLP}
-
-
-@pytest.fixture
-def smol(tmp_path, monkeypatch):
-    """A tiny package. Returns the exact numbers of its tensors, by llama.cpp's names."""
-    bits, exact = np.random.default_rng(0), {}
-    writer = gguf.GGUFWriter(package(tmp_path, smollm2.PACKAGE), "llama")
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([3] * 3 + [1] * (len(VOCABULARY) - 3))
-    writer.add_token_merges(["Ġ h", "1 8"])
-    writer.add_pad_token_id(2)
-
-    def add(name, kind, shape):
-        if kind is None:
-            exact[name] = torch.from_numpy(bits.standard_normal(shape, dtype=np.float32))
-            writer.add_tensor(name, exact[name].numpy())
-        else:
-            raw, exact[name] = kind(bits, shape)
-            quantised = gguf.GGMLQuantizationType[kind.__name__.upper()]
-            writer.add_tensor(name, raw, raw_dtype=quantised)
-
-    add("token_embd.weight", q8_0, (len(VOCABULARY), HIDDEN))
-    add("output_norm.weight", None, (HIDDEN,))
-    for layer in range(2):
-        for norm in ("attn_norm", "ffn_norm"):
-            add(f"blk.{layer}.{norm}.weight", None, (HIDDEN,))
-        shapes = {**{n: (rows, HIDDEN) for n, rows in QUANTISED.items()}, "ffn_up": (MLP, HIDDEN)}
-        shapes |= {"attn_output": (HIDDEN, HEADS * WIDTH), "ffn_down": (HIDDEN, MLP)}
-        for name, shape in shapes.items():
-            add(f"blk.{layer}.{name}.weight", q4_1, shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    monkeypatch.syspath_prepend(tmp_path)
-    return exact
-
-
-def small_llama(monkeypatch):
-    small = replace(
-        recipes.RECIPES["smollm2-135m"], hidden=HIDDEN, layers=2, heads=HEADS, intermediate=MLP, vocab=len(VOCABULARY),
-        others={**recipes.RECIPES["smollm2-135m"].others, "num_key_value_heads": KV_HEADS},
-    )  # fmt: skip
-    monkeypatch.setitem(recipes.RECIPES, small.name, small)
 
 
 def test_every_block_of_a_gguf_file_is_the_number_it_stands_for(smol):
@@ -146,15 +67,14 @@ def test_every_block_of_a_gguf_file_is_the_number_it_stands_for(smol):
             assert_same_bits(other, together(got, heads) if heads else got, want)
 
 
-def test_weights_are_those_of_the_recipe(smol, monkeypatch):
-    small_llama(monkeypatch)
+def test_weights_are_those_of_the_recipe(smol):
     model = recipes.build("smollm2-135m")
     lacking = model.load_state_dict(smollm2.weights(), strict=False)
     assert (lacking.missing_keys, lacking.unexpected_keys) == (["lm_head.weight"], [])  # tied
 
 
 def test_positions_turn_what_they_turned(smol):
-    """Scores of attention: llama.cpp turns neighbours of its rows, transformers the halves of ours, by the same angles."""
+    """Scores of attention: llama.cpp turns neighbours of its rows, transformers the halves of ours, by one angle."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     x = torch.randn(2, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -176,7 +96,7 @@ def test_positions_turn_what_they_turned(smol):
 def test_tokens_are_those_of_the_file(smol):
     tokens = smollm2.tokens()
     ids = tokens.encode(TEXT + "<|im_end|>")
-    assert tokens.vocab_size == -(-len(VOCABULARY) // 8) * 8
+    assert tokens.vocab_size == len(VOCABULARY)
     assert (tokens.pad_id, tokens.special_ids) == (2, (0, 1, 2))
     said = [VOCABULARY[i] for i in ids]
     assert "Ġh" in said
@@ -187,69 +107,19 @@ def test_tokens_are_those_of_the_file(smol):
 
 # --- MiniLM: a safetensors file and a tokenizer ---
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "a", "not", "##ly"]
-
-
-@pytest.fixture
-def mini(tmp_path, monkeypatch):
-    """A tiny package, and a recipe of its shape."""
-    small = replace(
-        recipes.RECIPES["minilm"], hidden=16, layers=1, heads=2, intermediate=32, vocab=len(WORDS), positions=8,
-        phases=(replace(recipes.RECIPES["minilm"].phases[0], seq_len=8),),
-    )  # fmt: skip
-    monkeypatch.setitem(recipes.RECIPES, "minilm", small)
-    file = package(tmp_path, minilm.PACKAGE)
-    state = recipes.build("minilm", seed=7).state_dict()
-    encoder = {name.removeprefix("bert."): w for name, w in state.items() if name.startswith("bert.")}
-    safetensors_torch.save_file({**encoder, "embeddings.position_ids": torch.arange(8)[None]}, file)
-    save_word_pieces(file.with_name("tokenizer.json"))
-    monkeypatch.syspath_prepend(tmp_path)
-    return state
-
-
-def save_word_pieces(path):
-    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    pieces.normalizer = tokenizers.normalizers.BertNormalizer()
-    pieces.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    pieces.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    pieces.enable_truncation(4)  # as the real file does
-    pieces.enable_padding(length=4)
-    pieces.save(str(path))
-
 
 def test_the_encoder_is_published_and_the_head_the_seeds(mini):
     found = minilm.weights(0)
     for name, value in mini.items():
         if name.startswith("bert."):
             assert_same_bits(name, found.pop(name), value)
-    assert {name: tuple(w.shape) for name, w in found.items()} == {
-        "classifier.weight": (2, 16),
-        "classifier.bias": (2,),
-    }
+    shapes = {name: tuple(w.shape) for name, w in found.items()}
+    assert shapes == {"classifier.weight": (2, 16), "classifier.bias": (2,)}
     assert_same_bits("classifier.weight", found["classifier.weight"], minilm.weights(0)["classifier.weight"])
     assert not torch.equal(found["classifier.weight"], minilm.weights(1)["classifier.weight"])
 
 
 # --- The sentences ---
-
-RATED = [("1", "2.5", "A good film"), ("2", "-1.5", "a bad film"), ("3", "0.4", "a film"), ("4", "-0.5", "not good")]
-
-
-def archive(path, rated):
-    """The source distribution: an archive within an archive."""
-
-    def packed(name, content):
-        with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w:gz") as tar:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-        return buffer.getvalue()
-
-    table = "".join("\t".join(row) + "\n" for row in rated)
-    inner = packed(reviews._TABLE, table.encode())
-    path.write_bytes(packed(f"vaderSentiment-3.3.2/{reviews._INNER}", inner))
 
 
 def test_reviews_are_labelled_by_the_sign_of_a_clear_rating(mini, tmp_path, monkeypatch):
@@ -259,10 +129,7 @@ def test_reviews_are_labelled_by_the_sign_of_a_clear_rating(mini, tmp_path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = RunConfig.of("minilm", tmp_path / "out").corpus()
     assert found.name == "movie reviews"
-    assert (len(found.train["labels"]), len(found.validation["labels"])) == (
-        12,
-        3,
-    )  # 15 are clear; each fifth is held out
+    assert (len(found.train["labels"]), len(found.validation["labels"])) == (12, 3)  # of 15 that are clear
     assert found.validation["labels"].tolist() == [1, 0, 0]
     ids, mask = found.validation["input_ids"][0], found.validation["attention_mask"][0]
     assert [WORDS[i] for i in ids] == ["[CLS]", "a", "good", "film", "[SEP]", "[PAD]", "[PAD]", "[PAD]"]
@@ -301,7 +168,7 @@ def test_an_archive_without_the_reviews_is_refused(mini, tmp_path):
     path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
     archive(path, RATED)
     path.rename(other := tmp_path / "another-1.0.tar.gz")
-    with pytest.raises(ValueError, match=r"another-1.0.tar.gz': cannot be read .*accepted: vaderSentiment"):
+    with pytest.raises(ValueError, match=r"another-1\.0\.tar\.gz': cannot be read .*accepted: vaderSentiment"):
         reviews.examples((str(other),), (), 8)
 
 
@@ -313,9 +180,8 @@ def test_a_missing_package_is_a_sentence_with_the_command(module, monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     what = module.PACKAGE
     command = f"pip install --no-deps {what.distribution}=={what.version}"
-    with pytest.raises(
-        ValueError, match=f"^package '{what.distribution}' is not installed; install it with `{command}`$"
-    ):
+    says = f"^package '{what.distribution}' is not installed; install it with `{command}`$"
+    with pytest.raises(ValueError, match=says):
         module.weights(0)
     with pytest.raises(ValueError, match=command):
         module.tokenizer()
@@ -324,13 +190,13 @@ def test_a_missing_package_is_a_sentence_with_the_command(module, monkeypatch):
 def test_a_package_without_its_file_says_so(tmp_path, monkeypatch):
     package(tmp_path, minilm.PACKAGE)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"has no model/model.safetensors in this version; install it with"):
+    with pytest.raises(ValueError, match=r"has no model/model\.safetensors in this version; install it with"):
         minilm.weights(0)
 
 
 def test_a_missing_reader_is_a_sentence_with_the_command(smol, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match="^package 'gguf' is not installed; install it with `pip install gguf`$"):
+    with pytest.raises(ValueError, match=r"^package 'gguf' is not installed; install it with `pip install gguf`$"):
         smollm2.weights()
 
 
@@ -364,20 +230,20 @@ def test_settings_of_another_task_are_refused(model, settings, says, tmp_path):
 
 
 def test_a_classifier_is_trained_from_the_published_weights(mini, tmp_path):
-    rows = [("1", "a good film"), ("0", "a bad film"), ("0", "not good"), ("1", "not bad")] * 24
+    rows = [("1", "a good film"), ("0", "a bad film"), ("1", "good"), ("0", "not a film")] * 24
     (tmp_path / "rows.tsv").write_text("\n".join(map("\t".join, rows)))
     settings = {"data": (str(tmp_path / "rows.tsv"),), "steps": 40, "lr": 1e-2, "shadow": 0, "eval_sequences": 16}
     config = RunConfig.of("minilm", tmp_path / "out", **settings)
     result = training.run(config)
     assert result.initial_loss == pytest.approx(math.log(2), abs=0.1)  # of two classes, and a head that knows nothing
-    assert (result.score, result.val_loss < 0.1) == (1.0, True)
-    spared = training.building.optimizer_of(config, recipes.build("minilm")).param_groups[1]
+    assert result.score == 1.0
+    assert result.val_loss < 0.5 * result.initial_loss
+    spared = training.building.optimizer_of(config, recipes.build("minilm").bfloat16()).param_groups[1]
     assert spared["weight_decay"] == 0.0
     assert all(p.dim() == 1 for p in spared["params"])
 
 
-def test_a_language_model_goes_on_from_the_published_weights(smol, tmp_path, monkeypatch):
-    small_llama(monkeypatch)
+def test_a_language_model_goes_on_from_the_published_weights(smol, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT * 400)
     config = RunConfig.of(
         "smollm2-135m", tmp_path / "out", data=(str(tmp_path / "text.txt"),), steps=3, seq_len=32, shadow=0,
@@ -426,7 +292,7 @@ def test_the_real_minilm_knows_what_is_alike():
 @installed(smollm2.PACKAGE)
 @pytest.mark.parametrize(("finetune", "loss"), [(False, 3.9), (True, 2.5)])
 def test_the_real_smollm2_reads_english_and_python(finetune, loss, tmp_path):
-    """In bytes per token and nats: about 3.7 on a novel of 1817, and 2.3 on source. Guessing is 10.8."""
+    """Nats per token: about 3.7 on a novel of 1817, and 2.3 on source. Guessing is 10.8."""
     model = recipes.build("smollm2-135m")
     model.load_state_dict(smollm2.weights(), strict=False)
     ids = RunConfig.of("smollm2-135m", tmp_path, finetune=finetune).corpus().validation[: 8 * 256].view(8, 256)
@@ -437,4 +303,3 @@ def test_the_real_smollm2_reads_english_and_python(finetune, loss, tmp_path):
 
 def test_every_published_model_has_a_recipe():
     assert PUBLISHED.keys() <= recipes.RECIPES.keys()
-    assert json.dumps(dict(recipes.RECIPES["smollm2-135m"].others))

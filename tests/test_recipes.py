@@ -25,6 +25,8 @@ PUBLISHED = {
     "gpt-6.7b": 6.7e9,
     "gpt-30b": 30e9,
     "openllama-7b": 6.7e9,
+    "minilm": 22.7e6,
+    "smollm2-135m": 134.5e6,
 }
 
 
@@ -32,14 +34,21 @@ def formula(r):
     """The number of parameters, counted from the papers' descriptions; a tied output matrix counts once."""
     h, i = r.hidden, r.intermediate
     attention, mlp, norm = 4 * (h * h + h), 2 * h * i + i + h, 2 * h  # with biases; LayerNorm has two vectors
-    if r.family == "llama":  # no biases, three mlp matrices, RMSNorm has one vector, untied, rotary positions
-        return 2 * r.vocab * h + r.layers * (4 * h * h + 3 * h * i + 2 * h) + h
+    if r.family == "llama":  # no biases, three mlp matrices, RMSNorm has one vector, rotary positions
+        tied, shared = (
+            r.others.get("tie_word_embeddings", False),
+            r.heads // r.others.get("num_key_value_heads", r.heads),
+        )
+        attention = 2 * h * h + 2 * h * h // shared
+        return (1 if tied else 2) * r.vocab * h + r.layers * (attention + 3 * h * i + 2 * h) + h
     layers = r.layers * (attention + mlp + 2 * norm)
     if r.family == "gpt":  # one norm more at the end
         return (r.vocab + r.positions) * h + layers + norm
-    segments = {"bert": 2, "roberta": 1}[r.family]
-    unused_positions = {"bert": 0, "roberta": r.pad_id + 1 if r.pad_id is not None else 0}[r.family]
+    segments = 1 if r.family == "roberta" else 2
+    unused_positions = r.pad_id + 1 if r.family == "roberta" and r.pad_id is not None else 0
     embeddings = (r.vocab + r.positions + unused_positions + segments) * h + norm
+    if r.family == "bert-classifier":
+        return embeddings + layers + h * h + h + 2 * h + 2  # a pooler, and two classes
     head = h * h + h + norm + r.vocab  # dense, norm, and one bias per word
     return embeddings + layers + head
 
@@ -48,7 +57,7 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in IMAGES])
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if not (recipe.of_images or recipe.plays)])
 def test_parameter_count(name):
     recipe = RECIPES[name]
     model = build(name, device="meta")

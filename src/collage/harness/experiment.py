@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collage.harness.report.results import REFERENCE
 from collage.harness.tasks.registry import Task
-from collage.harness.train import building, training
+from collage.harness.train import building, loops, training
 from collage.harness.train.config import RunConfig
 
 PRETRAIN_STEPS = 250
@@ -69,8 +69,8 @@ class Experiment:
         self._warm_corpus = plan.warm.corpus() if plan.warm else None
         self._corpus = plan.run.corpus()
         if plan.warm is not None and self._warm_corpus is not None:
-            building.datasets(plan.warm, self._warm_corpus)
-        building.datasets(plan.run, self._corpus, "--finetune-data" if plan.warm and plan.run.data else "--data")
+            building.require_enough(plan.warm, self._warm_corpus)
+        building.require_enough(plan.run, self._corpus, "--finetune-data" if plan.warm and plan.run.data else "--data")
 
     def run(
         self,
@@ -94,7 +94,7 @@ class Experiment:
         """
         config = replace(self.plan.run, strategy=strategy, seed=seed, **settings)
         init = self._warm(seed, tick)
-        result = training.run(
+        result = loops.run(
             config, self._corpus, init=init, record=record, tick=tick(strategy, config.steps), histogram=histogram
         )
         return replace(result, weights={})
@@ -102,6 +102,6 @@ class Experiment:
     def _warm(self, seed: int, tick: Callable[[str, int], Tick]) -> Mapping[str, Tensor] | None:
         warm = self.plan.warm
         if warm is not None and seed not in self._warmed:
-            done = training.run(replace(warm, seed=seed), self._warm_corpus, tick=tick("warm-up", warm.steps))
+            done = loops.run(replace(warm, seed=seed), self._warm_corpus, tick=tick("warm-up", warm.steps))
             self._warmed[seed] = done.weights
         return self._warmed.get(seed)

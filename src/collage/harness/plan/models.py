@@ -91,7 +91,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _of_recipe(recipe: Recipe) -> Model:
-    config, phase = build(recipe, device="meta").config, recipe.phases[-1]
+    model, phase = build(recipe, device="meta"), recipe.phases[-1]
+    if recipe.objective not in ("causal", "masked"):  # it takes no tokens alone: its weights and states are told
+        return _of_shapes(recipe.name, [p.shape for p in model.parameters()])
+    config = model.config
     make = partial(_language_model, config, recipe.objective == "masked")
     return Model(recipe.name, make, phase.micro_batch, phase.seq_len, recipe.positions)
 

@@ -7,34 +7,39 @@ from functools import partial
 from typing import Any
 
 from collage.harness.report.results import REFERENCE, ULP_AT_ONE
+from collage.harness.tasks.registry import Loss
 from collage.harness.text import Column, fixed, percent, scientific, short, size
 
 _COLUMNS = (
-    Column("difference", "Difference", f"to {REFERENCE}", partial(fixed, digits=4, sign="+"), "difference_spread"),
     Column("kept", "Kept", "of its gain", percent),
     Column("edq_ratio", "EDQ", "ratio", partial(fixed, digits=4)),
     Column("lost", "Lost", "updates", percent),
     Column("frozen", "Frozen", "params", partial(fixed, digits=0)),
     Column("v_ratio", "v", "over shadow", partial(fixed, digits=3), optional=True),
+    Column("mismatch", "Mismatch", "acts, trained", short, optional=True),
     Column("bytes_per_param", "Bytes", "per param", short),
     Column("peak_memory_bytes", "Peak", "memory", size),
     Column("optimizer_ms", "Optimizer", "ms/step", partial(fixed, digits=1)),
-    Column("tokens_per_s", "Speed", "tokens/s", partial(fixed, digits=0)),
 )
 
 
 def columns(summary: Mapping[str, Any]) -> tuple[Column, ...]:
     """Of the strategies' table: the task's loss and score, then what every task has."""
-    loss = Column("val_loss", "Loss", summary.get("loss", "validation, nats"), partial(fixed, digits=4))
-    score = summary.get("score")
+    loss, score = Loss(**summary.get("loss", {})), summary.get("score")
+    told = partial(fixed, digits=loss.digits)
+    losses = (
+        Column("val_loss", "Loss", f"{loss.says}, {loss.unit}", told),
+        Column("difference", "Difference", f"to {REFERENCE}", partial(told, sign="+"), "difference_spread"),
+    )
+    speed = Column("tokens_per_s", "Speed", f"{loss.samples}/s", partial(fixed, digits=0))
     if not score:
-        return (loss, *_COLUMNS)
+        return (*losses, *_COLUMNS, speed)
     shown = _share if score["percent"] else partial(fixed, digits=1)
     own = (
         Column("score", score["name"].capitalize(), "at the end", shown),
         Column("score_difference", "Difference", f"of {score['name']}", partial(shown, sign="+"), "score_spread"),
     )
-    return (loss, _COLUMNS[0], *own, *_COLUMNS[1:])
+    return (*losses, *own, *_COLUMNS, speed)
 
 
 def _share(value: float | None, sign: str = "") -> str:

@@ -20,9 +20,9 @@ STEPS = [1, 2, 2.5, 5, 10]  # of the ticks
 FEW = 12  # a curve of no more points than this shows them
 
 
-def signed(value: float | None) -> str:
+def signed(c: Comparison, value: float | None) -> str:
     """A difference of losses."""
-    return fixed(value, 4, "+")
+    return fixed(value, c.loss.digits, "+")
 
 
 def setting(c: Comparison) -> str:
@@ -62,10 +62,14 @@ def takeaway(c: Comparison) -> str:
 def loss_title(c: Comparison) -> str:
     rated = best_and_worst({k: v for k, v in c.column("difference").items() if k != REFERENCE}, abs)
     if rated:
-        told = ", ".join(f"{name} {signed(value)}" for name, value in rated)
-        return f"Loss against {REFERENCE}: {told} {c.unit}"
+        told = ", ".join(f"{name} {signed(c, value)}" for name, value in rated)
+        return f"Loss against {REFERENCE}: {told} {c.loss.unit}"
     losses = sorted((v, k) for k, v in c.column("val_loss").items() if v is not None)
-    return f"Lowest validation loss: {fixed(losses[0][0], 4)}, with {losses[0][1]}" if losses else "Validation loss"
+    return (
+        f"Lowest validation loss: {fixed(losses[0][0], c.loss.digits)}, with {losses[0][1]}"
+        if losses
+        else "Validation loss"
+    )
 
 
 def draw_curves(
@@ -122,7 +126,8 @@ def loss_panel(ax: Axes, c: Comparison, theme: Theme, *, train: bool = False) ->
     ends = draw_curves(ax, c, theme, curves.__getitem__, moving=train)
     points = [p for per_seed in curves.values() for p in settled(per_seed, 0 if c.finetune else c.summary["steps"])]
     moving = train and any(smoothing(mean(per_seed)) for per_seed in curves.values())
-    title = f"{'Training' if train else 'Validation'} loss [{c.unit}]{', moving average' if moving else ''}"
+    kind, unit = ("Training", c.loss.training) if train else ("Validation", c.loss.unit)
+    title = f"{kind} loss [{unit}]{', moving average' if moving else ''}"
     ax.set(title=title, xlabel="step")
     if points:
         fit(ax, points)
@@ -149,7 +154,7 @@ def score_panel(ax: Axes, c: Comparison, theme: Theme, key: str, title: str) -> 
         size = c.column("bytes_per_param")[strategy]
         if size is not None:
             ax.text(0.76, s=f"{short(size, 3)} bytes/param", ha="right", fontsize=8.5, color=theme.muted, **row)
-        text = percent(value) if share else signed(value)
+        text = percent(value) if share else signed(c, value)
         ax.text(1, s="0" if strategy == REFERENCE and not share else text, ha="right", fontweight="bold", **row)
     if low < 0:
         ax.axvline(0, color=theme.muted, lw=0.8)
@@ -168,7 +173,9 @@ def headline(c: Comparison, theme: Theme) -> Figure:
     left, right = fig.subplots(1, 2, width_ratios=[1.15, 1])
     loss_panel(left, c, theme)
     title = (
-        f"Share of {REFERENCE}'s improvement kept" if key == "kept" else f"Final loss minus {REFERENCE}'s [{c.unit}]"
+        f"Share of {REFERENCE}'s improvement kept"
+        if key == "kept"
+        else f"Final loss minus {REFERENCE}'s [{c.loss.unit}]"
     )
     score_panel(right, c, theme, key, title)
     return fig
@@ -199,8 +206,8 @@ def losses(c: Comparison, theme: Theme) -> Figure | None:
         ends = draw_curves(ax, c, theme, lambda s: difference(s) if s != REFERENCE else {})
         ax.axhline(0, color=theme.muted, lw=0.8)
         fit(ax, [p for s in c.strategies for points in difference(s).values() for p in points] or [(0, 0)])
-        ax.set(title=f"Validation loss minus {REFERENCE}'s on the same seed [{c.unit}]", xlabel="step")
-        label_ends(ax, {f"{s} {signed(end[0])}": end for s, end in ends.items()}, theme)
+        ax.set(title=f"Validation loss minus {REFERENCE}'s on the same seed [{c.loss.unit}]", xlabel="step")
+        label_ends(ax, {f"{s} {signed(c, end[0])}": end for s, end in ends.items()}, theme)
     return fig
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
 
+from collage.harness.tasks.registry import Loss
 from collage.harness.text import number
 
 Points: TypeAlias = "list[tuple[float, float]]"  # (step, value), by step
@@ -46,9 +47,9 @@ class Comparison:
         return score["name"] if score else None
 
     @property
-    def unit(self) -> str:
-        """Of the loss."""
-        return str(self.summary.get("loss", "nats")).rpartition(", ")[2]
+    def loss(self) -> Loss:
+        """How the task's losses are told."""
+        return Loss(**self.summary.get("loss", {}))
 
     def column(self, key: str) -> dict[str, float | None]:
         """One column of the table, by strategy."""

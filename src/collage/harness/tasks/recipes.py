@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-Family = Literal["gpt", "llama", "bert", "roberta", "bert-classifier", "vit", "resnet"]
-Objective = Literal["causal", "masked", "classes"]
+Family = Literal["gpt", "llama", "bert", "roberta", "bert-classifier", "vit", "resnet", "actor-critic"]
+Objective = Literal["causal", "masked", "classes", "policy"]
 Schedule = Literal["linear", "cosine-to-a-tenth"]
 
 
@@ -38,7 +38,8 @@ class Recipe:
     """An architecture and the settings it is trained with.
 
     Of a model of images, `vocab` is how many classes it tells apart, and `positions` and `seq_len` are the pixels of a
-    side.
+    side. Of one that plays a game, `vocab` is how many actions it chooses from, and `positions` and `seq_len` are the
+    numbers of an observation.
     """
 
     name: str
@@ -67,6 +68,10 @@ class Recipe:
     @property
     def of_images(self) -> bool:
         return self.family in ("vit", "resnet")
+
+    @property
+    def plays(self) -> bool:
+        return self.objective == "policy"
 
 
 # About a million parameters over the vocabulary of `data.byte_tokens`, and 2,048 bytes a step. No dropout, so that
@@ -99,7 +104,7 @@ _TINY_RESNET = replace(_TINY_VIT, name="tiny-resnet", family="resnet", hidden=32
 # Published weights: `tasks.pretrained` has them. The settings are those that people fine-tune with.
 _MINILM = Recipe(
     name="minilm", family="bert-classifier", hidden=384, layers=6, heads=12, intermediate=1536, vocab=30522,
-    positions=512, phases=(Phase(seq_len=40, lr=5e-5, warmup_steps=20, steps=200, batch=16, micro_batch=16),),
+    positions=512, phases=(Phase(seq_len=40, lr=5e-5, warmup_steps=15, steps=150, batch=16, micro_batch=16),),
     betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, schedule="linear", dropout=0.1, pad_id=0,
 )  # fmt: skip
 _SMOLLM2_135M = Recipe(
@@ -110,6 +115,17 @@ _SMOLLM2_135M = Recipe(
         "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
     },
+)  # fmt: skip
+
+# Policies of games; `games.GAMES` says how they play. A step has a part of a rollout, and goes through it at once.
+_CARTPOLE = Recipe(
+    name="cartpole", family="actor-critic", hidden=64, layers=2, heads=1, intermediate=64, vocab=2, positions=4,
+    phases=(Phase(seq_len=4, lr=2e-3, warmup_steps=1, steps=800, batch=256, micro_batch=256),),
+    betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, schedule="linear", max_grad_norm=0.5,
+)  # fmt: skip
+_ACROBOT = replace(
+    _CARTPOLE, name="acrobot", vocab=3, positions=6,
+    phases=(Phase(seq_len=6, lr=1e-3, warmup_steps=1, steps=600, batch=512, micro_batch=512),),
 )  # fmt: skip
 
 # BERT and RoBERTa as the paper trains them (its appendix and its published scripts): phase 1, then phase 2.
@@ -160,6 +176,8 @@ RECIPES: dict[str, Recipe] = {
         _TINY_RESNET,
         _MINILM,
         _SMOLLM2_135M,
+        _CARTPOLE,
+        _ACROBOT,
         _BERT_BASE,
         _BERT_LARGE,
         _ROBERTA_BASE,
@@ -303,6 +321,12 @@ def _resnet_model(r: Recipe) -> PreTrainedModel:
     )  # fmt: skip
 
 
+def _actor_critic(r: Recipe) -> PreTrainedModel:
+    from collage.harness.tasks.policies import ActorCritic
+
+    return ActorCritic(r.positions, r.vocab, r.hidden, r.layers)
+
+
 _FAMILIES: dict[Family, Callable[[Recipe], PreTrainedModel]] = {
     "gpt": _gpt2_model,
     "llama": _llama_model,
@@ -311,6 +335,7 @@ _FAMILIES: dict[Family, Callable[[Recipe], PreTrainedModel]] = {
     "bert-classifier": _bert_classifier,
     "vit": _vit_model,
     "resnet": _resnet_model,
+    "actor-critic": _actor_critic,
 }
 
 _OBJECTIVES: dict[Family, Objective] = {
@@ -321,4 +346,5 @@ _OBJECTIVES: dict[Family, Objective] = {
     "bert-classifier": "classes",
     "vit": "classes",
     "resnet": "classes",
+    "actor-critic": "policy",
 }

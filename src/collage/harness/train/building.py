@@ -14,17 +14,18 @@ from transformers import PreTrainedModel
 from collage.harness.tasks import recipes, weights
 from collage.harness.tasks.data import Corpus, Tokens
 from collage.harness.tasks.examples import Examples, Rows
+from collage.harness.tasks.games import Game
 from collage.harness.tasks.masks import CausalBlocks, MaskedBlocks
 from collage.harness.tasks.pretrained import PUBLISHED
 from collage.harness.train import choice
-from collage.harness.train.config import RunConfig
+from collage.harness.train.config import Data, RunConfig
 from collage.optimizers.base import PrecisionOptimizer
 from collage.strategies import Strategy
 
 Samples: TypeAlias = "Rows | CausalBlocks | MaskedBlocks"
 
 
-def model_of(config: RunConfig, corpus: Corpus | Examples, init: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+def model_of(config: RunConfig, corpus: Data, init: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
     """The recipe's model, its parameters rounded to bf16 and held in the strategy's dtype; its buffers as they are.
 
     Every strategy starts from the same rounded weights, those in float32 too. `init` replaces the random weights.
@@ -40,7 +41,7 @@ def model_of(config: RunConfig, corpus: Corpus | Examples, init: Mapping[str, Te
 
 def require_fit(config: RunConfig, init: Mapping[str, Tensor]) -> None:
     """Raises ValueError if the weights are not those of the run's model. Allocates no model, reads no text."""
-    tokens = None if config.recipe.objective == "classes" else config.tokens()
+    tokens = None if config.recipe.objective in ("classes", "policy") else config.tokens()
     _matched(_fresh(config, tokens, device="meta"), init)
 
 
@@ -100,6 +101,12 @@ def optimizer_of(config: RunConfig, model: nn.Module) -> PrecisionOptimizer:
     if spared:
         groups.append({"params": [(name, p) for name, p in named if name in spared], "weight_decay": 0.0})
     return choice.made(vars(config), groups)
+
+
+def require_enough(config: RunConfig, data: Data, flag: str = "--data") -> None:
+    """Raises ValueError if there is too little for a step; a game never ends."""
+    if not isinstance(data, Game):
+        datasets(config, data, flag)
 
 
 def datasets(config: RunConfig, corpus: Corpus | Examples, flag: str = "--data") -> tuple[Samples, Subset[Any]]:

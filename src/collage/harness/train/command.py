@@ -13,17 +13,20 @@ from torch import Tensor
 
 import collage
 from collage.harness import console, options
+from collage.harness.tasks.recipes import get_recipe
+from collage.harness.tasks.registry import require_installed
 from collage.harness.text import fixed, percent, scientific, to_json
-from collage.harness.train import building, checkpoints, resuming, training, world
+from collage.harness.train import building, checkpoints, loops, resuming, training, world
 from collage.harness.train.config import KEPT, OWN, RUNS, RunConfig
 from collage.harness.train.resuming import METRICS, RESULT
 
 WEIGHTS = "weights.safetensors"
+SAVE_EVERY = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `collage train`: all fields of a RunConfig."""
-    settings: dict[str, Any] = {"out": Path("runs/train"), "save_every": 100, "eval_every": 100}
+    settings: dict[str, Any] = {"out": Path("runs/train"), "save_every": None, "eval_every": 100}
     options.add_options(parser, RunConfig, (OWN, KEPT, *RUNS), **settings)
 
 
@@ -41,9 +44,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _checked(args: argparse.Namespace) -> RunConfig:
     """The settings, for this number of processes. Raises ValueError naming the flag."""
-    config = RunConfig.from_options(args)
+    plays = get_recipe(args.model).plays
+    require_installed(args.model)
+    config = RunConfig.from_options(args, save_every=0 if plays else SAVE_EVERY)
     with options.flags_named(RunConfig):
         config.share(world.size())
+    if plays and world.size() > 1:
+        raise ValueError(f"--model: '{config.model}' plays in one process; leave out torchrun")
     if config.shard and world.size() == 1:
         raise ValueError(
             "--shard: there is one process; start several (torchrun --nproc-per-node 2 -m collage train ...), or leave "
@@ -67,7 +74,7 @@ def _train(config: RunConfig, screen: Console) -> int:
                     console.say(bars.console, _line(row))
 
             tick = console.bar(bars, config.strategy, config.steps)
-            result = training.run(
+            result = loops.run(
                 config, corpus, init=init, resume=start, record=record, tick=tick, report_to="tensorboard"
             )
     except KeyboardInterrupt:

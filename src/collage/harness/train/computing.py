@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 
-def computed(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def computed(
+    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None
+) -> Any:
     """What the model returns if its parameters are cast. A tied parameter is cast once, and stays tied.
 
-    Buffers are never cast: rotary frequencies in bf16 are off by radians.
+    Buffers are never cast: rotary frequencies in bf16 are off by radians. `weights` are used instead of the parameters.
     """
-    parameters = {name: p.to(dtype) for name, p in model.named_parameters()}
+    chosen = model.named_parameters() if weights is None else weights.items()
+    parameters = {name: p.to(dtype) for name, p in chosen}
     return functional_call(model, parameters, args=(), kwargs=dict(inputs), tie_weights=True)
 
 

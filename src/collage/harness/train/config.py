@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 
@@ -24,6 +24,7 @@ from collage.harness.tasks.data import (
     tokenizer_tokens,
 )
 from collage.harness.tasks.examples import Examples
+from collage.harness.tasks.games import GAMES, Game, require_playable
 from collage.harness.tasks.pretrained import PUBLISHED, reviews
 from collage.harness.tasks.recipes import RECIPES, Recipe, get_recipe
 from collage.harness.tasks.recipes import Schedule as RecipeSchedule
@@ -31,6 +32,7 @@ from collage.harness.tasks.registry import FINETUNE_LR
 from collage.harness.train import choice
 from collage.harness.train.computing import has_bf16_matrix_units
 
+Data: TypeAlias = "Corpus | Examples | Game"  # what a run is trained on
 SCHEDULES = (*get_args(RecipeSchedule), "constant")
 COMPUTE = ("auto", "fp32", "bf16")
 
@@ -61,7 +63,7 @@ class RunConfig:
         OWN, "under torchrun: split weights and optimizer state over the processes (FSDP2)", False, free=True
     )
 
-    save_every: int = option(KEPT, "steps; 0: never", 0, least=0, free=True)
+    save_every: int = option(KEPT, "steps; 0: never, as of a policy (default: 100)", 0, least=0, free=True)
     keep: int = option(KEPT, "the newest N", 2, least=1, free=True)
     resume: bool = option(KEPT, "go on from the newest complete checkpoint in --out", False, free=True)
 
@@ -120,6 +122,8 @@ class RunConfig:
         if self.seq_len > longest:
             raise ValueError(f"seq_len: '{self.model}' has {longest} positions, got {self.seq_len}; at most {longest}")
         _require_fitting_data(self)
+        if self.recipe.plays:
+            require_playable(vars(self), self.recipe.positions)
         choice.require_makeable(vars(self))
 
     @classmethod
@@ -147,7 +151,8 @@ class RunConfig:
         settings["strategy"] = options.strategy("strategy", chosen.get("strategy", cls.strategy))
         settings["beside"] = tuple(options.strategy("beside", name) for name in chosen.get("beside", ()))
         batch, steps = settings["batch_size"], settings["steps"]
-        settings.setdefault("micro_batch", math.gcd(batch, stage.micro_batch) if batch > stage.micro_batch else batch)
+        whole = batch <= stage.micro_batch or recipe.plays
+        settings.setdefault("micro_batch", batch if whole else math.gcd(batch, stage.micro_batch))
         # A shorter run warms up for the same share of its steps as the published one, or less.
         settings.setdefault("warmup_steps", min(stage.warmup_steps, max(1, steps // 10)))
         return cls(model=model, out=Path(out), **settings)
@@ -164,8 +169,8 @@ class RunConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of an image, one."""
-        return self.batch_size * (1 if self.recipe.of_images else self.seq_len)
+        """Of an image one, and of a move."""
+        return self.batch_size * (1 if self.recipe.of_images or self.recipe.plays else self.seq_len)
 
     def compute_dtype(self) -> torch.dtype:
         """dtype of forward and backward; "auto" is float32 on a CPU without bf16 matrix units."""
@@ -190,10 +195,13 @@ class RunConfig:
             return published.tokens()
         return tokenizer_tokens(self.tokenizer) if self.tokenizer else byte_tokens()
 
-    def corpus(self) -> Corpus | Examples:
-        """The text: the given one, or the embedded one of the regime. Of a classifier its examples."""
+    def corpus(self) -> Data:
+        """The text: the given one, or the embedded one of the regime. Of a classifier its examples, of a policy its
+        game."""
+        if self.recipe.plays:
+            return GAMES[self.model]
         if self.recipe.of_images:
-            return images.digits()
+            return images.examples(self.data)
         if self.validation and not self.data:
             raise ValueError("validation: given without data; give both, or neither for the embedded texts")
         if self.recipe.objective == "classes":
@@ -266,7 +274,7 @@ def _require_fitting_data(config: RunConfig) -> None:
         raise ValueError(f"finetune: '{config.model}' tells sentences apart, and has no use for source; leave it out")
     if not config.recipe.of_images:
         return
-    for name in ("data", "validation", "tokenizer", "finetune"):
+    for name in ("validation", "tokenizer", "finetune"):
         if getattr(config, name):
             raise ValueError(f"{name}: '{config.model}' is trained on images, not on text; leave it out")
     side = config.recipe.positions

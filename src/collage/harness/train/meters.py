@@ -85,14 +85,17 @@ class Timed(NamedTuple):
 
 
 class StepMeter(TrainerCallback):
-    """Times the steps that are not monitored, and weighs the live tensors once, while the gradients are there."""
+    """Times the steps that are not monitored, and weighs the live tensors once, while the gradients are there.
+
+    A first step that a GradScaler skips makes no state: then they are weighed again.
+    """
 
     def __init__(self, optimizer: PrecisionOptimizer) -> None:
         self.bytes: dict[str, int] = {}
         self.steps: list[Timed] = []
         self._optimizer = optimizer
         self._began = self._before = self._optimizer_seconds = self._monitoring = 0.0
-        self._plain = False
+        self._plain = self._stated = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.perf_counter()
@@ -106,8 +109,9 @@ class StepMeter(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         _synchronize()
         self._optimizer_seconds = time.perf_counter() - self._before
-        if not self.bytes:
-            self.bytes = bytes_by_slot(self._optimizer)
+        stated = bool(self._optimizer.state)
+        if not self.bytes or stated > self._stated:
+            self.bytes, self._stated = bytes_by_slot(self._optimizer), stated
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         whole = time.perf_counter() - self._began

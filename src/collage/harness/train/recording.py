@@ -67,6 +67,7 @@ class Recorder(TrainerCallback):
         if "loss" in logs:
             measured = {name: logs.get(name) for name in ("loss", "grad_norm", *LOGGED)}
             layers = self._edq.window.by_parameter if "edq_ratio" in logs and self._edq.window else {}
+            measured |= {"mismatch": logs["mismatch"]} if "mismatch" in logs else {}
             self._record(
                 {"kind": "train", **where, "lr": logs["learning_rate"], **measured,
                  "lost_by_layer": lost_by_layer(layers)}

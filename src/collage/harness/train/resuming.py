@@ -13,9 +13,10 @@ from rich.console import Console
 from collage.harness import console, options
 from collage.harness.tasks.data import Corpus
 from collage.harness.tasks.examples import Examples
+from collage.harness.tasks.games import Game
 from collage.harness.text import to_json
 from collage.harness.train import building, checkpoints, world
-from collage.harness.train.config import RunConfig
+from collage.harness.train.config import Data, RunConfig
 
 SETTINGS, METRICS, RESULT = "settings.json", "metrics.jsonl", "result.json"
 
@@ -34,16 +35,16 @@ def already_finished(config: RunConfig, screen: Console) -> int | None:
     return int(diverged)
 
 
-def begin(config: RunConfig, corpus: Corpus | Examples, screen: Console) -> tuple[Path | None, set[Key]]:
+def begin(config: RunConfig, data: Data, screen: Console) -> tuple[Path | None, set[Key]]:
     """Make the folder ready. Returns the checkpoint to go on from (None: begin), and what metrics.jsonl has already.
 
     Raises ValueError, before anything is written, for too little text, and for a folder that has another run.
     """
-    building.datasets(config, corpus)
+    building.require_enough(config, data)
     options.open_folder(config.out)
     if not config.resume:
         _require_empty(config.out)
-    start = _checkpoint(config, corpus, screen) if config.resume else None
+    start = _checkpoint(config, data, screen) if config.resume and not isinstance(data, Game) else None
     shutil.rmtree(config.out / checkpoints.STAGING, ignore_errors=True)
     told = _forget_after(config.out / METRICS, checkpoints.step_of(start) if start else None)
     checkpoints.write_whole(config.out / SETTINGS, to_json(config.to_dict(), indent=1))

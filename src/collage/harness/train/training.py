@@ -14,6 +14,7 @@ from torch import Tensor
 import collage
 from collage.harness.tasks.data import Corpus
 from collage.harness.tasks.examples import Examples
+from collage.harness.tasks.games import Game
 from collage.harness.train import building, checkpoints, shards
 from collage.harness.train.config import RunConfig
 from collage.harness.train.meters import PeakMemory, StepMeter, UpdateSizes
@@ -35,6 +36,7 @@ class RunResult:
     since_step: int  # the step it went on from; 0: none
     initial_score: float | None  # the task's other measure, higher is better: accuracy, return; None: it has none
     score: float | None
+    mismatch: float | None  # of a policy: how far that which acts is from that which is trained; see rl.rollouts
     last_step: int  # before the configured one if it diverged
     curve: dict[int, float]  # step -> validation loss
     report: Report  # of the monitor
@@ -58,6 +60,7 @@ class RunResult:
         return {
             "strategy": self.strategy, "seed": self.seed, "initial_loss": self.initial_loss,
             "val_loss": self.val_loss, "initial_score": self.initial_score, "score": self.score,
+            "mismatch": self.mismatch,
             "since_step": self.since_step, "last_step": self.last_step,
             **{name: quality["total"][name] for name in LOGGED},
             "frozen": self.report.frozen, "unfollowed": self.report.unfollowed,
@@ -96,7 +99,9 @@ def run(
         histogram: gather the sizes of the updates.
     """
     with quiet():
-        session = _Session(config, corpus or config.corpus(), init, (record, tick), report_to, histogram)
+        data = config.corpus() if corpus is None else corpus
+        assert not isinstance(data, Game), "a game has a loop of its own: loops.run"
+        session = _Session(config, data, init, (record, tick), report_to, histogram)
         return session.run(resume)
 
 
@@ -154,6 +159,7 @@ class _Session:
             val_loss=self.recorder.evaluated[last],
             initial_score=initial.get("eval_score"),
             score=self.recorder.scores.get(last),
+            mismatch=None,
             since_step=(checkpoints.step_of(resume) or 0) if resume else 0,
             last_step=last,
             curve=self.recorder.evaluated,

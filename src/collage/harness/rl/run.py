@@ -1,0 +1,150 @@
+"""One run of reinforcement learning under one strategy: every run of `cartpole` and `acrobot`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import collage
+from collage.harness.rl import ppo
+from collage.harness.rl.acting import mean_return
+from collage.harness.rl.lessons import Lessons
+from collage.harness.rl.telling import Teller
+from collage.harness.tasks.games import Game
+from collage.harness.tasks.policies import ActorCritic
+from collage.harness.train import building
+from collage.harness.train.config import RunConfig
+from collage.harness.train.meters import PeakMemory, StepMeter, UpdateSizes
+from collage.harness.train.recording import Record, Recorder
+from collage.harness.train.trainer import arguments, quiet
+from collage.harness.train.training import RunResult
+from collage.integrations.transformers import EDQCallback
+
+
+def run(
+    config: RunConfig,
+    game: Game,
+    *,
+    init: Mapping[str, Tensor] | None = None,
+    record: Callable[[Record], None] = lambda _: None,
+    tick: Callable[[int], None] = lambda _: None,
+    report_to: str = "none",
+    histogram: bool = False,
+) -> RunResult:
+    """Evaluate, train, evaluate, as `training.run`. The score is the mean return, the validation loss minus that.
+
+    All of it is a function of the settings alone; strategies that begin with one policy begin with one rollout.
+    """
+    with quiet():
+        return _Session(config, game, init, (record, tick), report_to, histogram).run()
+
+
+class _Session:
+    """A run's parts, from its beginning to its result."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        game: Game,
+        init: Mapping[str, Tensor] | None,
+        listeners: tuple[Callable[[Record], None], Callable[[int], None]],
+        report_to: str,
+        histogram: bool,
+    ) -> None:
+        self.began, self.memory, self.config, self.game = time.perf_counter(), PeakMemory(), config, game
+        self.dtype = config.compute_dtype()
+        model = building.model_of(config, game, init)
+        assert isinstance(model, ActorCritic)
+        self.model = model
+        self.optimizer = building.optimizer_of(config, self.model)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.lr_scale)
+        half = any(p.dtype == torch.float16 for p in self.model.parameters())
+        self.scaler = torch.amp.GradScaler("cpu", enabled=half)  # float16 has too few small numbers for gradients
+        self.lessons = Lessons(self.game, self.model, self.optimizer, self.dtype, config.batch_size, config.seed)
+        self.losses: list[float] = []  # since the last log
+        self.sizes = UpdateSizes(self.optimizer, config.every) if histogram else None
+        self.meter = StepMeter(self.optimizer)
+        self.edq = EDQCallback(self.optimizer, config.every, config.shadow or None, config.beside)
+        self.recorder = Recorder(config, self.edq, *listeners)
+        callbacks = [self.edq, self.meter, self.recorder]
+        settings = arguments(config, report_to, eval_batch=1)
+        self.teller = Teller(settings, callbacks, self.model, self.optimizer, self.schedule)
+
+    def run(self) -> RunResult:
+        self._evaluate()
+        self._train()
+        if self.teller.state.global_step not in self.recorder.evaluated:
+            self._evaluate()
+        return self._result()
+
+    def _train(self) -> None:
+        self.teller.tell("on_train_begin")
+        for samples in self.lessons:
+            self._step(samples)
+            if self.teller.control.should_evaluate:
+                self._evaluate()
+            if self.teller.control.should_training_stop:
+                break
+        self.teller.tell("on_train_end")
+
+    def _step(self, samples: ppo.Samples) -> None:
+        self.teller.tell("on_step_begin")
+        self.optimizer.zero_grad()
+        loss = ppo.loss(self.game, *ppo.forward(self.model, self.dtype, samples.observations), samples)
+        torch.autograd.backward(self.scaler.scale(loss))
+        self.losses.append(loss.item())
+        norm = self._clip()
+        self.teller.tell("on_pre_optimizer_step")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.teller.tell("on_optimizer_step")
+        rate = self.schedule.get_last_lr()[0]
+        self.schedule.step()
+        self.teller.tell("on_step_end")
+        if self.teller.control.should_log:
+            self._log({"grad_norm": norm, "learning_rate": rate})
+
+    def _clip(self) -> float | None:
+        """Norm of the gradients before they were clipped; they may still be multiplied by the scaler's factor."""
+        if not self.config.max_grad_norm:
+            return None
+        scale = self.scaler.get_scale()
+        return collage.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm * scale).item() / scale
+
+    def _log(self, measured: Mapping[str, Any]) -> None:
+        self.teller.log({"loss": fmean(self.losses), "mismatch": self.lessons.mismatches[-1], **measured})
+        self.losses.clear()
+
+    def _evaluate(self) -> None:
+        score = mean_return(self.game, self.model, self.config.eval_sequences)
+        self.teller.log({"eval_loss": -score, "eval_score": score})
+
+    def _result(self) -> RunResult:
+        last, evaluated = self.teller.state.global_step, self.recorder.evaluated
+        return RunResult(
+            strategy=self.config.strategy,
+            seed=self.config.seed,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            initial_loss=evaluated[0],
+            val_loss=evaluated[last],
+            initial_score=self.recorder.scores[0],
+            score=self.recorder.scores[last],
+            mismatch=fmean(self.lessons.mismatches),
+            since_step=0,
+            last_step=last,
+            curve=evaluated,
+            report=self.edq.report(),
+            bytes_by_slot=self.meter.bytes,
+            peak_rss_bytes=self.memory.rss_bytes(),
+            peak_device_bytes=self.memory.device_bytes(),
+            optimizer_ms=self.meter.optimizer_ms,
+            tokens_per_s=self.meter.tokens_per_second(self.config.tokens_per_step),
+            seconds=time.perf_counter() - self.began,
+            update_histogram=self.sizes.to_dict() if self.sizes else None,
+            weights=collage.high_precision_state_dict(self.model, self.optimizer),
+        )
