@@ -83,6 +83,8 @@ def test_a_command_runs(command, capsys):
         argv += [] if instead else shlex.split("--strategies collage-plus --no-others")
         argv += [] if {"--accuracy", "--gradients"} & {*argv} else shlex.split("--params 4K")
         argv += [] if "--accuracy" in argv else shlex.split("--rounds 2")
+    if argv[0] == "advise":
+        argv += shlex.split("--steps 5 --bandwidth 20 --strategies bf16,collage-plus")  # test_advise.py has real ones
     if argv[0] == "plan" and "--measure" in argv:
         argv.remove("--measure")  # real steps of one small model are enough: each is a process of its own
         measured = ["plan tiny-gpt --sequences 1 --length 16 --strategies bf16 --measure --steps 1"] * (not MEASURED)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from collage.numerals import fixed, short
 
+NOISE = 0.01  # nats: less says nothing
 TABLE = Path(__file__).with_name("evidence.json")
 
 
@@ -24,15 +25,20 @@ class Run:
     beta2: float
     weight_decay: float
     steps: int
+    batch: int
+    seed: int
     lost: float
 
     def __str__(self) -> str:
-        said = (
-            "lost nothing"
-            if abs(self.lost) < 0.00005
-            else f"{'lost' if self.lost > 0 else 'gained'} {fixed(abs(self.lost), 4)} nats"
+        return (
+            f"in {self.task} of {self.model} at lr {short(self.lr)}, {self.steps} steps, {self.strategy} {self._said}"
         )
-        return f"in {self.task} of {self.model} at lr {short(self.lr)}, {self.steps} steps, {self.strategy} {said}"
+
+    @property
+    def _said(self) -> str:
+        if abs(self.lost) < NOISE:
+            return f"ended within {fixed(max(abs(self.lost), 1e-4), 4)} nats of fp32-master"
+        return f"{'lost' if self.lost > 0 else 'gained'} {fixed(abs(self.lost), 2)} nats"
 
 
 @cache

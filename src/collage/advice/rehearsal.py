@@ -96,71 +96,81 @@ def rehearse(samples: Sequence[Tensor], strategies: Sequence[Strategy], settings
     return [stage.judged(k) for k in range(1, len(strategies) + 1)]
 
 
+class _Cast:
+    """Every strategy as a group of one optimizer, with its own copy of the samples."""
+
+    def __init__(
+        self, samples: Sequence[Tensor], strategies: Sequence[Strategy], settings: Settings, decay: float
+    ) -> None:
+        self.settings, self.each = settings, len(samples)
+        groups = [{"params": _copies(k, samples, own.dtype), "strategy": own} for k, own in enumerate(strategies)]
+        self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, eps=EPS, weight_decay=decay)
+        self.parameters = list(self.optimizer.parameters())
+        self.start = [self._theta(own) for own in self.parameters]
+
+    def step(self, gradients: Sequence[Tensor], done: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr_at(done)
+            for param, gradient in zip(group["params"], gradients, strict=True):
+                param.grad = gradient.to(param.dtype)
+        self.optimizer.step()
+
+    def movement(self, strategy: int, sample: int) -> Tensor:
+        place = strategy * self.each + sample
+        return self._theta(self.parameters[place]) - self.start[place]
+
+    def v(self, strategy: int) -> float:
+        """Mean of the second moment of the first sample."""
+        own = self.parameters[strategy * self.each]
+        variance = format_of(self.optimizer.strategy_of(own).variance)
+        return float(variance.value(self.optimizer.planes(own)[2]).double().mean())
+
+    def _theta(self, own: Parameter) -> Tensor:
+        return format_of(self.optimizer.strategy_of(own).param).value(self.optimizer.theta(own)).double()
+
+
+def _copies(k: int, samples: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[str, nn.Parameter]]:
+    return [(f"{k}.{i}", nn.Parameter(x.to(dtype, copy=True))) for i, x in enumerate(samples)]
+
+
 class _Stage:
-    """All strategies, each twice if there is a decay: with it, and without."""
+    """A cast with the decay, and if there is one another without it.
+
+    Parameters of both have the same names, so stochastic rounding has the same bits, and they differ in decay alone.
+    """
 
     def __init__(self, samples: Sequence[Tensor], strategies: Sequence[Strategy], settings: Settings) -> None:
         self.samples, self.settings = [x.bfloat16().float() for x in samples if x.numel()], settings
-        self.decays = (settings.weight_decay, 0.0) if settings.weight_decay else (0.0,)
-        groups = [self._group(k, strategy, decay) for k, strategy in enumerate(strategies) for decay in self.decays]
-        self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, eps=EPS)
-        self.parameters = list(self.optimizer.parameters())
-        self.start = [self._theta(parameter) for parameter in self.parameters]
-
-    def _group(self, k: int, strategy: Strategy, decay: float) -> dict[str, object]:
-        own = [(f"{k}.{decay}.{i}", nn.Parameter(x.to(strategy.dtype, copy=True))) for i, x in enumerate(self.samples)]
-        return {"params": own, "strategy": strategy, "weight_decay": decay}
+        decays = (settings.weight_decay, 0.0) if settings.weight_decay else (0.0,)
+        self.casts = [_Cast(self.samples, strategies, settings, decay) for decay in decays]
+        weights = torch.cat([x.flatten() for x in self.samples if x.dim() > 1] or self.samples)
+        self.size = max(float(weights.square().mean().sqrt()), TINY)
 
     def run(self) -> None:
-        each, memory = len(self.samples), STEADY * self._size() / self.settings.lr
-        steps = self.settings.rehearsed
+        steps, memory = self.settings.rehearsed, STEADY * self.size / self.settings.lr
         streams = zip(*(stream(x.shape, steps, memory) for x in self.samples), strict=True)
         for step, gradients in enumerate(streams):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.lr_at(step / steps)
-            for k, parameter in enumerate(self.parameters):
-                parameter.tensor.grad = gradients[k % each].to(parameter.tensor.dtype)
-            self.optimizer.step()
-
-    def _size(self) -> float:
-        """Root mean square of the matrices' weights, or of all."""
-        weights = torch.cat([x.flatten() for x in self.samples if x.dim() > 1] or self.samples)
-        return max(float(weights.square().mean().sqrt()), TINY)
+            for cast in self.casts:
+                cast.step(gradients, step / steps)
 
     def judged(self, k: int) -> Rehearsed:
         """The k-th strategy beside the first."""
         by_dim = {x.dim(): self._moved(k, i) for i, x in enumerate(self.samples)}
-        decay = self._decay(k) if len(self.decays) > 1 else None
-        haste = self.settings.lr / self._size()
-        return Rehearsed(by_dim.get(2), by_dim.get(1), decay, self._v(k, 0) / self._v(0, 0), haste)
-
-    def _at(self, k: int, sample: int, decayed: bool = True) -> int:
-        """Where a strategy's copy of a sample stands among the parameters."""
-        group = k * len(self.decays) + (0 if decayed else len(self.decays) - 1)
-        return group * len(self.samples) + sample
-
-    def _movement(self, k: int, sample: int, decayed: bool = True) -> Tensor:
-        place = self._at(k, sample, decayed)
-        return self._theta(self.parameters[place]) - self.start[place]
-
-    def _theta(self, parameter: Parameter) -> Tensor:
-        fmt = format_of(self.optimizer.strategy_of(parameter).param)
-        return fmt.value(self.optimizer.theta(parameter)).double()
+        decay, v = self._decay(k), self.casts[0].v(k) / self.casts[0].v(0)
+        return Rehearsed(by_dim.get(2), by_dim.get(1), decay, v, self.settings.lr / self.size)
 
     def _moved(self, k: int, sample: int) -> Moved:
-        own, whole = self._movement(k, sample), self._movement(0, sample)
+        own, whole = (self.casts[0].movement(j, sample) for j in (k, 0))
         missing = (own - whole).norm()
-        weights = self.samples[sample].double().norm()
-        return Moved(_along(own, whole), float(missing / whole.norm()), float(missing / weights))
+        size = self.samples[sample].double().norm().clamp(min=TINY)
+        return Moved(_along(own, whole), float(missing / whole.norm()), float(missing / size))
 
-    def _decay(self, k: int) -> float:
-        own, whole = (self._movement(j, 0) - self._movement(j, 0, decayed=False) for j in (k, 0))
-        return _along(own, whole)
-
-    def _v(self, k: int, sample: int) -> float:
-        parameter = self.parameters[self._at(k, sample)]
-        strategy = self.optimizer.strategy_of(parameter)
-        return float(format_of(strategy.variance).value(self.optimizer.planes(parameter)[2]).double().mean())
+    def _decay(self, k: int) -> float | None:
+        """None: there is none, or nothing that could decay."""
+        if len(self.casts) == 1:
+            return None
+        own, whole = (self.casts[0].movement(j, 0) - self.casts[1].movement(j, 0) for j in (k, 0))
+        return _along(own, whole) if bool(whole.any()) else None
 
 
 def _along(x: Tensor, whole: Tensor) -> float:

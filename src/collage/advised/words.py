@@ -13,4 +13,4 @@ STUCK = 1.25  # second moment over float32's: from here on it is in doubt what f
 
 def arrive(share: float) -> str:
     """How much of the updates arrives."""
-    return f"{percent(min(max(share, 0.0), 1.0))} of the updates arrive"
+    return f"{percent(round(min(max(share, 0.0), 1.0), 3))} of the updates arrive"
