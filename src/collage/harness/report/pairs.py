@@ -72,8 +72,8 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def deviation(values: Iterable[float | None]) -> float | None:
-    """Standard deviation of those that are known; None of fewer than two."""
-    known = [value for value in values if value is not None]
+    """Standard deviation of those that are known and finite; None of fewer than two."""
+    known = [known for value in values if (known := number(value)) is not None]
     return stdev(known) if len(known) > 1 else None
 
 

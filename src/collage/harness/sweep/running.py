@@ -93,7 +93,7 @@ def _of_finished(jobs: Sequence[Job], finished: Sequence[Stored]) -> float:
     if not alike:
         return 0.0
     per_token: float = median(s.run["seconds"] / _tokens(s.asked.settings) for s in alike)
-    before: float = max(s.seconds - s.run["seconds"] for s in alike)
+    before: float = max(0.0, *(s.seconds - s.run["seconds"] for s in alike))
     return per_token * sum(map(_work, jobs)) + before * len({job.config.seed for job in jobs})
 
 
@@ -111,16 +111,16 @@ def _of_a_trial(jobs: Sequence[Job]) -> float:
 
     0 where there are too few steps in all to be worth it.
     """
-    if sum(job.config.steps for job in jobs) <= FEW:
-        return 0.0
     job = jobs[0]
-    steps, ends = min(TRIAL, job.config.steps), list[float]()
+    if sum(job.config.steps for job in jobs) <= FEW or job.config.steps <= TRIAL:
+        return 0.0
+    ends: list[float] = []
     result, whole = job.run(
         lambda name, steps: lambda done: ends.append(time.perf_counter()),
-        steps=steps, warmup_steps=min(steps, job.config.warmup_steps),
+        steps=TRIAL, warmup_steps=min(TRIAL, job.config.warmup_steps),
     )  # fmt: skip
-    each = (ends[-1] - ends[-steps]) / max(1, steps - 1)
-    besides, before = max(0.0, result.seconds - steps * each), max(0.0, whole - result.seconds)
+    each = (ends[-1] - ends[1]) / max(1, len(ends) - 2)  # without the first step's, which is slower
+    besides, before = max(0.0, result.seconds - TRIAL * each), max(0.0, whole - result.seconds)
     per_token = each / (_work(job) / job.config.steps)
     seeds = len({job.config.seed for job in jobs}) - 1  # the first seed's is made
     return per_token * sum(map(_work, jobs)) + besides * len(jobs) + before * seeds
