@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from collage.harness.cli import main
+from collage.harness.compare import command as compare
 from collage.harness.machine import machine
 from collage.harness.results import judged, studies
 from collage.harness.results.command import RECORDS, text_of
@@ -19,7 +22,9 @@ from collage.harness.results.page import Section, experiments
 from collage.harness.results.plots import write_plots
 from collage.harness.results.records import Records
 from collage.harness.results.studies import EVIDENCE, Evidence
+from collage.harness.sweep import command as sweep
 from collage.harness.sweep.store import Asked, Store, Stored, machine_class
+from collage.harness.sweep.study import Study
 from collage.harness.train.config import RunConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -65,6 +70,21 @@ def test_every_experiment_of_the_paper_that_a_study_stands_for_is_one() -> None:
     assert len(names) > 8
     for evidence in EVIDENCE:
         assert len([name for name in names if name.startswith(evidence.paper)]) == 1 or not evidence.paper
+
+
+@pytest.mark.parametrize("evidence", EVIDENCE, ids=lambda evidence: evidence.name)
+def test_the_command_of_a_section_makes_its_very_runs(evidence: Evidence) -> None:
+    _, name, *argv = shlex.split(evidence.command())
+    parser = argparse.ArgumentParser()
+    command = {"compare": compare, "sweep": sweep}[name]
+    command.add_arguments(parser)
+    args = parser.parse_args(argv)
+    if name == "sweep":
+        study = sweep.study_of(args)
+    else:
+        asked = compare.comparison_of(args)
+        study = Study(asked.plan, asked.strategies, asked.seeds)
+    assert [job.asked for job in study.jobs()] == [job.asked for job in evidence.study().jobs()]
 
 
 def test_a_section(tmp_path: Path) -> None:

@@ -99,6 +99,15 @@ EVIDENCE = (
         "most.",
     ),
     Evidence(
+        "classify", "Sentences, published weights of a BERT", "classify", 3,
+        "MiniLM (22.7 M parameters) learns whether a film review praises.",
+    ),
+    Evidence(
+        "continue", "Training on, published weights of a Llama", "continue", 3,
+        "SmolLM2 (134.5 M parameters) goes on with Python source at lr 1e-5.",
+        strategies=("bf16", "collage-plus", "collage-plus-sr", REFERENCE),
+    ),
+    Evidence(
         "vision-resnet", "Images, a ResNet", "vision", 5, "Handwritten digits of 8 × 8 pixels in ten classes.",
         "tiny-resnet",
     ),
