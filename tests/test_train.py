@@ -27,7 +27,7 @@ from collage.harness.tasks.recipes import RECIPES, build
 from collage.harness.tasks.weights import read
 from collage.harness.text import to_json
 from collage.harness.train import building, checkpoints, training
-from collage.harness.train.command import add_arguments
+from collage.harness.train.command import add_arguments, settings_of
 from collage.harness.train.config import RunConfig
 from collage.harness.train.meters import UpdateSizes
 from collage.harness.train.recording import label
@@ -188,7 +188,7 @@ def test_every_setting_is_an_option_and_its_default_the_recipes() -> None:
     add_arguments(parser)
     flags = {action.dest for action in parser._actions if action.help} - {"help"}
     assert flags == {f.name for f in fields(RunConfig)}
-    nothing_given = RunConfig.from_options(parser.parse_args([]))
+    nothing_given = settings_of(parser.parse_args([]))
     assert nothing_given == RunConfig.of("tiny-llama", "runs/train", save_every=100, eval_every=100)
     all_kinds = ["--betas", "0.8", "0.9", "--data", "a", "b", "--init", "w", "--beside", "A", "--lr", "2", "--resume"]
     found = RunConfig.from_options(parser.parse_args(all_kinds))

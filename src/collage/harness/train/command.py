@@ -36,13 +36,13 @@ def run(args: argparse.Namespace) -> int:
     Under torchrun the first process alone writes and prints.
     """
     with world.joined():
-        config = world.first_does(lambda: _checked(args))
+        config = world.first_does(lambda: settings_of(args))
         screen = Console(quiet=not world.is_first())
         finished = world.first_does(lambda: resuming.already_finished(config, screen) if config.resume else None)
         return _train(config, screen) if finished is None else finished
 
 
-def _checked(args: argparse.Namespace) -> RunConfig:
+def settings_of(args: argparse.Namespace) -> RunConfig:
     """The settings, for this number of processes. Raises ValueError naming the flag."""
     plays = get_recipe(args.model).plays
     require_installed(args.model)
