@@ -129,8 +129,21 @@ def test_what_is_missing_is_run_and_recorded(tmp_path: Path, monkeypatch: pytest
     assert [run["strategy"] for run in runs] == ["bf16", "fp32-master"]
     assert {run["val_loss"] for run in runs} == {one.run["val_loss"] for one in Store(tmp_path / "store").all()}
     assert "2 runs" in (tmp_path / "results.md").read_text(encoding="utf-8")
-    monkeypatch.setattr("collage.harness.experiment.loops.run", None)
+    monkeypatch.setattr("collage.harness.experiment.Experiment.run", None)
     assert main(line) == 0
+
+
+def test_a_study_that_lacks_a_package_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vision = next(evidence for evidence in EVIDENCE if evidence.task == "vision")
+    monkeypatch.setattr("collage.harness.results.command.EVIDENCE", (vision,))
+    monkeypatch.setattr("collage.harness.tasks.registry.find_spec", lambda module: None)
+    (tmp_path / "paper.md").write_text((DOCS / "paper.md").read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["results", "--docs", str(tmp_path), "--store", str(tmp_path / "store")]) == 0
+    told = capsys.readouterr().out
+    assert f"{vision.title}: left out, task 'vision': needs the package sklearn" in told
+    assert "Not run yet: `make results` does, where `[vision]` is installed." in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.parametrize("lost", [False, True])
