@@ -16,7 +16,7 @@ import pytest
 from collage.harness.cli import main
 from collage.harness.compare import command as compare
 from collage.harness.machine import machine
-from collage.harness.results import judged, studies
+from collage.harness.results import judged
 from collage.harness.results.command import RECORDS, text_of
 from collage.harness.results.page import Section, experiments
 from collage.harness.results.plots import write_plots
@@ -26,6 +26,10 @@ from collage.harness.sweep import command as sweep
 from collage.harness.sweep.store import Asked, Store, Stored, machine_class
 from collage.harness.sweep.study import Study
 from collage.harness.train.config import RunConfig
+
+# Nats. On another machine class matrix products are added up in another order, and training carries a last bit a long
+# way: 200 steps of tiny-resnet with torch's AVX2 instead of its AVX-512 kernels end 0.0006 apart.
+ELSEWHERE = 0.005
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -174,10 +178,11 @@ def test_runs_without_a_reference_are_not_judged() -> None:
 
 
 def quickest() -> tuple[Any, Any] | None:
-    """A recorded run of the fewest seconds, and its job."""
+    """The recorded run of the fewest seconds that is judged by nats, and its job."""
     found = [
         (run, job)
         for evidence in EVIDENCE
+        if evidence.of_task.loss.unit == "nats"
         for job in evidence.study().jobs()
         if (run := Records.read(DOCS / RECORDS / f"{evidence.name}.json").runs.get(job.asked.name))
     ]
@@ -195,4 +200,4 @@ def test_a_number_of_the_page_is_what_its_run_gives() -> None:
     if machine_class(machine(job.config.compute_dtype())) == run["machine"]:
         assert (result.val_loss, result.score) == (run["val_loss"], run["score"])
     else:
-        assert result.val_loss == pytest.approx(run["val_loss"], abs=studies.ELSEWHERE)
+        assert result.val_loss == pytest.approx(run["val_loss"], abs=ELSEWHERE)
