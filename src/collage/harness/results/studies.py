@@ -83,9 +83,12 @@ EVIDENCE = (
         "lost.",
         paper="OpenLLaMA",
     ),
-    Evidence("pretrain-gpt", "Pre-training, a GPT", "pretrain", 3, "A GPT-2, same text.", "tiny-gpt", FEWER, paper="GPT"),
     Evidence(
-        "pretrain-bert", "Pre-training, a BERT", "pretrain", 3, "The same text, masked.", "tiny-bert", FEWER, paper="BERT-base"
+        "pretrain-gpt", "Pre-training, a GPT", "pretrain", 3, "A GPT-2, same text.", "tiny-gpt", FEWER, paper="GPT"
+    ),
+    Evidence(
+        "pretrain-bert", "Pre-training, a BERT", "pretrain", 3, "The same text, masked.", "tiny-bert", FEWER,
+        paper="BERT-base",
     ),
     Evidence(
         "pretrain-roberta", "Pre-training, a RoBERTa", "pretrain", 3, "The same again.", "tiny-roberta", FEWER,
