@@ -16,7 +16,7 @@ import pytest
 from collage.harness.cli import main
 from collage.harness.compare import command as compare
 from collage.harness.machine import machine
-from collage.harness.results import judged, studies
+from collage.harness.results import judged
 from collage.harness.results.command import RECORDS, text_of
 from collage.harness.results.page import Section, experiments
 from collage.harness.results.plots import write_plots
@@ -26,6 +26,10 @@ from collage.harness.sweep import command as sweep
 from collage.harness.sweep.store import Asked, Store, Stored, machine_class
 from collage.harness.sweep.study import Study
 from collage.harness.train.config import RunConfig
+
+# Nats. On another machine class matrix products are added up in another order, and training carries a last bit a long
+# way: 200 steps of tiny-resnet with torch's AVX2 instead of its AVX-512 kernels end 0.0006 apart.
+ELSEWHERE = 0.005
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -129,8 +133,21 @@ def test_what_is_missing_is_run_and_recorded(tmp_path: Path, monkeypatch: pytest
     assert [run["strategy"] for run in runs] == ["bf16", "fp32-master"]
     assert {run["val_loss"] for run in runs} == {one.run["val_loss"] for one in Store(tmp_path / "store").all()}
     assert "2 runs" in (tmp_path / "results.md").read_text(encoding="utf-8")
-    monkeypatch.setattr("collage.harness.experiment.loops.run", None)
+    monkeypatch.setattr("collage.harness.experiment.Experiment.run", None)
     assert main(line) == 0
+
+
+def test_a_study_that_lacks_a_package_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vision = next(evidence for evidence in EVIDENCE if evidence.task == "vision")
+    monkeypatch.setattr("collage.harness.results.command.EVIDENCE", (vision,))
+    monkeypatch.setattr("collage.harness.tasks.registry.find_spec", lambda module: None)
+    (tmp_path / "paper.md").write_text((DOCS / "paper.md").read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["results", "--docs", str(tmp_path), "--store", str(tmp_path / "store")]) == 0
+    told = capsys.readouterr().out
+    assert f"{vision.title}: left out, task 'vision': needs the package sklearn" in told
+    assert "Not run yet: `make results` does, where `[vision]` is installed." in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -161,10 +178,11 @@ def test_runs_without_a_reference_are_not_judged() -> None:
 
 
 def quickest() -> tuple[Any, Any] | None:
-    """A recorded run of the fewest seconds, and its job."""
+    """The recorded run of the fewest seconds that is judged by nats, and its job."""
     found = [
         (run, job)
         for evidence in EVIDENCE
+        if evidence.of_task.loss.unit == "nats"
         for job in evidence.study().jobs()
         if (run := Records.read(DOCS / RECORDS / f"{evidence.name}.json").runs.get(job.asked.name))
     ]
@@ -182,4 +200,4 @@ def test_a_number_of_the_page_is_what_its_run_gives() -> None:
     if machine_class(machine(job.config.compute_dtype())) == run["machine"]:
         assert (result.val_loss, result.score) == (run["val_loss"], run["score"])
     else:
-        assert result.val_loss == pytest.approx(run["val_loss"], abs=studies.ELSEWHERE)
+        assert result.val_loss == pytest.approx(run["val_loss"], abs=ELSEWHERE)

@@ -83,7 +83,7 @@ def _task(args: argparse.Namespace) -> Task:
     """Raises ValueError if --finetune and --task differ."""
     if args.finetune and args.task not in (None, "finetune"):
         raise ValueError(f"--finetune: is --task finetune, got --task {args.task}; leave out one")
-    args.finetune = args.finetune or args.task == "finetune"
     task = get_task("finetune" if args.finetune else args.task or "pretrain")
+    args.finetune = None  # a run's text and schedule are the task's to say
     task.require()
     return task

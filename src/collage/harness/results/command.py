@@ -92,11 +92,13 @@ def _make(wanted: Sequence[Evidence], folder: Path, store: Store, screen: Consol
 
 
 def _missing(evidence: Evidence, folder: Path, screen: Console) -> list[Job]:
-    """The runs without a record; none where a package is missing, which is said."""
-    try:
-        evidence.of_task.require()
-    except ValueError as error:
-        console.say(screen, f"left out, {error}", "yellow")
-        return []
+    """The runs without a record; none where a package or data are missing, which is said."""
     recorded = Records.read(folder / f"{evidence.name}.json").runs
-    return [job for job in evidence.study().jobs() if job.asked.name not in recorded]
+    jobs = [job for job in evidence.study().jobs() if job.asked.name not in recorded]
+    try:
+        if jobs:
+            jobs[0].experiment()
+    except (ValueError, OSError) as error:
+        console.say(screen, f"{evidence.title}: left out, {error}", "yellow")
+        return []
+    return jobs

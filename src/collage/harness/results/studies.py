@@ -17,9 +17,6 @@ from collage.harness.tasks.registry import Task, get_task
 from collage.harness.text import short
 from collage.harness.train.config import RunConfig
 
-# A loss on another machine class may differ by so much: matrix products are added up in another order there, and a few
-# hundred steps make of a last bit what another seed of rounding would.
-ELSEWHERE = 0.02
 USUAL = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", REFERENCE)
 FEWER = ("bf16", "collage-plus", "collage-plus-sr", REFERENCE)  # where a run takes minutes, or says what others said
 
