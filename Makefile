@@ -16,7 +16,7 @@ PYTEST  = $(BIN)/python -m pytest --numprocesses $(JOBS)
 
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz sanitize bench gpu lint check fix clean
+.PHONY: help setup demo results test test-all fuzz sanitize bench gpu lint check fix clean
 
 help: ## list these targets
 	sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -26,6 +26,9 @@ setup: $(READY) ## install the package (editable) and all tools into .venv
 demo: $(READY) ## fine-tune under four precision strategies and write a report (minutes)
 	$(BIN)/collage compare --finetune --overwrite --out $(DEMO)
 	echo "Report: $(abspath $(DEMO))/report.html"
+
+results: $(READY) ## make the runs behind docs/results.md that have no record, and write that page (says how long first)
+	$(BIN)/collage results
 
 test: $(READY) ## run the tests that CI runs
 	$(PYTEST) $(T)

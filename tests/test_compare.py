@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from collage import STRATEGIES, __version__, floors
+from collage.harness import options
 from collage.harness.cli import COMMANDS, main
-from collage.harness.compare import command, verdict
+from collage.harness.compare import asking, verdict
 from collage.harness.machine import PLAIN
 from collage.harness.train import training
 from collage.harness.train.config import RunConfig
@@ -36,7 +37,7 @@ def comparison(out: Path, *options: str) -> tuple[dict[str, Any], list[dict[str,
 
 def test_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary, metrics = comparison(tmp_path)
-    assert summary["strategies"] == list(command.DEFAULT)
+    assert summary["strategies"] == list(asking.DEFAULT)
     assert summary["regime"] == "scratch"
     assert summary["tokens_per_step"] == 64
     assert {run["initial_loss"] for run in summary["runs"]} == {summary["initial_loss"]}
@@ -47,7 +48,7 @@ def test_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert sum(summary["update_histogram"]["counts"]) > 1000
     assert len(summary["update_histogram"]["edges"]) == len(summary["update_histogram"]["counts"]) + 1
     assert set(summary["floors"]["bf16"]) == {"up", "down"}
-    for strategy in command.DEFAULT:
+    for strategy in asking.DEFAULT:
         mine = [record for record in metrics if record["strategy"] == strategy]
         assert [r["step"] for r in mine if r["kind"] == "eval"] == [0, 1, 2, 3, 4, 5, 6]
         assert [r["step"] for r in mine if r["kind"] == "train"] == [1, 2, 4, 6]
@@ -58,7 +59,7 @@ def test_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(list((tmp_path / "plots").glob("*.png"))) >= 7
     out = capsys.readouterr().out
     assert "One seed cannot show" in out
-    assert all(strategy in out for strategy in command.DEFAULT)
+    assert all(strategy in out for strategy in asking.DEFAULT)
 
 
 def test_finetune_over_two_seeds(tmp_path: Path) -> None:
@@ -272,7 +273,7 @@ def test_a_comparison_that_diverges_is_told_and_stops_early(tmp_path: Path) -> N
 
 
 def test_specs_are_not_split_at_their_own_commas() -> None:
-    assert command._split("bf16,param=bf16x2,variance=bf16x2,fp32") == ["bf16", "param=bf16x2,variance=bf16x2", "fp32"]
+    assert options.split("bf16, param=bf16x2,variance=bf16x2,fp32") == ["bf16", "param=bf16x2,variance=bf16x2", "fp32"]
 
 
 # The command

@@ -164,7 +164,7 @@ def resealed(manifest: Path, **changes: object) -> None:
     """A manifest that is whole and says something else."""
     content = {**json.loads(manifest.read_text()), **changes}
     del content["crc32"]
-    written(manifest, json.dumps({**content, "crc32": checkpoints._seal(content)}).encode())
+    written(manifest, json.dumps({**content, "crc32": checkpoints.seal(content)}).encode())
 
 
 def test_what_belongs_elsewhere_is_refused_by_name(runs: Runs, tmp_path: Path) -> None:

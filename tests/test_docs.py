@@ -17,7 +17,8 @@ from collage.harness.cli import COMMANDS, main
 from collage.harness.tasks.pretrained import reviews
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# test_results.py follows the commands of its own page, which make the very runs that it records.
+PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "results.md")]
 SHORT = "--steps 4 --batch-size 2 --every 2 --eval-sequences 2"
 
 
@@ -78,6 +79,11 @@ def test_a_command_runs(command, capsys):
         argv += shlex.split("--pretrain-steps 3") if {"--finetune", "finetune"} & {*argv} else []
         argv += shlex.split("--strategies bf16,fp32-master") if argv[0] == "compare" and len(command) > 20 else []
         argv += shlex.split("--seeds 1" if "--optimizer" in argv else "--seeds 2") if "--seeds" in argv else []
+    if argv[0] == "sweep":
+        argv += shlex.split(f"{SHORT} --strategies bf16,fp32-master --seeds 1")
+        argv += shlex.split("--pretrain-steps 3") if "finetune" in argv else []
+    if argv[0] == "results":
+        argv = ["results", "--help"]  # test_results.py makes runs by it
     if argv[0] == "bench":
         instead = {"--gradients", "--wrapped"} & {*argv}
         argv += [] if instead else shlex.split("--strategies collage-plus --no-others")
@@ -94,8 +100,8 @@ def test_a_command_runs(command, capsys):
         argv = [SMALLER.get(name, name) for name in argv]  # test_plan.py has large ones
     if argv[0] == "plan" and "--ranks" in argv:
         argv += shlex.split("--sequences 0")
-    if any(name.startswith(BIG) for name in argv):
-        argv = ["train", "--help"]
+    if any(name.startswith(BIG) for name in argv) or "--help" in argv:
+        argv = [argv[0] if "--help" in argv else "train", "--help"]
         with pytest.raises(SystemExit, match="0"):
             main(argv)
         return

@@ -75,6 +75,8 @@ HARNESS = {
     "experiment": {"report", "tasks", "train"},
     "compare": {"console", "experiment", "machine", "options", "report", "tasks", "text", "train"},
     "advise": {"console", "options", "plan", "tasks", "text"},
+    "sweep": {"compare", "console", "experiment", "machine", "options", "report", "tasks", "text", "train"},
+    "results": {"console", "experiment", "options", "report", "sweep", "tasks", "text", "train"},
     "preflight": {"console", "tasks", "text"},
     "convert": {"console", "tasks", "text", "train"},
     "ledger": set(),

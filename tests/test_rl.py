@@ -2,12 +2,14 @@
 
 import math
 import re
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import assert_same_bits
 
+from collage.harness.cli import main
 from collage.harness.rl import acting, playing, ppo, rollouts
 from collage.harness.tasks.games import GAMES
 from collage.harness.tasks.policies import ActorCritic
@@ -263,3 +265,13 @@ def test_a_policy_that_is_lost_ends_the_run():
 def test_settings_of_text_are_refused(given, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         config(**given)
+
+
+@pytest.mark.parametrize("command", ["compare --task rl", "train --model acrobot"])
+def test_a_missing_gymnasium_is_one_sentence(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    assert main([*command.split(), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "needs the package gymnasium: install it with `pip install 'collage-optim[rl]'`" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -193,7 +193,7 @@ def test_other_epochs_are_not_mixed(runs: Any, capsys: pytest.CaptureFixture[str
     files = {"data": (str(text),), "validation": (str(folder / "validation.txt"),)}
     config = RunConfig.of("tiny-llama", folder / "uneven", **files, seq_len=16)
     manifest["text"] = config.corpus().checksum()
-    manifest["crc32"] = checkpoints._seal(manifest)
+    manifest["crc32"] = checkpoints.seal(manifest)
     (checkpoint / "complete.json").write_text(json.dumps(manifest))
     assert main([*settings(folder, "uneven", "--resume"), "--data", str(text)]) == 2
     error = capsys.readouterr().err

@@ -22,6 +22,17 @@ COMMANDS = {
         "collage compare --finetune\n"
         "  collage compare --model tiny-bert --seeds 3 --strategies bf16,collage-plus,fp32-master",
     ),
+    "sweep": (
+        "sweep.command",
+        "the same over the values of one setting: where each strategy starts to lose",
+        "collage sweep --task finetune --axis lr --values 1e-6,1e-5,1e-4 --strategies bf16,collage-plus,fp32-master\n"
+        "  collage sweep --axis beta2 --seeds 3",
+    ),
+    "results": (
+        "results.command",
+        "make the runs behind docs/results.md that are missing, and write that page",
+        "collage results\n  collage results --only finetune vision-vit\n  collage results --no-runs",
+    ),
     "preflight": (
         "preflight.command",
         "say, without training, which weights a learning rate cannot move in which format",

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from collage.harness.text import Column, present
@@ -33,6 +42,22 @@ def bar(bars: Progress, label: str, steps: int) -> Tick:
     """A new bar; the returned function is given the number of finished steps."""
     task = bars.add_task(label, total=steps)
     return lambda done: bars.update(task, completed=done)
+
+
+@contextmanager
+def passing_bars(bars: Progress, where: str) -> Iterator[Callable[[str, int], Tick]]:
+    """Bars of one run of many, by name and steps: gone once it has ended."""
+    tasks: list[TaskID] = []
+
+    def made(name: str, steps: int) -> Tick:
+        tasks.append(bars.add_task(f"{name}, {where}", total=steps))
+        return lambda done, task=tasks[-1]: bars.update(task, completed=done)  # type: ignore[misc]
+
+    try:
+        yield made
+    finally:
+        for task in tasks:
+            bars.remove_task(task)
 
 
 def say(screen: Console, line: str, style: str | None = None) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from collage.harness.report.results import REFERENCE
+from collage.harness.tasks.recipes import get_recipe
 from collage.harness.tasks.registry import Task
 from collage.harness.train import building, loops, training
 from collage.harness.train.config import RunConfig
@@ -50,6 +51,14 @@ class Plan:
             compute=run.compute, every=steps, shadow=0, eval_sequences=run.micro_batch,
         )  # fmt: skip
         return cls(task, replace(run, data=then), warm)
+
+
+def defaults(task: Task, model: str | None = None, steps: int | None = None) -> dict[str, Any]:
+    """Settings of a task's runs that are not left to the recipe. Raises ValueError for a model that it cannot train."""
+    model, steps = model or task.models[0], steps or task.steps
+    if get_recipe(model).name not in task.models:
+        raise ValueError(f"--model: task '{task.name}' trains {', '.join(task.models)}; got '{model}'")
+    return {"model": model, "steps": steps, "eval_every": max(1, steps // 4), **task.settings}
 
 
 class Experiment:
@@ -98,6 +107,12 @@ class Experiment:
             config, self._corpus, init=init, record=record, tick=tick(strategy, config.steps), histogram=histogram
         )
         return replace(result, weights={})
+
+    def model(self, seed: int) -> nn.Module:
+        """As the runs of a seed begin. Its warm-up is trained, if there is one and it has not been."""
+        config = replace(self.plan.run, strategy=REFERENCE, seed=seed)
+        init = self._warm(seed, lambda name, steps: lambda done: None) or building.start(config)
+        return building.model_of(config, self._corpus, init)
 
     def _warm(self, seed: int, tick: Callable[[str, int], Tick]) -> Mapping[str, Tensor] | None:
         warm = self.plan.warm

@@ -105,6 +105,17 @@ def strategy(where: str, name: str) -> str:
         raise ValueError(f"{where}: {str(error).removeprefix('strategy: ')}") from None
 
 
+def split(names: str) -> list[str]:
+    """Names at the commas between strategies; those inside a spec, param=...,variance=..., stay."""
+    parts: list[str] = []
+    for part in names.split(","):
+        if "=" in part and not part.startswith("param=") and parts and "=" in parts[-1]:
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return [part.strip() for part in parts]
+
+
 def open_folder(out: Path) -> Path:
     """Make the folder of the results. Raises ValueError if it cannot be written to."""
     try:

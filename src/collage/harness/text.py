@@ -31,6 +31,15 @@ def number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def hundredths(share: float | None, sign: str = "") -> str:
+    """A share in percent, to the second digit after the point: one example of some hundreds shows.
+
+    >>> hundredths(0.97222), hundredths(-0.00278, "+")
+    ('97.22', '−0.28')
+    """
+    return fixed(None if share is None else 100 * share, 2, sign)
+
+
 def size(count: float | None) -> str:
     """Bytes, in MiB or GiB.
 
@@ -40,6 +49,18 @@ def size(count: float | None) -> str:
     if count is None:
         return MISSING
     return f"{fixed(count / 2**20, 0)} MiB" if count < 2**30 else f"{fixed(count / 2**30, 2)} GiB"
+
+
+def duration(seconds: float) -> str:
+    """As people say it.
+
+    >>> duration(4.2), duration(89), duration(372), duration(9000)
+    ('4 s', '89 s', '6 min', '2 h 30 min')
+    """
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -68,7 +89,9 @@ class Column:
     optional: bool = False
 
     def cell(self, row: Mapping[str, Any]) -> str:
-        """A row's number; a dash if it was not measured."""
+        """A row's number, a dash if it was not measured; words stand for themselves."""
+        if isinstance(row.get(self.key), str):
+            return str(row[self.key])
         noise = number(row.get(self.spread))
         return self.text(number(row.get(self.key))) + ("" if noise is None else f" ± {self.text(noise).lstrip('+')}")
 

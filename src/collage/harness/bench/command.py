@@ -22,7 +22,7 @@ from collage.harness.bench.rows import DEFAULT, rows
 from collage.harness.bench.sharded import ranks
 from collage.harness.bench.shown import show, show_plan
 from collage.harness.console import say
-from collage.harness.options import flag_of, open_folder
+from collage.harness.options import flag_of, open_folder, split
 from collage.harness.tasks.recipes import build
 from collage.harness.text import size, to_json
 from collage.strategies import Strategy
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         return gradients.run(args)
     if args.wrapped:
         return wrapped.run(args)
-    names = [] if args.strategies is None else [name.strip() for name in args.strategies.split(",")]
+    names = [] if args.strategies is None else split(args.strategies)
     strategies = [Strategy.parse(name) for name in names]
     if args.accuracy:
         return accuracy.run(strategies, args)

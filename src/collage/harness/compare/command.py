@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,15 @@ from rich.progress import Progress
 
 import collage
 from collage.harness import console, options
-from collage.harness.compare import shown, verdict
-from collage.harness.experiment import PRETRAIN_STEPS, Experiment, Plan
+from collage.harness.compare import asking, shown, verdict
+from collage.harness.experiment import Experiment, Plan
 from collage.harness.machine import machine
+from collage.harness.report.pairs import mean
 from collage.harness.report.results import METRICS, REFERENCE, SUMMARY
-from collage.harness.tasks.recipes import get_recipe
-from collage.harness.tasks.registry import FINETUNE_LR, TASKS, Task, get_task
-from collage.harness.text import short, to_json
+from collage.harness.text import to_json
 from collage.harness.train import checkpoints, training, world
-from collage.harness.train.config import RUNS, RunConfig
+from collage.harness.train.config import RunConfig
 from collage.harness.train.resuming import SETTINGS
-from collage.strategies import STRATEGIES
-
-DEFAULT = ("bf16", "collage-light", "collage-plus", REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -44,25 +40,9 @@ class Comparison:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `collage compare`."""
-    parser.add_argument(
-        "--strategies", default=",".join(DEFAULT), metavar="A,B,...",
-        help=f"of {', '.join(STRATEGIES)}, or the paper's letters (default: %(default)s)",
-    )  # fmt: skip
-    told = "; ".join(f"{task.name}: {task.says}" for task in TASKS.values())
-    parser.add_argument("--task", choices=tuple(TASKS), metavar="NAME", help=f"{told} (default: pretrain)")
-    parser.add_argument(
-        "--finetune", action="store_true",
-        help=f"--task finetune: one warm-up by AdamW under {REFERENCE} on novels, then every strategy goes on with "
-        f"Python source at AdamW's lr {short(FINETUNE_LR)}: where plain bf16 fails most visibly",
-    )  # fmt: skip
-    parser.add_argument("--pretrain-steps", type=int, metavar="N", help=f"of that warm-up (default: {PRETRAIN_STEPS})")
-    parser.add_argument(
-        "--finetune-data", nargs="+", metavar="PATH", help="text to go on with (default: embedded Python source)"
-    )
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds, from --seed on")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: runs/MODEL-REGIME)")
+    asking.add_arguments(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of the results (default: runs/MODEL-TASK)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison in --out")
-    options.add_options(parser, RunConfig, RUNS, model=None, eval_every=None, eval_sequences=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,58 +87,10 @@ def _replaced(out: Path, overwrite: bool) -> list[Path]:
 
 def comparison_of(args: argparse.Namespace) -> Comparison:
     """Check all that was asked for, before anything is trained."""
-    strategies = tuple(options.strategy("--strategies", name.strip()) for name in _split(args.strategies))
-    if len(set(strategies)) < len(strategies):
-        raise ValueError(f"--strategies: each once, got {', '.join(strategies)}")
-    if args.seeds < 1:
-        raise ValueError(f"--seeds: needs a number above 0, got {args.seeds}")
-    plan = _plan(args)
-    for strategy in strategies:  # raises for one that the optimizer cannot have
-        with options.flags_named(RunConfig):
-            replace(plan.run, strategy=strategy)
-    seeds = tuple(range(args.seed, args.seed + args.seeds))
+    strategies, seeds = asking.strategies_of(args), asking.seeds_of(args)
+    plan = asking.plan_of(args, "{model}-{task}")
+    asking.require_strategies(strategies, plan.run)
     return Comparison(plan, strategies, seeds, shlex.join(["collage", *sys.argv[1:]]))
-
-
-def _plan(args: argparse.Namespace) -> Plan:
-    task = _task(args)
-    if args.pretrain_steps is not None and args.pretrain_steps < 1:
-        raise ValueError(
-            f"--pretrain-steps: needs a number above 0, got {args.pretrain_steps}; to start from random weights leave "
-            "out --finetune"
-        )
-    if not task.warm_up and (args.pretrain_steps is not None or args.finetune_data):
-        raise ValueError("--pretrain-steps, --finetune-data: only with --finetune")
-    model, steps = args.model or task.models[0], args.steps or task.steps
-    if get_recipe(model).name not in task.models:
-        raise ValueError(f"--model: task '{task.name}' trains {', '.join(task.models)}; got '{model}'")
-    settings = {
-        "out": args.out or Path("runs") / f"{model}-{task.name}",
-        "steps": steps, "model": model, "eval_every": max(1, steps // 4), **task.settings,
-    }  # fmt: skip
-    run = RunConfig.from_options(args, **settings)
-    return Plan.of(task, run, args.pretrain_steps, tuple(args.finetune_data or ()))
-
-
-def _task(args: argparse.Namespace) -> Task:
-    """Raises ValueError if --finetune and --task differ."""
-    if args.finetune and args.task not in (None, "finetune"):
-        raise ValueError(f"--finetune: is --task finetune, got --task {args.task}; leave out one")
-    args.finetune = args.finetune or args.task == "finetune"
-    task = get_task("finetune" if args.finetune else args.task or "pretrain")
-    task.require()
-    return task
-
-
-def _split(names: str) -> list[str]:
-    """At the commas between strategies; those inside a spec, param=...,variance=..., stay."""
-    parts: list[str] = []
-    for part in names.split(","):
-        if "=" in part and not part.startswith("param=") and parts and "=" in parts[-1]:
-            parts[-1] += f",{part}"
-        else:
-            parts.append(part)
-    return parts
 
 
 def _train_all(asked: Comparison, experiment: Experiment, metrics: TextIO, bars: Progress) -> list[training.RunResult]:
@@ -207,7 +139,7 @@ def summarise(asked: Comparison, results: list[training.RunResult]) -> dict[str,
         "settings": config.to_dict(),
         "seeds": list(asked.seeds),
         "strategies": list(asked.strategies),
-        "initial_loss": verdict.mean([run["initial_loss"] for run in runs]),
+        "initial_loss": mean(run["initial_loss"] for run in runs),
         "runs": runs,
         "table": rows,
         "floors": {name: floor._asdict() for name, floor in floors_table().items()},

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
 from typing import Any
 
 from collage.harness.machine import PLAIN
+from collage.harness.report.pairs import Run, by_seed, deviation, difference, diverged, mean, pairs
 from collage.harness.report.results import REFERENCE
 from collage.harness.text import fixed, short
 from collage.saying import several
@@ -23,61 +22,40 @@ _MEANS = (
 )  # fmt: skip
 
 
-def table(strategies: Sequence[str], runs: Sequence[Row]) -> list[Row]:
+def table(strategies: Sequence[str], runs: Sequence[Run]) -> list[Row]:
     """A row per strategy: means over seeds, and the differences to fp32-master on the same seed and batches."""
     return [_row(strategy, runs) for strategy in strategies]
 
 
-def _row(strategy: str, runs: Sequence[Row]) -> Row:
-    mine = _by_seed(strategy, runs)
-    reference = _by_seed(REFERENCE, runs)
-    pairs = [(run, reference[seed]) for seed, run in mine.items() if seed in reference]
-    pairs = [pair for pair in pairs if not any(map(diverged, pair))]
-    differences = [run["val_loss"] - other["val_loss"] for run, other in pairs]
-    scores = [run["score"] - other["score"] for run, other in pairs if run["score"] is not None]
-    peaks = [run["peak_device_bytes"] or run["peak_rss_bytes"] for run in mine.values()]
+def _row(strategy: str, runs: Sequence[Run]) -> Row:
+    mine = by_seed(strategy, runs).values()
+    loss, score = (difference(strategy, runs, key) for key in ("val_loss", "score"))
     return {
         "strategy": strategy,
-        **{key: mean([run[key] for run in mine.values()]) for key in _MEANS},
-        "difference": mean(differences),
-        "difference_spread": stdev(differences) if len(differences) > 1 else None,
-        "score_difference": mean(scores),
-        "score_spread": stdev(scores) if len(scores) > 1 else None,
-        "kept": _kept(pairs),
-        "frozen": len({name for run in mine.values() for name in run["frozen"]}),
-        "peak_memory_bytes": mean(peaks),
+        **{key: mean(run[key] for run in mine) for key in _MEANS},
+        "difference": loss.mean,
+        "difference_spread": loss.spread,
+        "score_difference": score.mean,
+        "score_spread": score.spread,
+        "kept": _kept(pairs(strategy, runs)),
+        "frozen": len({name for run in mine for name in run["frozen"]}),
+        "peak_memory_bytes": mean(run["peak_device_bytes"] or run["peak_rss_bytes"] for run in mine),
     }
 
 
-def diverged(row: Mapping[str, Any]) -> bool:
-    """Of a run, or of a row of the table: under some seed."""
-    return not math.isfinite(row["val_loss"])
-
-
-def _by_seed(strategy: str, runs: Sequence[Row]) -> dict[int, Row]:
-    return {run["seed"]: run for run in runs if run["strategy"] == strategy}
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are known."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
-
-
-def _kept(pairs: Sequence[tuple[Row, Row]]) -> float | None:
+def _kept(both: Sequence[tuple[Run, Run]]) -> float | None:
     """Share of fp32-master's improvement; None if it has not improved."""
-    gains = [tuple(run["initial_loss"] - run["val_loss"] for run in pair) for pair in pairs]
+    gains = [tuple(run["initial_loss"] - run["val_loss"] for run in pair) for pair in both]
     whole = sum(reference for _, reference in gains)
     return sum(gain for gain, _ in gains) / whole if whole > 0 else None
 
 
-def seeds_noise(runs: Sequence[Row]) -> float | None:
+def seeds_noise(runs: Sequence[Run]) -> float | None:
     """Standard deviation of fp32-master's validation loss over seeds: what another seed alone changes."""
-    losses = [run["val_loss"] for run in _by_seed(REFERENCE, runs).values() if not diverged(run)]
-    return stdev(losses) if len(losses) > 1 else None
+    return deviation(run["val_loss"] for run in by_seed(REFERENCE, runs).values() if not diverged(run))
 
 
-def advice(rows: Sequence[Row], runs: Sequence[Row], steps: int, beta2: float | None) -> str:
+def advice(rows: Sequence[Row], runs: Sequence[Run], steps: int, beta2: float | None) -> str:
     """The cheapest strategy that loses nothing that could be seen here, or why there is none; and what was not seen.
 
     beta2: None where the optimizer has no second moment.

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from collage.harness.tasks import weights
-from collage.harness.tasks.recipes import RECIPES, Recipe, build
+from collage.harness.tasks.recipe import Recipe
+from collage.harness.tasks.recipes import RECIPES, build
 
 _UNDROPPED = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from collage.harness.report.results import REFERENCE, ULP_AT_ONE
 from collage.harness.tasks.registry import Loss
-from collage.harness.text import Column, fixed, percent, scientific, short, size
+from collage.harness.text import Column, fixed, hundredths, percent, scientific, short, size
 
 _COLUMNS = (
     Column("kept", "Kept", "of its gain", percent),
@@ -34,17 +34,12 @@ def columns(summary: Mapping[str, Any]) -> tuple[Column, ...]:
     speed = Column("tokens_per_s", "Speed", f"{loss.samples}/s", partial(fixed, digits=0))
     if not score:
         return (*losses, *_COLUMNS, speed)
-    shown = _share if score["percent"] else partial(fixed, digits=1)
+    shown = hundredths if score["percent"] else partial(fixed, digits=1)
     own = (
         Column("score", score["name"].capitalize(), "at the end", shown),
         Column("score_difference", "Difference", f"of {score['name']}", partial(shown, sign="+"), "score_spread"),
     )
     return (*losses, *own, *_COLUMNS, speed)
-
-
-def _share(value: float | None, sign: str = "") -> str:
-    """A share in percent, to the second digit after the point: one example in some hundreds."""
-    return fixed(None if value is None else 100 * value, 2, sign)
 
 
 FLOORS = (

@@ -186,6 +186,13 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, str]], theme: Theme, si
         )
 
 
+def name_rows(ax: Axes, strategies: Sequence[str], places: Mapping[str, float], theme: Theme) -> None:
+    """Name strategies along the y axis, each in its colour: name -> place. strategies: all that are compared."""
+    ax.set_yticks(list(places.values()), list(places))
+    for name, words in zip(places, ax.get_yticklabels(), strict=True):
+        words.set(color=legible(look(strategies, name, theme)[0], theme), fontweight="bold")
+
+
 def embedded(fig: Figure) -> str:
     """The figure as SVG in base64, clear, its words in the reader's own font. Call inside `style`."""
     buffer = io.BytesIO()

@@ -5,74 +5,17 @@ Every model is made from a transformers configuration with random weights; nothi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from collage.harness.tasks.families import FAMILIES
+from collage.harness.tasks.recipe import Phase, Recipe
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from transformers import PreTrainedModel
-
-Family = Literal["gpt", "llama", "bert", "roberta", "bert-classifier", "vit", "resnet", "actor-critic"]
-Objective = Literal["causal", "masked", "classes", "policy"]
-Schedule = Literal["linear", "cosine-to-a-tenth"]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of training at one sequence length; its own warm-up and decay."""
-
-    seq_len: int
-    lr: float  # peak, after the warm-up
-    warmup_steps: int
-    steps: int  # the published length; two phases share a shorter run in this proportion
-    batch: int  # sequences per optimizer step, over all devices
-    micro_batch: int  # sequences per forward pass on one device
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """An architecture and the settings it is trained with.
-
-    Of a model of images, `vocab` is how many classes it tells apart, and `positions` and `seq_len` are the pixels of a
-    side. Of one that plays a game, `vocab` is how many actions it chooses from, and `positions` and `seq_len` are the
-    numbers of an observation.
-    """
-
-    name: str
-    family: Family
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    vocab: int
-    positions: int  # longest sequence
-    phases: tuple[Phase, ...]
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    schedule: Schedule
-    max_grad_norm: float = 1.0
-    dropout: float = 0.0
-    init_std: float = 0.02  # of the normal weights
-    pad_id: int | None = None  # its embedding is never trained; RoBERTa counts positions from it
-    others: Mapping[str, Any] = field(default_factory=dict)  # settings of transformers' configuration
-
-    @property
-    def objective(self) -> Objective:
-        return _OBJECTIVES[self.family]
-
-    @property
-    def of_images(self) -> bool:
-        return self.family in ("vit", "resnet")
-
-    @property
-    def plays(self) -> bool:
-        return self.objective == "policy"
-
 
 # About a million parameters over the vocabulary of `data.byte_tokens`, and 2,048 bytes a step. No dropout, so that
 # strategies differ in rounding alone. Shapes that soon leave the plateau of mere byte frequencies: wide rather than
@@ -228,123 +171,5 @@ def build(
     target = torch.get_default_device() if device is None else torch.device(device)
     with torch.random.fork_rng(devices=()), torch.device("meta" if target.type == "meta" else "cpu"):
         torch.default_generator.manual_seed(seed)
-        model = nn.Module.float(_FAMILIES[shape.family](shape))  # whatever torch's default dtype is
+        model = nn.Module.float(FAMILIES[shape.family](shape))  # whatever torch's default dtype is
     return model if target.type == "meta" else nn.Module.to(model, target)
-
-
-def _ids(r: Recipe) -> dict[str, Any]:
-    """Sequences are cut out of running text: no token begins or ends one."""
-    return {"vocab_size": r.vocab, "pad_token_id": r.pad_id, "bos_token_id": None, "eos_token_id": None}
-
-
-def _gpt2_model(r: Recipe) -> PreTrainedModel:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=r.hidden, n_layer=r.layers, n_head=r.heads, n_inner=r.intermediate, n_positions=r.positions,
-            resid_pdrop=r.dropout, embd_pdrop=r.dropout, attn_pdrop=r.dropout,
-            initializer_range=r.init_std, use_cache=False, **_ids(r),
-        )
-    )  # fmt: skip
-    model.loss_type = "ForCausalLM"  # transformers cannot tell from the class's name, and warns at every loss
-    return model
-
-
-def _llama_model(r: Recipe) -> PreTrainedModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=r.hidden, num_hidden_layers=r.layers, num_attention_heads=r.heads,
-            intermediate_size=r.intermediate, max_position_embeddings=r.positions, attention_dropout=r.dropout,
-            initializer_range=r.init_std, use_cache=False, **_ids(r), **r.others,
-        )
-    )  # fmt: skip
-
-
-def _encoder_settings(r: Recipe) -> dict[str, Any]:
-    return {
-        "hidden_size": r.hidden, "num_hidden_layers": r.layers, "num_attention_heads": r.heads,
-        "intermediate_size": r.intermediate, "hidden_dropout_prob": r.dropout,
-        "attention_probs_dropout_prob": r.dropout, "initializer_range": r.init_std, **_ids(r),
-    }  # fmt: skip
-
-
-def _bert_model(r: Recipe) -> PreTrainedModel:
-    from transformers import BertConfig, BertForMaskedLM
-
-    return BertForMaskedLM(BertConfig(max_position_embeddings=r.positions, **_encoder_settings(r)))
-
-
-def _bert_classifier(r: Recipe) -> PreTrainedModel:
-    """Of two classes, as transformers' configuration has it by default."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    return BertForSequenceClassification(BertConfig(max_position_embeddings=r.positions, **_encoder_settings(r)))
-
-
-def _roberta_model(r: Recipe) -> PreTrainedModel:
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    if r.pad_id is None:
-        raise ValueError(f"model {r.name!r}: RoBERTa counts positions from its padding token; pass pad_id")
-    rows = r.positions + r.pad_id + 1  # the first token's position is pad_id + 1
-    return RobertaForMaskedLM(
-        RobertaConfig(max_position_embeddings=rows, type_vocab_size=1, layer_norm_eps=1e-5, **_encoder_settings(r))
-    )
-
-
-def _vit_model(r: Recipe) -> PreTrainedModel:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return ViTForImageClassification(
-        ViTConfig(  # type: ignore[call-arg]
-            hidden_size=r.hidden, num_hidden_layers=r.layers, num_attention_heads=r.heads,
-            intermediate_size=r.intermediate, hidden_dropout_prob=r.dropout, attention_probs_dropout_prob=r.dropout,
-            initializer_range=r.init_std, image_size=r.positions, patch_size=r.positions // 4, num_channels=1,
-            num_labels=r.vocab,
-        )
-    )  # fmt: skip
-
-
-def _resnet_model(r: Recipe) -> PreTrainedModel:
-    """Stages of one pair of convolutions, each twice as wide as the one before."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    widths = [r.hidden << k for k in range(r.layers)]
-    return ResNetForImageClassification(
-        ResNetConfig(  # type: ignore[call-arg]
-            num_channels=1, embedding_size=r.hidden // 2, hidden_sizes=widths, depths=[1] * r.layers,
-            layer_type="basic", num_labels=r.vocab,
-        )
-    )  # fmt: skip
-
-
-def _actor_critic(r: Recipe) -> PreTrainedModel:
-    from collage.harness.tasks.policies import ActorCritic
-
-    return ActorCritic(r.positions, r.vocab, r.hidden, r.layers)
-
-
-_FAMILIES: dict[Family, Callable[[Recipe], PreTrainedModel]] = {
-    "gpt": _gpt2_model,
-    "llama": _llama_model,
-    "bert": _bert_model,
-    "roberta": _roberta_model,
-    "bert-classifier": _bert_classifier,
-    "vit": _vit_model,
-    "resnet": _resnet_model,
-    "actor-critic": _actor_critic,
-}
-
-_OBJECTIVES: dict[Family, Objective] = {
-    "gpt": "causal",
-    "llama": "causal",
-    "bert": "masked",
-    "roberta": "masked",
-    "bert-classifier": "classes",
-    "vit": "classes",
-    "resnet": "classes",
-    "actor-critic": "policy",
-}

@@ -49,7 +49,7 @@ def publish(staged: Path, run: Path, origin: Mapping[str, Any]) -> Path:
     listed = {name: {"size": file.stat().st_size, "crc32": _crc32(file)} for name, file in files.items()}
     content = {"format": FORMAT, "step": step_of(staged), "made_by": _versions(), **origin, "files": listed}
     manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({**content, "crc32": _seal(content)}, indent=1) + "\n", encoding="utf-8")
+    manifest.write_text(json.dumps({**content, "crc32": seal(content)}, indent=1) + "\n", encoding="utf-8")
     for path in (*files.values(), manifest, staged):
         sync(path)
     target = run / staged.name
@@ -95,7 +95,7 @@ def problem_of(checkpoint: Path) -> str | None:
     """
     try:
         content = manifest_of(checkpoint)
-        sealed = content.pop("crc32", None) == _seal(content)
+        sealed = content.pop("crc32", None) == seal(content)
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not written to its end"
     except (OSError, ValueError, AttributeError, TypeError):
@@ -180,6 +180,6 @@ def _crc32(file: Path) -> int:
     return value
 
 
-def _seal(content: Mapping[str, Any]) -> int:
+def seal(content: Mapping[str, Any]) -> int:
     """The checksum of a manifest, which it has beside all else."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())

@@ -26,8 +26,9 @@ from collage.harness.tasks.data import (
 from collage.harness.tasks.examples import Examples
 from collage.harness.tasks.games import GAMES, Game, require_playable
 from collage.harness.tasks.pretrained import PUBLISHED, reviews
-from collage.harness.tasks.recipes import RECIPES, Recipe, get_recipe
-from collage.harness.tasks.recipes import Schedule as RecipeSchedule
+from collage.harness.tasks.recipe import Recipe
+from collage.harness.tasks.recipe import Schedule as RecipeSchedule
+from collage.harness.tasks.recipes import RECIPES, get_recipe
 from collage.harness.tasks.registry import FINETUNE_LR
 from collage.harness.train import choice
 from collage.harness.train.computing import has_bf16_matrix_units
