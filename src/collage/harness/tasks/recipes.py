@@ -39,8 +39,8 @@ _TINY_ROBERTA = replace(_TINY_BERT, name="tiny-roberta", family="roberta")
 # Ten classes of 32 x 32 grey pixels. A batch is a divisor of what `images.digits` keeps for validation.
 _TINY_VIT = Recipe(
     name="tiny-vit", family="vit", hidden=64, layers=4, heads=4, intermediate=128, vocab=10, positions=32,
-    phases=(Phase(seq_len=32, lr=1e-3, warmup_steps=20, steps=300, batch=60, micro_batch=60),),
-    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, schedule="cosine-to-a-tenth",
+    phases=(Phase(seq_len=32, lr=2e-3, warmup_steps=20, steps=300, batch=60, micro_batch=60),),
+    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, schedule="cosine-to-a-tenth", init_std=0.05,
 )  # fmt: skip
 _TINY_RESNET = replace(_TINY_VIT, name="tiny-resnet", family="resnet", hidden=32, layers=2, weight_decay=5e-4)
 
