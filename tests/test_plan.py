@@ -348,5 +348,18 @@ def test_a_wrong_configuration_is_named(text, said, tmp_path, capsys):
     assert said in out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["bf16", "collage-light", "collage-plus", "fp32-master"])
+@pytest.mark.parametrize("name", ["gpt2", "bert-base", "smollm2-135m"])
+def test_the_measured_peak_is_within_a_tenth_of_the_prediction(name, strategy):
+    """A process's high-water mark, which libraries' own 60 MiB are part of: of a gigabyte that is 6 %."""
+    with quiet():
+        work = Work(sequences=1, length=128, compute=torch.float32)
+        (prediction, _) = predict(find(name).build("meta", torch.float32), [strategy], work)
+    beside = measuring.measure(name, "adamw", prediction, work, steps=1)
+    assert beside.strict is not None, beside.why
+    assert 0.9 < prediction.peak / beside.strict.peak < 1.1
+
+
 if __name__ == "__main__":
     as_rank(peak_of_a_rank, json.loads(sys.argv[1]), bool(int(sys.argv[2])))
