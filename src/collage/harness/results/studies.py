@@ -18,7 +18,8 @@ from collage.harness.text import short
 from collage.harness.train.config import RunConfig
 
 USUAL = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", REFERENCE)
-FEWER = ("bf16", "collage-plus", "collage-plus-sr", REFERENCE)  # where a run takes minutes, or says what others said
+FEWER = ("bf16", "collage-plus", "collage-plus-sr", REFERENCE)  # where others have said it
+FEWEST = ("bf16", "collage-plus", REFERENCE)  # where a run takes minutes
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ EVIDENCE = (
     ),
     Evidence(
         "classify", "Sentences, published weights of a BERT", "classify", 3,
-        "MiniLM (22.7 M parameters) learns whether a film review praises.", strategies=FEWER,
+        "MiniLM (22.7 M parameters) learns whether a film review praises.", strategies=FEWEST,
     ),
     Evidence(
         "continue", "Training on, published weights of a Llama", "continue", 3,
         "SmolLM2 (134.5 M parameters) goes on with Python source at lr 1e-5.",
-        strategies=FEWER,
+        strategies=FEWEST,
     ),
     Evidence(
         "vision-resnet", "Images, a ResNet", "vision", 5, "Handwritten digits of 8 × 8 pixels in ten classes.",
