@@ -18,6 +18,7 @@ from collage.harness.text import short
 from collage.harness.train.config import RunConfig
 
 USUAL = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", REFERENCE)
+EVERY = ("bf16", "stochastic", *USUAL[1:])
 FEWER = ("bf16", "collage-plus", "collage-plus-sr", REFERENCE)  # where others have said it
 FEWEST = ("bf16", "collage-plus", REFERENCE)  # where a run takes minutes
 
@@ -82,6 +83,7 @@ EVIDENCE = (
         "pretrain", "Pre-training, a Llama", "pretrain", 3,
         "A Llama of a million parameters from random weights on novels, byte by byte: large steps, of which little is\n"
         "lost.",
+        strategies=FEWER,
         paper="OpenLLaMA",
     ),
     Evidence(
@@ -96,7 +98,7 @@ EVIDENCE = (
         paper="RoBERTa-base",
     ),
     Evidence(
-        "finetune", "Fine-tuning at a small learning rate", "finetune", 5,
+        "finetune", "Fine-tuning at a small learning rate", "finetune", 3,
         "The Llama goes on with Python source at lr 1e-5 after a warm-up on novels: small steps, of which bf16 loses\n"
         "most.",
     ),
@@ -111,23 +113,28 @@ EVIDENCE = (
     ),
     Evidence(
         "vision-resnet", "Images, a ResNet", "vision", 5, "Handwritten digits of 8 × 8 pixels in ten classes.",
-        "tiny-resnet",
+        "tiny-resnet", FEWER,
     ),
-    Evidence("vision-vit", "Images, a ViT", "vision", 5, "The same digits, a vision transformer.", "tiny-vit"),
+    Evidence("vision-vit", "Images, a ViT", "vision", 5, "The same digits, a vision transformer.", "tiny-vit", FEWER),
     Evidence(
         "rl-cartpole", "Reinforcement learning, CartPole", "rl", 5,
-        "PPO with a policy of 16 bits. Returns are noisy: another seed changes much.", "cartpole",
+        "PPO with a policy of 16 bits. Returns are noisy: another seed changes much.", "cartpole", FEWER,
     ),
-    Evidence("rl-acrobot", "Reinforcement learning, Acrobot", "rl", 5, "The same, another game.", "acrobot"),
+    Evidence("rl-acrobot", "Reinforcement learning, Acrobot", "rl", 5, "The same, another game.", "acrobot", FEWER),
     Evidence(
         "beta2", "The second moment's decay", "pretrain", 3,
         "The paper's ablation in small: β₂ of the Llama's pre-training.",
         axis="beta2", values=(0.95, 0.99, 0.999), paper="β₂ ablation",
     ),
     Evidence(
+        "vision-lr", "Learning rates of a ResNet", "vision", 3,
+        "From which learning rate on each strategy loses, stochastic rounding alone among them.", "tiny-resnet",
+        EVERY, axis="lr", values=(1e-5, 1e-4, 1e-3, 1e-2),
+    ),
+    Evidence(
         "finetune-lr", "Learning rates of fine-tuning", "finetune", 3,
         "From which learning rate on each strategy loses, stochastic rounding alone among them.",
-        strategies=("bf16", "stochastic", "collage-light", "collage-plus", "collage-plus-sr", REFERENCE),
+        strategies=EVERY,
         axis="lr", values=(1e-6, 1e-5, 1e-4, 1e-3),
     ),
 )  # fmt: skip
