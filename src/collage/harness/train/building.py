@@ -16,9 +16,10 @@ from collage.harness.tasks.data import Corpus, Tokens
 from collage.harness.tasks.examples import Examples, Rows
 from collage.harness.tasks.games import Game
 from collage.harness.tasks.masks import CausalBlocks, MaskedBlocks
+from collage.harness.tasks.material import Data
 from collage.harness.tasks.pretrained import PUBLISHED
 from collage.harness.train import choice
-from collage.harness.train.config import Data, RunConfig
+from collage.harness.train.config import RunConfig
 from collage.optimizers.base import PrecisionOptimizer
 from collage.strategies import Strategy
 

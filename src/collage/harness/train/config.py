@@ -7,25 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 
 from collage.harness import options
 from collage.harness.options import option
-from collage.harness.tasks import images
-from collage.harness.tasks.data import (
-    Corpus,
-    Tokens,
-    byte_tokens,
-    default_corpus,
-    finetune_corpus,
-    read_corpus,
-    tokenizer_tokens,
-)
-from collage.harness.tasks.examples import Examples
-from collage.harness.tasks.games import GAMES, Game, require_playable
-from collage.harness.tasks.pretrained import PUBLISHED, reviews
+from collage.harness.tasks.data import Tokens
+from collage.harness.tasks.material import Data, material, require_fitting, tokens_of
 from collage.harness.tasks.recipe import Recipe
 from collage.harness.tasks.recipe import Schedule as RecipeSchedule
 from collage.harness.tasks.recipes import RECIPES, get_recipe
@@ -33,7 +22,6 @@ from collage.harness.tasks.registry import FINETUNE_LR
 from collage.harness.train import choice
 from collage.harness.train.computing import has_bf16_matrix_units
 
-Data: TypeAlias = "Corpus | Examples | Game"  # what a run is trained on
 SCHEDULES = (*get_args(RecipeSchedule), "constant")
 COMPUTE = ("auto", "fp32", "bf16")
 
@@ -122,9 +110,7 @@ class RunConfig:
         longest = self.recipe.positions
         if self.seq_len > longest:
             raise ValueError(f"seq_len: '{self.model}' has {longest} positions, got {self.seq_len}; at most {longest}")
-        _require_fitting_data(self)
-        if self.recipe.plays:
-            require_playable(vars(self), self.recipe.positions)
+        require_fitting(vars(self))
         choice.require_makeable(vars(self))
 
     @classmethod
@@ -191,26 +177,11 @@ class RunConfig:
 
     def tokens(self) -> Tokens:
         """The vocabulary of the text: that of published weights, the given one, or bytes."""
-        published = PUBLISHED.get(self.model)
-        if published and published.tokens:
-            return published.tokens()
-        return tokenizer_tokens(self.tokenizer) if self.tokenizer else byte_tokens()
+        return tokens_of(vars(self))
 
     def corpus(self) -> Data:
-        """The text: the given one, or the embedded one of the regime. Of a classifier its examples, of a policy its
-        game."""
-        if self.recipe.plays:
-            return GAMES[self.model]
-        if self.recipe.of_images:
-            return images.examples(self.data)
-        if self.validation and not self.data:
-            raise ValueError("validation: given without data; give both, or neither for the embedded texts")
-        if self.recipe.objective == "classes":
-            return reviews.examples(self.data, self.validation, self.seq_len)
-        tokens = self.tokens()
-        if self.data:
-            return read_corpus(self.data, self.validation or None, tokens)
-        return finetune_corpus(tokens) if self.finetune else default_corpus(tokens)
+        """What is trained on: text, a classifier's examples, or a policy's game."""
+        return material(vars(self))
 
     def share(self, processes: int) -> tuple[int, int]:
         """Sequences per forward pass, and passes per step, of each of several processes that share the batch.
@@ -265,22 +236,6 @@ def _require_positive(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
             raise ValueError(f"{name}: needs a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
-
-
-def _require_fitting_data(config: RunConfig) -> None:
-    """Raises ValueError for settings of text where images are trained on, or sentences, or there is a vocabulary."""
-    if config.tokenizer and config.model in PUBLISHED:
-        raise ValueError(f"tokenizer: '{config.model}' has a vocabulary of its own; leave it out")
-    if config.finetune and config.recipe.objective == "classes" and not config.recipe.of_images:
-        raise ValueError(f"finetune: '{config.model}' tells sentences apart, and has no use for source; leave it out")
-    if not config.recipe.of_images:
-        return
-    for name in ("validation", "tokenizer", "finetune"):
-        if getattr(config, name):
-            raise ValueError(f"{name}: '{config.model}' is trained on images, not on text; leave it out")
-    side = config.recipe.positions
-    if config.seq_len != side:
-        raise ValueError(f"seq_len: '{config.model}' takes images of {side} x {side} pixels; leave it out")
 
 
 def _require_known(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from collage.harness.tasks.games import Game
+from collage.harness.tasks.material import Data
 from collage.harness.train import training
-from collage.harness.train.config import Data, RunConfig
+from collage.harness.train.config import RunConfig
 
 _OF_GAMES = "collage.harness.rl.run"  # known by name alone: it is built of what is here
 

@@ -14,9 +14,10 @@ from collage.harness import console, options
 from collage.harness.tasks.data import Corpus
 from collage.harness.tasks.examples import Examples
 from collage.harness.tasks.games import Game
+from collage.harness.tasks.material import Data
 from collage.harness.text import to_json
 from collage.harness.train import building, checkpoints, world
-from collage.harness.train.config import Data, RunConfig
+from collage.harness.train.config import RunConfig
 
 SETTINGS, METRICS, RESULT = "settings.json", "metrics.jsonl", "result.json"
 
