@@ -122,6 +122,11 @@ EVIDENCE = (
     ),
     Evidence("rl-acrobot", "Reinforcement learning, Acrobot", "rl", 5, "The same, another game.", "acrobot", FEWER),
     Evidence(
+        "rl-lr", "Learning rates of CartPole", "rl", 3,
+        "Whether a rate that was tuned on lost updates is too high without the loss.", "cartpole", FEWEST,
+        {"schedule": "constant"}, axis="lr", values=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    ),
+    Evidence(
         "beta2", "The second moment's decay", "pretrain", 3,
         "The paper's ablation in small: β₂ of the Llama's pre-training.",
         axis="beta2", values=(0.95, 0.99, 0.999), paper="β₂ ablation",
