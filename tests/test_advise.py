@@ -185,11 +185,55 @@ def test_the_sample_is_of_every_parameter_in_proportion():
 def test_weights_of_every_shape():
     tensors = {"conv": torch.randn(5, 3, 3, 3), "scalar": torch.tensor(2.0), "row": torch.randn(1, 300),
                "empty": torch.zeros(0, 4), "ids": torch.arange(4), "half": torch.randn(64).half(),
-               "broken": torch.tensor([float("nan"), float("inf"), 1.0])}  # fmt: skip
+               "step": 3}  # fmt: skip
     advice = collage.advise(tensors, 1e-4, steps=3, bandwidth=20)
     assert len(advice.rows) == len(STRATEGIES)
     assert all(0 <= r["cannot_move"] <= 1 for r in advice.rows)
-    assert of(tensors).count == 5 * 27 + 1 + 300 + 64 + 3
+    assert of(tensors).count == 5 * 27 + 1 + 300 + 64
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "says"),
+    [
+        ({"w": torch.tensor([float("nan"), 1.0])}, ValueError, "model: 'w' holds NaN or Inf"),
+        ({"model": {"w": torch.ones(3)}}, TypeError, "model: 'model' is a dict; give the dict of the weights alone"),
+        ({"w": torch.eye(3).to_sparse()}, ValueError, "model: 'w' is sparse"),
+        (torch.nn.LazyLinear(3), ValueError, "model: 'weight' has no shape yet; call the lazy model once"),
+    ],
+)
+def test_weights_that_cannot_be_looked_at(what, error, says):
+    with pytest.raises(error, match=says):
+        collage.advise(what, 1e-4, **QUICK)
+
+
+QUICK = {"steps": 30, "bandwidth": 20, "strategies": ("bf16", "collage-plus")}
+
+
+def test_what_the_caller_has_set_does_not_matter():
+    w = torch.randn(64, 64)
+    want = collage.advise({"w": w}, 1e-4, **QUICK).to_dict()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.inference_mode(), torch.device("meta"):
+            assert collage.advise({"w": w}, 1e-4, **QUICK).to_dict() == want
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("given", [{"lr": 1e-20}, {"lr": 1e-4, "weight_decay": 1e9}])
+def test_nothing_is_safe_where_float32_does_not_move_or_diverges(given):
+    advice = collage.advise({"w": torch.randn(64, 64)}, **given, **QUICK)
+    assert advice.strategy is None
+    assert {row["verdict"] for row in advice.rows} <= {"unknown", "loses"}
+    assert "nan" not in str(advice)
+
+
+def test_what_has_to_be_cast_is_said():
+    assert "These weights are float16" in collage.advise({"w": torch.randn(64, 64).half()}, 1e-4, **QUICK).notes[-1]
+    held = collage.advise({"w": torch.randn(64, 64).bfloat16()}, 1e-4, **QUICK)
+    assert not any("These weights are bfloat16" in note for note in held.notes)
+    one = collage.advise({"w": torch.randn(64, 64)}, 1e-4, **{**QUICK, "strategies": "collage-plus"})
+    assert [row["strategy"] for row in one.rows] == ["collage-plus"]
 
 
 def test_frozen_parameters_are_left_out():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from collage.advice import bandwidth as measuring
@@ -17,6 +18,7 @@ from collage.advice.weights import Weights
 from collage.advised.advice import Advice
 from collage.advised.choosing import chosen
 from collage.advised.tuned import Tuned
+from collage.numerals import listed
 from collage.strategies import STRATEGIES, Strategy
 
 
@@ -63,27 +65,34 @@ def advise(
     >>> advice.strategy, [row["verdict"] for row in advice.rows]
     ('collage-plus', ['loses', 'safe'])
     """
-    settings = _settings(lr, lr / 10 if final_lr is None else final_lr, weight_decay, betas, steps)
+    settings = _settings(lr, final_lr, weight_decay, betas, steps)
     machine = _machine(memory, ranks, bandwidth)
-    names = {str(known): known for known in map(Strategy.parse, strategies)}
+    chosen_from = (strategies,) if isinstance(strategies, str | Strategy) else tuple(strategies)
+    if not chosen_from:
+        raise ValueError("strategies: name at least one to choose from")
+    names = {str(known): known for known in map(Strategy.parse, chosen_from)}
     lossy = None if tuned_under is None else Strategy.parse(tuned_under)
     _require_share(arrived, lossy)
-    looked = weights.of(model)
-    with one_thread():
+    with one_thread(), torch.inference_mode(False), torch.device("cpu"):  # whatever the caller has set
+        looked = weights.of(model)
         tried = {**names, **({str(lossy): lossy} if lossy and arrived is None else {})}
         seen = dict(zip(tried, rehearse(looked.samples(), list(tried.values()), settings), strict=True))
         rows = [row(name, strategy, looked, seen[name], settings, machine) for name, strategy in names.items()]
     tuned = None if lossy is None else _tuned(str(lossy), lr, arrived, seen)
     strategy, why = chosen(rows)
-    return Advice(strategy, why, rows, _notes(looked, settings), tuned)
+    notes = _notes(looked, settings) + _held(names.get(strategy or ""), looked)
+    return Advice(strategy, why, rows, notes, tuned)
 
 
-def _settings(lr: float, final_lr: float, weight_decay: float, betas: tuple[float, float], steps: int) -> Settings:
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr: must be a positive number, got {lr:g}")
+def _settings(
+    lr: float, final_lr: float | None, weight_decay: float, betas: tuple[float, float], steps: int
+) -> Settings:
+    if not (_is_number(lr) and lr > 0):
+        raise ValueError(f"lr: must be a positive number, got {lr!r}")
+    final_lr = lr / 10 if final_lr is None else final_lr
     for name, number in (("final_lr", final_lr), ("weight_decay", weight_decay)):
-        if not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"{name}: must be zero or positive, got {number:g}")
+        if not (_is_number(number) and number >= 0):
+            raise ValueError(f"{name}: must be zero or positive, got {number!r}")
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas: needs two numbers in [0, 1), got {betas}")
     if not isinstance(steps, int) or steps < 1:
@@ -91,11 +100,15 @@ def _settings(lr: float, final_lr: float, weight_decay: float, betas: tuple[floa
     return Settings(lr=lr, final_lr=final_lr, weight_decay=weight_decay, betas=betas, steps=steps)
 
 
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and math.isfinite(x)
+
+
 def _machine(memory: float | str | None, ranks: int, bandwidth: float | None) -> Machine:
     if not isinstance(ranks, int) or ranks < 1:
         raise ValueError(f"ranks: needs an integer >= 1, got {ranks!r}")
-    if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth > 0):
-        raise ValueError(f"bandwidth: must be a positive number of GB per second, got {bandwidth:g}")
+    if bandwidth is not None and not (_is_number(bandwidth) and bandwidth > 0):
+        raise ValueError(f"bandwidth: must be a positive number of GB per second, got {bandwidth!r}")
     size = None if memory is None else amount(memory)
     return Machine(memory=size, ranks=ranks, bandwidth=bandwidth * GB if bandwidth else measuring.measured())
 
@@ -110,7 +123,22 @@ def _require_share(arrived: float | None, lossy: Strategy | None) -> None:
 def _tuned(under: str, lr: float, arrived: float | None, seen: Mapping[str, Rehearsed]) -> Tuned:
     if arrived is not None:
         return Tuned(under, lr, arrived, "as that run reports")
-    return Tuned(under, lr, max(seen[under].main.arrived, 1e-3), "as rehearsed")
+    share = seen[under].main.arrived
+    if not math.isfinite(share):
+        raise ValueError(f"tuned_under: float32 itself does not move these weights at lr {lr:g}; give arrived")
+    return Tuned(under, lr, max(share, 1e-3), "as rehearsed")
+
+
+def _held(strategy: Strategy | None, looked: Weights) -> list[str]:
+    """What has to be done to weights before they can be held so."""
+    if strategy is None or looked.dtypes <= {strategy.dtype}:
+        return []
+    cast = {torch.bfloat16: "collage.to_bf16(model)", torch.float16: "collage.to_fp16(model)"}
+    now = listed(sorted(str(dtype).removeprefix("torch.") for dtype in looked.dtypes))
+    how = cast.get(strategy.dtype, "model.float()")
+    return [
+        f"These weights are {now}; {strategy} holds {str(strategy.dtype).removeprefix('torch.')}: call {how} first."
+    ]
 
 
 def _notes(looked: Weights, settings: Settings) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from collage.numerals import fixed, short
 
+NEAR = 10.0  # times another learning rate: beyond, a run says nothing of it
 NOISE = 0.01  # nats: less says nothing
 TABLE = Path(__file__).with_name("evidence.json")
 
@@ -48,6 +49,6 @@ def runs() -> tuple[Run, ...]:
 
 
 def nearest(strategy: str, lr: float) -> Run | None:
-    """The run of a strategy whose learning rate is the nearest, the longer one of two; None: it was not measured."""
-    own = [run for run in runs() if run.strategy == strategy]
+    """The run of a strategy whose learning rate is the nearest, the longer one of two; None: none was within NEAR."""
+    own = [run for run in runs() if run.strategy == strategy and 1 / NEAR <= run.lr / lr <= NEAR]
     return min(own, key=lambda run: (abs(math.log(run.lr / lr)), -run.steps), default=None)

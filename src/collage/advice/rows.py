@@ -43,14 +43,19 @@ def row(
         "gigabytes": own / GB,
         "fits": None if machine.memory is None else own <= machine.memory,
         "cannot_move": _cannot_move(strategy, looked, settings.lr),
-        "arrived": seen.main.arrived,
-        "decay_arrives": seen.decay,
-        "v_ratio": seen.v_ratio,
+        "arrived": _known(seen.main.arrived),
+        "decay_arrives": _known(seen.decay),
+        "v_ratio": _known(seen.v_ratio),
         "seconds_per_step": moved / machine.bandwidth,
         "verdict": word,
         "because": why,
         "evidence": None if known is None else str(known),
     }
+
+
+def _known(x: float | None) -> float | None:
+    """None for what is no number: float32 did not move."""
+    return None if x is None or not math.isfinite(x) else x
 
 
 def _cannot_move(strategy: Strategy, looked: Weights, lr: float) -> float:

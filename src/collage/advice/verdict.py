@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from collage.advice.rehearsal import Rehearsed, Settings
@@ -17,6 +18,7 @@ NOTHING = 2e-4  # of the weights: what lacks no more than that is too little to 
 STAYED, STILL, NEARLY_WHOLE = 0.5, 0.005, 0.985
 NOISY = 0.15  # of the weights: rounding noise of matrices that go where they should on average
 SOON_STUCK = 1.1  # second moment over float32's, of a run that is longer than the rehearsal
+OVER = 1.08  # of float32's movement: more is as strange as less
 HASTY = 0.04  # lr over the size of a weight: from here on runs that differ in nothing but noise end apart
 
 
@@ -29,6 +31,8 @@ class Verdict(NamedTuple):
 
 def judged(seen: Rehearsed, settings: Settings) -> Verdict:
     """What a strategy's rehearsal says of a run."""
+    if not all(map(math.isfinite, (seen.main.arrived, seen.main.off, seen.v_ratio))):
+        return Verdict(UNKNOWN, "float32 itself does not move these weights, or not to finite numbers")
     if seen.main.off == 0:
         return Verdict(SAFE, "float32's own bits")
     lost = _lost(seen)
@@ -50,6 +54,8 @@ def _lost(seen: Rehearsed) -> str:
 def _doubt(seen: Rehearsed, settings: Settings) -> str:
     main, stuck = seen.main, SOON_STUCK if settings.steps > settings.rehearsed else STUCK
     if main.arrived < WHOLE:
+        return arrive(main.arrived)
+    if main.arrived > OVER:
         return arrive(main.arrived)
     if main.noise > NOISY:
         return f"rounding noise grows to {percent(main.noise)} of the weights"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Part(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype  # that it came in
     values: Tensor
 
     @property
@@ -50,6 +51,10 @@ class Weights:
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         return [part.shape for part in self.parts]
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {part.dtype for part in self.parts}
 
     @property
     def count(self) -> int:
@@ -81,17 +86,31 @@ def of(model: nn.Module | Mapping[str, Tensor] | Weights) -> Weights:
     if isinstance(model, Weights):
         return model
     if isinstance(model, nn.Module):
+        _require_made(model)
         pairs = ((name, param.detach()) for name, param in model.named_parameters() if param.requires_grad)
     elif isinstance(model, Mapping):
-        pairs = ((name, tensor.detach()) for name, tensor in model.items())
+        pairs = ((name, tensor.detach()) for name, tensor in model.items() if _is_tensor(name, tensor))
     else:
         raise TypeError(f"model: needs a torch.nn.Module or a dict of tensors, got {type(model).__name__}")
     return gathered((name, tuple(tensor.shape), local(tensor)) for name, tensor in pairs)
 
 
+def _require_made(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if isinstance(param, nn.UninitializedParameter):
+            raise ValueError(f"model: '{name}' has no shape yet; call the lazy model once first")
+
+
+def _is_tensor(name: str, value: Any) -> bool:
+    """Raises TypeError for what holds tensors itself; numbers and text beside them are left out."""
+    if isinstance(value, Mapping):
+        raise TypeError(f"model: '{name}' is a dict; give the dict of the weights alone, such as checkpoint['{name}']")
+    return isinstance(value, Tensor)
+
+
 def gathered(entries: Iterable[Entry]) -> Weights:
     """The sample of entries that come one at a time."""
-    return Weights([Part(name, shape, _looked(name, shape, tensor)) for name, shape, tensor in _floats(entries)])
+    return Weights([Part(*entry[:2], entry[2].dtype, _looked(*entry)) for entry in _floats(entries)])
 
 
 def _floats(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -102,18 +121,24 @@ def _floats(entries: Iterable[Entry]) -> Iterator[Entry]:
 
 @torch.no_grad()
 def _looked(name: str, shape: tuple[int, ...], tensor: Tensor) -> Tensor:
-    """Numbers of a tensor at even distances, LOOKED of them at most, on the CPU; those that are not finite are 0."""
+    """Numbers of a tensor at even distances, LOOKED of them at most, on the CPU."""
     if tensor.is_meta:
         raise ValueError(f"model: '{name}' is on the meta device and has no numbers to look at; load its weights first")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"model: '{name}' is sparse ({tensor.layout}); give dense weights")
     if len(shape) < 2:
-        return _cleaned(tensor.reshape(-1)[:: -(-tensor.numel() // LOOKED)])
+        return _finite(name, tensor.reshape(-1)[:: -(-tensor.numel() // LOOKED)])
     rows, columns = as_rows(tensor.shape)
     width = min(columns, RUN)
-    return _cleaned(tensor.reshape(rows, columns)[:: -(-rows * width // LOOKED), :width])
+    return _finite(name, tensor.reshape(rows, columns)[:: -(-rows * width // LOOKED), :width])
 
 
-def _cleaned(values: Tensor) -> Tensor:
-    return torch.nan_to_num(values.to("cpu", torch.float32), 0.0, 0.0, 0.0)
+def _finite(name: str, values: Tensor) -> Tensor:
+    """In float32. Raises ValueError for NaN and Inf: nothing that holds them trains."""
+    own = values.to("cpu", torch.float32)
+    if not bool(own.isfinite().all()):
+        raise ValueError(f"model: '{name}' holds NaN or Inf; mend these weights first")
+    return own
 
 
 def _runs(values: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ def _nothing_fits(safe: Sequence[Row]) -> str:
 
 
 def _nothing_is_safe(rows: Sequence[Row]) -> str:
-    nearest = _nearest(rows)
+    nearest, doubtful = _nearest(rows), [row for row in rows if row["verdict"] == UNKNOWN]
+    if nearest is None and doubtful:
+        return f"None of these strategies can be judged: {doubtful[0]['because']}."
     if nearest is None:
         return "None of these strategies is safe: add others, such as collage-plus or fp32-master."
     return (
