@@ -9,7 +9,8 @@ import torch
 import collage
 from collage.advice import evidence
 from collage.advice.memory import amount, moved_bytes, planes_bytes, total_bytes
-from collage.advice.rehearsal import LONGEST, Settings, rehearse, stream
+from collage.advice.rehearsal import LONGEST, Moved, Rehearsed, Settings, rehearse, stream
+from collage.advice.verdict import judged
 from collage.advice.weights import ROWS, RUN, SINGLES, gathered, of
 from collage.floors import unchanged
 from collage.formats import format_of, split
@@ -362,3 +363,34 @@ def test_a_report_of_few_steps_knows_nothing_yet():
     advice = empty.advice()
     assert advice.strategy is None
     assert advice.rows[0]["verdict"] == "unknown"
+
+
+def test_a_report_is_judged_by_the_worst_of_its_groups():
+    def seen(ratio):
+        return Quality(20, 1.0, ratio, ratio, 0.0, 100)
+
+    report = Report(seen(0.99), [seen(0.1), seen(1.0)], {}, [], {}, strategies=["bf16", "fp32"], lr=1e-4)
+    (row,) = report.advice().rows
+    assert (row["verdict"], row["arrived"]) == ("loses", 0.99)
+
+
+def test_a_report_of_what_is_not_finite_says_so():
+    nothing = Quality(20, None, float("nan"), None, 0.0, 100)
+    advice = Report(nothing, [nothing], {}, [], {}, strategies=["bf16"], lr=1e-4).advice()
+    assert advice.strategy is None
+    assert advice.rows[0]["because"] == "no finite update was measured"
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "arrived", "word"),
+    [
+        (1.0, 20_000, 1.0, "safe"),
+        (0.5, 20_000, 1.0, "unknown"),  # 1.1 % of the weights should have gone
+        (0.5, 200, 1.0, "safe"),  # 0.01 %
+        (1.0, 20_000, 1.2, "unknown"),
+    ],
+)
+def test_what_is_in_doubt(decay, steps, arrived, word):
+    settings = Settings(lr=1e-5, final_lr=1e-6, weight_decay=0.1, betas=(0.9, 0.999), steps=steps)
+    moved = Moved(arrived, off=0.05, noise=1e-3)
+    assert judged(Rehearsed(moved, None, decay, 1.0, haste=1e-3), settings).word == word

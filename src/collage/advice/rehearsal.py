@@ -47,6 +47,11 @@ class Settings:
     def rehearsed(self) -> int:
         return min(self.steps, LONGEST)
 
+    @property
+    def decayed(self) -> float:
+        """The share of itself that decay takes from a weight in the whole run."""
+        return self.steps * self.weight_decay * (self.lr + self.final_lr) / 2
+
     def lr_at(self, done: float) -> float:
         """Of a share of the run that is done."""
         return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from collage.advice.rehearsal import Rehearsed, Settings
-from collage.advised.words import LOSES, PART, SAFE, STUCK, UNKNOWN, WHOLE, arrive
+from collage.advised.words import LOSES, OVER, PART, SAFE, STUCK, UNKNOWN, WHOLE, arrive
 from collage.numerals import percent
 
 # Where the error is larger than SCATTERED, some weights lack all of their movement; otherwise all lack a bit of it,
@@ -18,7 +18,7 @@ NOTHING = 2e-4  # of the weights: what lacks no more than that is too little to 
 STAYED, STILL, NEARLY_WHOLE = 0.5, 0.005, 0.985
 NOISY = 0.15  # of the weights: rounding noise of matrices that go where they should on average
 SOON_STUCK = 1.1  # second moment over float32's, of a run that is longer than the rehearsal
-OVER = 1.08  # of float32's movement: more is as strange as less
+DECAYED, DECAY_PART = 0.01, 0.75  # of the weights: a decay that can be seen; and how much of it has to arrive
 HASTY = 0.04  # lr over the size of a weight: from here on runs that differ in nothing but noise end apart
 
 
@@ -61,6 +61,8 @@ def _doubt(seen: Rehearsed, settings: Settings) -> str:
         return f"rounding noise grows to {percent(main.noise)} of the weights"
     if seen.v_ratio > stuck:
         return f"the second moment sticks {seen.v_ratio:.2f} times too high"
+    if seen.decay is not None and settings.decayed > DECAYED and abs(seen.decay - 1) > 1 - DECAY_PART:
+        return f"{percent(round(max(seen.decay, 0.0), 3))} of the decay arrives"
     if seen.haste > HASTY:
         return f"steps of {percent(seen.haste)} of a weight: noise alone sets runs apart"
     return _stay(seen)

@@ -139,7 +139,7 @@ class Report:
 
     def advice(self) -> Advice:
         """Which strategy to take, as far as this run shows: its own, and those that the monitor ran beside it."""
-        return advice_of(self.strategies, self.total, self.beside, self.lr)
+        return advice_of(self.strategies, self.total, self.by_group, self.beside, self.lr)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON; a number that is not finite becomes None."""
