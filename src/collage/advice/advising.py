@@ -135,10 +135,10 @@ def _held(strategy: Strategy | None, looked: Weights) -> list[str]:
         return []
     cast = {torch.bfloat16: "collage.to_bf16(model)", torch.float16: "collage.to_fp16(model)"}
     now = listed(sorted(str(dtype).removeprefix("torch.") for dtype in looked.dtypes))
-    how = cast.get(strategy.dtype, "model.float()")
-    return [
-        f"These weights are {now}; {strategy} holds {str(strategy.dtype).removeprefix('torch.')}: call {how} first."
-    ]
+    how = f"call {cast.get(strategy.dtype, 'model.float()')} first"
+    if looked.dtypes == {torch.float32}:
+        how = "give the optimizer cast=True"
+    return [f"These weights are {now}; {strategy} holds {str(strategy.dtype).removeprefix('torch.')}: {how}."]
 
 
 def _notes(looked: Weights, settings: Settings) -> list[str]:
