@@ -116,6 +116,16 @@ def split(names: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
+def require_file(flag: str, path: Path | None) -> None:
+    """Raises ValueError if a file that is asked for cannot lie there; before the work whose result it is."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag} '{path}': no folder {path.parent}; make it, or choose another")
+    if path.is_dir():
+        raise ValueError(f"{flag} '{path}': is a folder; give a file in it")
+
+
 def open_folder(out: Path) -> Path:
     """Make the folder of the results. Raises ValueError if it cannot be written to."""
     try:

@@ -47,11 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Advise, print, write the JSON file. Returns the exit status."""
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json '{args.json}': no folder {args.json.parent}; make it, or choose another")
+    options.require_file("--json", args.json)
     if args.report and not args.tuned_under:
         raise ValueError("--report: is of a run under the strategy that lr was tuned under; give --tuned-under, too")
-    names = [options.strategy("--strategies", name.strip()) for name in args.strategies.split(",")]
+    names = [options.strategy("--strategies", name) for name in options.split(args.strategies)]
     under = options.strategy("--tuned-under", args.tuned_under) if args.tuned_under else None
     arrived = runs.arrived(args.report, under) if args.report and under else None
     screen = Console()

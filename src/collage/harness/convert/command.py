@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from collage.harness import console
+from collage.harness import console, options
 from collage.harness.convert import runs, shown, sources, states, targets
 from collage.harness.convert.converting import Conversions, Done
 from collage.harness.convert.models import opened
@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and print what was rounded. Returns the exit status."""
     target = targets.target_of(args.to)
     _require_apart(args.source, args.out)
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json '{args.json}': no folder {args.json.parent}; make it, or choose another")
+    options.require_file("--json", args.json)
     source = sources.find(args.source, args.optimizer)
     screen = Console()
     with opened(source.model) as model:

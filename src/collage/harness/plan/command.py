@@ -11,7 +11,7 @@ from rich.console import Console
 from collage.advice.memory import amount
 from collage.harness.bench.contestants import KINDS
 from collage.harness.console import bar, progress, say
-from collage.harness.options import split, strategy
+from collage.harness.options import require_file, split, strategy
 from collage.harness.plan import shown
 from collage.harness.plan.measure import Beside, measure
 from collage.harness.plan.models import KNOWN, Model, find
@@ -68,8 +68,7 @@ def memory(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Predict, measure if asked, print, write the JSON file. Returns the exit status."""
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json '{args.json}': no folder {args.json.parent}; make it, or choose another")
+    require_file("--json", args.json)
     _require_positive(args)
     names = list(STRATEGIES) if args.strategies is None else split(args.strategies)
     names = list(dict.fromkeys(strategy("--strategies", name) for name in names))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from collage.harness import options
 from collage.harness.console import say
 from collage.harness.preflight import shown
 from collage.harness.preflight.examine import examine
@@ -25,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examine the model, print the tables and the verdict, write the JSON file. Returns the exit status."""
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json '{args.json}': no folder {args.json.parent}; make it, or choose another")
+    options.require_file("--json", args.json)
     screen = Console()
     with screen.status("reading ..."):
         found = examine(args.model, args.lr, args.weight_decay)

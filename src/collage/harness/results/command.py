@@ -81,7 +81,7 @@ def _make(wanted: Sequence[Evidence], folder: Path, store: Store, screen: Consol
     left = [job for _, jobs in missing for job in jobs if store.find(job.asked) is None]
     if left:
         takes = f"{told(expected(left, store.all()))} here"
-        console.say(screen, f"{len(left)} runs of {len(missing)} studies are missing: {takes}")
+        console.say(screen, f"Runs that are missing: {len(left)}, of studies: {len(missing)}; {takes}")
     for evidence, jobs in missing:
         console.say(screen, evidence.title, "bold")
         records = Records.read(folder / f"{evidence.name}.json")

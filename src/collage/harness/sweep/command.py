@@ -14,7 +14,7 @@ import collage
 from collage.harness import console, options
 from collage.harness.compare import asking
 from collage.harness.machine import machine
-from collage.harness.report.results import SUMMARY
+from collage.harness.report.results import REFERENCE, SUMMARY
 from collage.harness.sweep.axes import AXES, Axis
 from collage.harness.sweep.grid import Grid
 from collage.harness.sweep.running import complete
@@ -65,6 +65,10 @@ def study_of(args: argparse.Namespace) -> Study:
     """Check all that was asked for, before anything is trained."""
     axis = AXES[args.axis]
     strategies, seeds = asking.strategies_of(args), asking.seeds_of(args)
+    if REFERENCE not in strategies:
+        raise ValueError(f"--strategies: a sweep compares with {REFERENCE} on the same seed; add it")
+    if getattr(args, axis.name.replace("-", "_"), None) is not None:
+        raise ValueError(f"--{axis.name}: is what --axis varies; give --values instead")
     plan = asking.plan_of(args, f"sweep-{{model}}-{{task}}-{axis.name}")
     asking.require_strategies(strategies, plan.run)
     return Study(plan, strategies, seeds, axis, _values(args.values, axis, plan.run))
@@ -77,7 +81,16 @@ def _values(given: str | None, axis: Axis, config: RunConfig) -> tuple[float, ..
     values = [axis.parse(text) for text in given.split(",")]
     if len(set(values)) < len(values):
         raise ValueError(f"--values: each once, got {given}")
-    return tuple(sorted(values))
+    return tuple(sorted(_allowed(value, axis, config) for value in values))
+
+
+def _allowed(value: float, axis: Axis, config: RunConfig) -> float:
+    """A value. Raises ValueError naming the flag for one that a run cannot have."""
+    try:
+        axis.config(config, value)
+    except ValueError as error:
+        raise ValueError(f"--values: {error}") from None
+    return value
 
 
 def summarise(study: Study, grid: Grid, stored: list[Stored]) -> dict[str, Any]:

@@ -83,13 +83,13 @@ def sentence(strategy: str, axis: str, states: Mapping[float, str], measure: Mea
         return f"{strategy} was not judged: {REFERENCE} was not run, or diverged everywhere."
     bad = [value for value in judged if states[value] != KEPT]
     gone = [value for value in bad if states[value] == DIVERGED]
+    unjudged = [value for value in states if value not in judged]
+    left_out = f"; {REFERENCE} diverges at {_values(unjudged)}" if unjudged else ""
     if not bad:
         where = f"from {short(judged[0], 6)} to {short(judged[-1], 6)}" if len(judged) > 1 else short(judged[0], 6)
-        return f"{strategy} loses no more than {measure.allowed} at {axis} {where}."
+        return f"{strategy} loses no more than {measure.allowed} at {axis} {where}{left_out}."
     tail = f"; it diverges at {_values(gone)}" if gone else ""
-    unjudged = [value for value in states if value not in judged]
-    tail += f"; {REFERENCE} diverges at {_values(unjudged)}" if unjudged else ""
-    return f"{strategy} loses more than {measure.allowed} {_where(axis, judged, bad)}{tail}."
+    return f"{strategy} loses more than {measure.allowed} {_where(axis, judged, bad)}{tail}{left_out}."
 
 
 def _where(axis: str, judged: Sequence[float], bad: Sequence[float]) -> str:

@@ -69,7 +69,8 @@ def complete(jobs: Sequence[Job], store: Store, screen: Console) -> list[Stored]
 
 def _announcement(count: int, left: Sequence[Job], store: Store) -> str:
     kept = f", {count - len(left)} of them finished before" if len(left) < count else ""
-    return f"{count} runs{kept}; the {len(left)} left take {told(expected(left, store.all()))} here"
+    takes = f"the {len(left)} left take" if len(left) > 1 else "the one left takes"
+    return f"{count} run{'s' * (count > 1)}{kept}; {takes} {told(expected(left, store.all()))} here"
 
 
 def told(seconds: float) -> str:
