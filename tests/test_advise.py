@@ -394,3 +394,30 @@ def test_what_is_in_doubt(decay, steps, arrived, word):
     settings = Settings(lr=1e-5, final_lr=1e-6, weight_decay=0.1, betas=(0.9, 0.999), steps=steps)
     moved = Moved(arrived, off=0.05, noise=1e-3)
     assert judged(Rehearsed(moved, None, decay, 1.0, haste=1e-3), settings).word == word
+
+
+def test_frozen_weights_take_memory():
+    own = torch.nn.ModuleDict({"frozen": torch.nn.Linear(512, 512), "own": torch.nn.Linear(8, 8)})
+    own["frozen"].requires_grad_(False)
+    (row,) = collage.advise(own, 1e-3, memory="1MB", **{**QUICK, "strategies": "bf16"}).rows
+    assert row["gigabytes"] * 1e9 > 4 * 512 * 512
+    assert row["fits"] is False
+
+
+def test_a_dictionary_counts_what_trains_once():
+    own = torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(2, 8, 3))
+    own[2].weight = own[0].weight
+    assert of(own.state_dict()).count == of(own).count
+
+
+def test_weights_that_begin_at_zero_are_judged_by_where_they_go():
+    advice = collage.advise({"w": torch.zeros(64, 64)}, 1e-3, steps=30, bandwidth=20, strategies="collage-plus")
+    assert advice.rows[0]["verdict"] != "loses"
+    assert "grows" not in advice.rows[0]["because"]
+
+
+def test_where_nothing_was_lost_the_learning_rate_can_stay():
+    own = {"w": torch.randn(64, 64)}
+    advice = collage.advise(own, 1e-3, tuned_under="fp32", arrived=0.999, **QUICK)
+    assert (advice.tuned.start, advice.tuned.growth) == (1e-3, 1.0)
+    assert "lr 0.001 can stay" in str(advice)

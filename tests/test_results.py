@@ -171,6 +171,15 @@ def test_the_advice_is_judged(lost: bool, tmp_path: Path) -> None:
     assert ("Called safe, and lost: collage-plus on pretrain (tiny-llama) at lr 0.001, betas 0.9 0.999" in text) == lost
 
 
+def test_a_folder_without_runs_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "paper.md").write_text("")
+    (tmp_path / "results" / "advice.json").write_text('{"cells": []}')
+    assert main(["results", "--docs", str(tmp_path), "--judge", str(tmp_path / "nosuchdir")]) == 2
+    assert "nosuchdir': holds no runs of a sweep" in capsys.readouterr().err
+    assert (tmp_path / "results" / "advice.json").read_text() == '{"cells": []}'
+
+
 def test_runs_without_a_reference_are_not_judged() -> None:
     config = RunConfig.of("tiny-llama", "x", strategy="bf16")
     run = {"strategy": "bf16", "seed": 0, "val_loss": 2.0}

@@ -221,3 +221,9 @@ def test_how_long_the_rest_takes_is_told_by_runs_of_their_kind_on_this_machine(t
     assert _of_finished(jobs[1:], stored) == pytest.approx((2 + 4 + 4) + (2 + 2 + 4 + 4) + 2 * 1.0)
     elsewhere = [store.add(job.asked, Result("bf16", 0, 1e-4), 3.0, ABOUT) for job in jobs[:1]]
     assert _of_finished(jobs[1:], elsewhere) == 0.0
+
+
+def test_another_sweep_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "summary.json").write_text('{"task": "pretrain", "axis": "beta2"}')
+    assert main([*SWEEP, *SMALL, "--out", str(tmp_path)]) == 2
+    assert "holds summary.json of pretrain along beta2; choose another" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def _settings(
     for name, number in (("final_lr", final_lr), ("weight_decay", weight_decay)):
         if not (_is_number(number) and number >= 0):
             raise ValueError(f"{name}: must be zero or positive, got {number!r}")
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
         raise ValueError(f"betas: needs two numbers in [0, 1), got {betas}")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: needs an integer >= 1, got {steps!r}")
@@ -116,8 +116,8 @@ def _machine(memory: float | str | None, ranks: int, bandwidth: float | None) ->
 def _require_share(arrived: float | None, lossy: Strategy | None) -> None:
     if arrived is not None and lossy is None:
         raise ValueError("arrived: is of the strategy that lr was tuned under; give tuned_under, too")
-    if arrived is not None and not 0 < arrived <= 2:
-        raise ValueError(f"arrived: needs a share above 0, such as a monitor's edq_ratio, got {arrived:g}")
+    if arrived is not None and not (_is_number(arrived) and 0 < arrived <= 2):
+        raise ValueError(f"arrived: needs a share above 0, about 1 at most, as a monitor's edq_ratio; got {arrived!r}")
 
 
 def _tuned(under: str, lr: float, arrived: float | None, seen: Mapping[str, Rehearsed]) -> Tuned:

@@ -167,7 +167,7 @@ class _Stage:
     def _moved(self, k: int, sample: int) -> Moved:
         own, whole = (self.casts[0].movement(j, sample) for j in (k, 0))
         missing = (own - whole).norm()
-        size = self.samples[sample].double().norm().clamp(min=TINY)
+        size = max(self.samples[sample].double().norm(), whole.norm())  # of weights that begin at 0, where they went
         return Moved(_along(own, whole), float(missing / whole.norm()), float(missing / size))
 
     def _decay(self, k: int) -> float | None:

@@ -31,6 +31,7 @@ def row(
     name: str, strategy: Strategy, looked: Weights, seen: Rehearsed, settings: Settings, machine: Machine
 ) -> dict[str, Any]:
     whole, own = (total_bytes(ADAMW, strategy, looked.shapes, ranks) for ranks in (1, machine.ranks))
+    own += looked.frozen // machine.ranks
     parts = [share(shape, machine.ranks) for shape in looked.shapes]
     moved = moved_bytes(
         strategy, planes_bytes(ADAMW, strategy, looked.shapes, machine.ranks), sum(map(math.prod, parts))

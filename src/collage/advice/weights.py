@@ -18,6 +18,8 @@ LOOKED = 1 << 14  # numbers of a parameter that are looked at
 RUN = 128  # neighbours of a row that stay together, as formats with a scale for 128 need them
 ROWS, SINGLES = 64, 1024  # of the rehearsal: runs of matrices, numbers of vectors
 
+_STATISTICS = ("running_mean", "running_var")  # of BatchNorm
+
 Entry = tuple[str, tuple[int, ...], Tensor]  # name, shape, the numbers or some of them
 
 
@@ -36,13 +38,14 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """The parameters of a model that train, each once.
+    """The parameters of a model that train, each once; and the bytes of those that do not.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none that trains.
     """
 
     parts: Sequence[Part]
+    frozen: int = 0
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -87,12 +90,31 @@ def of(model: nn.Module | Mapping[str, Tensor] | Weights) -> Weights:
         return model
     if isinstance(model, nn.Module):
         _require_made(model)
-        pairs = ((name, param.detach()) for name, param in model.named_parameters() if param.requires_grad)
-    elif isinstance(model, Mapping):
-        pairs = ((name, tensor.detach()) for name, tensor in model.items() if _is_tensor(name, tensor))
-    else:
-        raise TypeError(f"model: needs a torch.nn.Module or a dict of tensors, got {type(model).__name__}")
-    return gathered((name, tuple(tensor.shape), local(tensor)) for name, tensor in pairs)
+        named = dict(model.named_parameters())
+        frozen = sum(param.nbytes for param in named.values() if not param.requires_grad)
+        return _of_tensors({name: param for name, param in named.items() if param.requires_grad}, frozen)
+    if isinstance(model, Mapping):
+        return _of_tensors(_trained(model))
+    raise TypeError(f"model: needs a torch.nn.Module or a dict of tensors, got {type(model).__name__}")
+
+
+def _of_tensors(named: Mapping[str, Tensor], frozen: int = 0) -> Weights:
+    entries = ((name, tuple(tensor.shape), local(tensor.detach())) for name, tensor in named.items())
+    return gathered(entries, frozen)
+
+
+def _trained(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a dictionary that an optimizer would have: no running statistics, a tied one once."""
+    found: dict[str, Tensor] = {}
+    places: set[tuple[int, torch.Size]] = set()
+    for name, x in state.items():
+        if not _is_tensor(name, x) or name.endswith(_STATISTICS):
+            continue
+        place = (x.data_ptr(), x.shape) if x.layout == torch.strided and not x.is_meta else (id(x), x.shape)
+        if place not in places or not x.numel():
+            found[name] = x
+        places.add(place)
+    return found
 
 
 def _require_made(model: nn.Module) -> None:
@@ -108,9 +130,9 @@ def _is_tensor(name: str, value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def gathered(entries: Iterable[Entry]) -> Weights:
-    """The sample of entries that come one at a time."""
-    return Weights([Part(*entry[:2], entry[2].dtype, _looked(*entry)) for entry in _floats(entries)])
+def gathered(entries: Iterable[Entry], frozen: int = 0) -> Weights:
+    """The sample of entries that come one at a time. frozen: bytes of what does not train."""
+    return Weights([Part(*entry[:2], entry[2].dtype, _looked(*entry)) for entry in _floats(entries)], frozen)
 
 
 def _floats(entries: Iterable[Entry]) -> Iterator[Entry]:

@@ -14,7 +14,7 @@ from collage.harness.results.page import PLOTS, Section, page
 from collage.harness.results.records import Records
 from collage.harness.results.studies import EVIDENCE, Evidence
 from collage.harness.sweep.running import Job, complete, expected, told
-from collage.harness.sweep.store import STORE, Store
+from collage.harness.sweep.store import STORE, Store, Stored
 from collage.harness.train.checkpoints import write_whole
 
 RECORDS, PAGE, PAPER, ADVICE = "results", "results.md", "paper.md", "advice"
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.judge:
         from collage.harness.results.advised import ask
 
-        stored = [one for folder in args.judge for one in Store(folder / STORE).all()]
+        stored = [one for folder in args.judge for one in _runs(folder)]
         judged.write(judged.judge(stored, ask), records / f"{ADVICE}.json")
     sections = [Section.of(evidence, records) for evidence in EVIDENCE]
     write_whole(args.docs / PAGE, text_of(args.docs, sections))
@@ -67,6 +67,14 @@ def run(args: argparse.Namespace) -> int:
         write_plots(section, args.docs / PLOTS / section.evidence.name)
     console.say(screen, f"page: {args.docs / PAGE}")
     return 0
+
+
+def _runs(folder: Path) -> list[Stored]:
+    """Of a sweep. Raises ValueError if there are none: what was recorded before would be lost for nothing."""
+    found = Store(folder / STORE).all() if (folder / STORE).is_dir() else []
+    if not found:
+        raise ValueError(f"--judge '{folder}': holds no runs of a sweep; give the --out of collage sweep")
+    return found
 
 
 def text_of(docs: Path, sections: Sequence[Section]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("collage sweep: runs in one process; leave out torchrun")
     screen, study = Console(), study_of(args)
     jobs, out = study.jobs(), options.open_folder(study.plan.run.out)
+    _require_same_axis(out, study)
     store = Store(options.open_folder(out / STORE))
     try:
         stored = complete(jobs, store, screen)
@@ -59,6 +61,15 @@ def run(args: argparse.Namespace) -> int:
     maps = write_heat_maps(grid, study.setting(), out)
     console.say(screen, f"maps and every number: {', '.join(map(str, [*maps, out / SUMMARY]))}")
     return 0
+
+
+def _require_same_axis(out: Path, study: Study) -> None:
+    """Raises ValueError if a summary and maps of another sweep would be replaced."""
+    found = json.loads((out / SUMMARY).read_text(encoding="utf-8")) if (out / SUMMARY).exists() else {}
+    ours = {"task": study.plan.task.name, "axis": study.axis.name if study.axis else None}
+    theirs = {name: found.get(name, value) for name, value in ours.items()}
+    if theirs != ours:
+        raise ValueError(f"--out '{out}': holds {SUMMARY} of {theirs['task']} along {theirs['axis']}; choose another")
 
 
 def study_of(args: argparse.Namespace) -> Study:

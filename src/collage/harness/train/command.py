@@ -15,7 +15,7 @@ import collage
 from collage.harness import console, options
 from collage.harness.tasks.recipes import get_recipe
 from collage.harness.tasks.registry import require_installed
-from collage.harness.text import fixed, percent, scientific, to_json
+from collage.harness.text import fixed, percent, scientific, short, to_json
 from collage.harness.train import building, checkpoints, loops, resuming, training, world
 from collage.harness.train.config import KEPT, OWN, RUNS, RunConfig
 from collage.harness.train.resuming import METRICS, RESULT
@@ -99,7 +99,8 @@ def _weights(config: RunConfig) -> Mapping[str, Tensor] | None:
 
 def _line(row: dict[str, Any]) -> str:
     if row["kind"] == "eval":
-        return f"step {row['step']:>6}  validation loss {fixed(row['loss'], 4)}"
+        score = f"  score {short(row['score'])}" if "score" in row else ""
+        return f"step {row['step']:>6}  validation loss {fixed(row['loss'], 4)}{score}"
     measured = "" if row["edq_ratio"] is None else f"  {_quality(row['edq_ratio'], row['lost'])}"
     return f"step {row['step']:>6}  loss {fixed(row['loss'], 4)}  lr {scientific(row['lr'])}{measured}"
 
@@ -114,6 +115,7 @@ def _verdict(optimizer: str, result: training.RunResult) -> str:
     said = [
         f"{optimizer} under {result.strategy}: validation loss {fixed(result.initial_loss, 4)} → "
         f"{fixed(result.val_loss, 4)}",
+        *([f"score {short(result.initial_score)} → {short(result.score)}"] if result.score is not None else []),
         f"{since}{_quality(total.edq_ratio, total.lost)}" + (f", {frozen} parameters frozen" if frozen else ""),
         *(
             f"{name} would have had {_quality(quality.edq_ratio, quality.lost)}"
