@@ -168,6 +168,8 @@ def test_the_advice_is_judged(lost: bool, tmp_path: Path) -> None:
     text = judged.text(judged.read(tmp_path / "advice.json"))
     assert f"| safe | {int(not lost)} | {int(lost)} |" in text
     assert "| loses | 0 | 1 |" in text
+    assert "| pretrain | tiny-llama | 0.001 | 0.9 0.999 | 0.1 |" in text
+    assert ("1: collage-plus " in text, "bf16 +0.5000" in text) == (True, True)
     assert ("Called safe, and lost: collage-plus on pretrain (tiny-llama) at lr 0.001, betas 0.9 0.999" in text) == lost
 
 

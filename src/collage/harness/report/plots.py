@@ -172,11 +172,9 @@ def headline(c: Comparison, theme: Theme) -> Figure:
         return fig
     left, right = fig.subplots(1, 2, width_ratios=[1.15, 1])
     loss_panel(left, c, theme)
-    title = (
-        f"Share of {REFERENCE}'s improvement kept"
-        if key == "kept"
-        else f"Final loss minus {REFERENCE}'s [{c.loss.unit}]"
-    )
+    title = f"Share of {REFERENCE}'s improvement kept"
+    if key != "kept":
+        title = f"Final loss minus {REFERENCE}'s [{'nats' if c.loss.unit == 'nats' else 'points'}]"
     score_panel(right, c, theme, key, title)
     return fig
 

@@ -13,7 +13,7 @@ from collage.harness.report.results import REFERENCE
 from collage.harness.sweep.losing import KEPT, UNKNOWN, measures, state
 from collage.harness.sweep.store import Stored
 from collage.harness.tasks.registry import get_task
-from collage.harness.text import percent, short, to_json
+from collage.harness.text import MISSING, fixed, short, to_json
 from collage.harness.train.checkpoints import write_whole
 
 SAFE, LOSES, UNSURE = VERDICTS = ("safe", "loses", "unknown")
@@ -44,7 +44,7 @@ def _judged(stored: Sequence[Stored], ask: Ask) -> list[Record]:
     if first is None:
         return []
     verdicts, settings = ask(first), first.asked.settings
-    about = {"task": first.asked.task, **{key: settings.get(key) for key in _SHOWN[1:]}}
+    about = {"task": first.asked.task, "seed": settings.get("seed"), **{key: settings.get(key) for key in _SHOWN[1:]}}
     names = dict.fromkeys(run["strategy"] for run in runs if run["strategy"] != REFERENCE)
     found = [(name, _outcome(first.asked.task, name, runs)) for name in names]
     return [
@@ -89,19 +89,39 @@ def text(records: Sequence[Record]) -> str:
     counts = confusion(records)
     rows = [f"| {verdict} | {found[False]} | {found[True]} |" for verdict, found in counts.items()]
     table = "\n".join(["| `collage advise` says | lost nothing | lost, or diverged |", "|---|---:|---:|", *rows])
-    loses = counts[LOSES]
     told = (
-        f"{len(records)} (task, settings, strategy) that the advice does not rest on, each beside `{REFERENCE}` on\n"
-        f"the same seeds. Of those that it calls safe, {counts[SAFE][True]} lost; of those of which it says that they "
-        f"lose, {_share(loses[False], loses.total())} did not;\nof "
-        f"{_share(counts[UNSURE].total(), len(records))} it says that it does not know."
+        f"{len(records)} runs that the advice does not rest on, each beside `{REFERENCE}` on the same seed, asked of\n"
+        f"the weights they began with. Called safe: {counts[SAFE].total()}, of which {counts[SAFE][True]} lost. "
+        f"Said to lose: {counts[LOSES].total()},\nof which {counts[LOSES][False]} did not. Not known: "
+        f"{counts[UNSURE].total()}."
     )
     wrong = [f"* Called safe, and lost: {_named(r)}." for r in records if r["verdict"] == SAFE and r["outcome"] != KEPT]
-    return f"{head}{told}\n\n{table}\n" + "".join(f"{line}\n" for line in ["", *wrong] if wrong)
+    listed = "".join(f"{line}\n" for line in ["", *wrong] if wrong)
+    return f"{head}{told}\n\n{table}\n{listed}\n{_settings(records)}"
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part} of {whole} ({percent(part / whole if whole else 0.0)})"
+def _settings(records: Sequence[Record]) -> str:
+    """A line for each setting: the worst of what was called safe there, and what was said to lose."""
+    cells: dict[str, list[Record]] = {}
+    for record in records:
+        asked = (record["task"], record["model"], *(_word(record[key]) for key in _SHOWN[2:]), str(record["seed"]))
+        cells.setdefault(" | ".join(asked), []).append(record)
+    head = "| task | model | lr | β₁ β₂ | decay | steps | seed | safe, at worst | said to lose |"
+    rows = [f"| {asked} | {_worst(own)} | {_losers(own)} |" for asked, own in cells.items()]
+    return "\n".join([head, "|---|---|---:|---|---:|---:|---:|---|---|", *rows, ""])
+
+
+def _worst(records: Sequence[Record]) -> str:
+    safe = [record for record in records if record["verdict"] == SAFE]
+    if not safe:
+        return MISSING
+    worst = max(safe, key=lambda record: abs(record["difference"] or 0.0))
+    return f"{len(safe)}: {worst['strategy']} {fixed(worst['difference'], 4, '+')}"
+
+
+def _losers(records: Sequence[Record]) -> str:
+    found = [f"{r['strategy']} {fixed(r['difference'], 4, '+')}" for r in records if r["verdict"] == LOSES]
+    return ", ".join(found) or MISSING
 
 
 def _named(record: Record) -> str:

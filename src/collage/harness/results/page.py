@@ -132,9 +132,8 @@ def _of_the_paper(sections: Sequence[Section], paper: str) -> str:
 def experiments(paper: str) -> list[tuple[str, str]]:
     """(experiment, status) of the paper's own, in the table of docs/paper.md."""
     _, _, after = paper.partition("\n## Experiments\n")
-    table = [
-        line.strip("| ").split(" | ") for line in after.partition("\n## ")[0].splitlines() if line.startswith("| ")
-    ]
+    lines = after.lstrip("\n").partition("\n\n")[0].splitlines()  # of the first table
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     return [(cells[0], cells[-1]) for cells in table[1:] if not cells[0].startswith("ours")]
 
 
