@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from collage.harness.bench.accuracy import moments
 from collage.harness.bench.gradients import accumulate, clip, release
 from collage.harness.cli import COMMANDS, main
+from collage.harness.report import page as reports
 from collage.harness.tasks.pretrained import reviews
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,18 @@ def in_a_folder_with_a_model(tmp_path, monkeypatch):
     Path("my.txt").write_text("It is a truth universally acknowledged. " * 500, encoding="utf-8")
 
 
+@pytest.fixture(autouse=True)
+def pages_once(monkeypatch):
+    """Drawing a page takes longer than the runs it is of: the first one is drawn; test_report.py has the others."""
+    draw = reports.write_report
+
+    def first(out):
+        return out / "report.html" if DRAWN else DRAWN.append(out) or draw(out)
+
+    monkeypatch.setattr(reports, "write_report", first)
+
+
+DRAWN: list[Path] = []
 MEASURED: list[str] = []  # what `collage plan --measure` has run of
 
 SMALLER = {"gpt2-xl": "gpt2", "llama-3-8b": "gpt2"}

@@ -107,7 +107,7 @@ def test_folders_are_one_and_have_every_file(tmp_path: Path) -> None:
         images.examples(("a", "b"))
 
 
-@pytest.mark.parametrize("model", TASKS["vision"].models)
+@pytest.mark.parametrize("model", ["tiny-resnet", pytest.param("tiny-vit", marks=pytest.mark.slow)])
 def test_compare_images(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["compare", "--task", "vision", "--model", model, "--strategies", "bf16,fp32-master", *SHORT]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 0

@@ -80,10 +80,10 @@ def _distinct(tensor: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
     if flat.dtype not in _HALF or flat.numel() <= CHUNK:
         yield from ((chunk.float(), None) for chunk in torch.split(flat, CHUNK))
         return
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    counts = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
     for chunk in torch.split(flat.view(torch.int16), CHUNK):
         counts += torch.bincount(chunk.int() + (1 << 15), minlength=1 << 16)
-    codes = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
+    codes = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16, device="cpu")
     yield codes.view(flat.dtype)[counts > 0].float(), counts[counts > 0]
 
 
@@ -97,7 +97,7 @@ def stuck(name: str, x: Tensor, counts: Tensor | None, lr: float, arithmetic: st
     large = x.abs() >= movable_below(name, lr, arithmetic)
     if not bool(large.any()):
         return 0
-    delta = torch.tensor(rounded(lr, register), dtype=register)
+    delta = torch.tensor(rounded(lr, register), dtype=register, device="cpu")
     planes = split(fmt, x[large])
     still = unchanged(fmt, register, planes, delta) & unchanged(fmt, register, planes, -delta)
     return _sum(still, None if counts is None else counts[large])

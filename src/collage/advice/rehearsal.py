@@ -188,7 +188,7 @@ def stream(shape: Sequence[int], steps: int, memory: float, seed: int = 0) -> It
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
     size, drift, kept = SIZE * torch.exp(SPREAD * normal()), normal(), math.exp(-1 / memory)
     for step in range(steps):

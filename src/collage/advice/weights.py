@@ -71,13 +71,21 @@ class Weights:
         """Runs [ROWS, RUN] of what has two dimensions, each parameter in proportion to its size; or [0, RUN]."""
         own = [part for part in self.parts if len(part.shape) > 1 and part.values.numel()]
         runs = [_runs(part.values) for part in own]
-        return _systematic([part.size for part in own], runs, ROWS) if own else torch.zeros(0, RUN)
+        return (
+            _systematic([part.size for part in own], runs, ROWS)
+            if own
+            else torch.zeros(0, RUN, dtype=torch.float32, device="cpu")
+        )
 
     def vectors(self) -> Tensor:
         """Numbers [SINGLES] of norms and biases, likewise; or [0]."""
         own = [part for part in self.parts if len(part.shape) < 2 and part.values.numel()]
         numbers = [part.values for part in own]
-        return _systematic([part.size for part in own], numbers, SINGLES) if own else torch.zeros(0)
+        return (
+            _systematic([part.size for part in own], numbers, SINGLES)
+            if own
+            else torch.zeros(0, dtype=torch.float32, device="cpu")
+        )
 
 
 def of(model: nn.Module | Mapping[str, Tensor] | Weights) -> Weights:
@@ -177,7 +185,7 @@ def _systematic(sizes: Sequence[int], own: Sequence[Tensor], wanted: int) -> Ten
     for k, (end, size, entries) in enumerate(zip(ends, sizes, own, strict=True)):
         before = 0 if k == 0 else ends[k - 1]
         many = math.floor(end / ends[-1] * wanted) - math.floor(before / ends[-1] * wanted)
-        places = (torch.arange(many) * len(entries)) // max(many, 1)
+        places = (torch.arange(many, device="cpu") * len(entries)) // max(many, 1)
         picked.append(entries[places])
         assert size > 0
     return torch.cat(picked)

@@ -83,7 +83,6 @@ EVIDENCE = (
         "pretrain", "Pre-training, a Llama", "pretrain", 3,
         "A Llama of a million parameters from random weights on novels, byte by byte: large steps, of which little is\n"
         "lost.",
-        strategies=FEWER,
         paper="OpenLLaMA",
     ),
     Evidence(
