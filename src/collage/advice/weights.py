@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,7 +19,8 @@ LOOKED = 1 << 14  # numbers of a parameter that are looked at
 RUN = 128  # neighbours of a row that stay together, as formats with a scale for 128 need them
 ROWS, SINGLES = 64, 1024  # of the rehearsal: runs of matrices, numbers of vectors
 
-_STATISTICS = ("running_mean", "running_var")  # of BatchNorm
+_BUFFER = re.compile(r"inv_freq$|running_(mean|var)$|masked_bias$")
+_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # old GPT-2 files hold the causal mask as [1, 1, n, n]
 
 Entry = tuple[str, tuple[int, ...], Tensor]  # name, shape, the numbers or some of them
 
@@ -71,21 +73,16 @@ class Weights:
         """Runs [ROWS, RUN] of what has two dimensions, each parameter in proportion to its size; or [0, RUN]."""
         own = [part for part in self.parts if len(part.shape) > 1 and part.values.numel()]
         runs = [_runs(part.values) for part in own]
-        return (
-            _systematic([part.size for part in own], runs, ROWS)
-            if own
-            else torch.zeros(0, RUN, dtype=torch.float32, device="cpu")
-        )
+        if not own:
+            return torch.zeros(0, RUN, dtype=torch.float32, device="cpu")
+        return _systematic([part.size for part in own], runs, ROWS)
 
     def vectors(self) -> Tensor:
         """Numbers [SINGLES] of norms and biases, likewise; or [0]."""
         own = [part for part in self.parts if len(part.shape) < 2 and part.values.numel()]
-        numbers = [part.values for part in own]
-        return (
-            _systematic([part.size for part in own], numbers, SINGLES)
-            if own
-            else torch.zeros(0, dtype=torch.float32, device="cpu")
-        )
+        if not own:
+            return torch.zeros(0, dtype=torch.float32, device="cpu")
+        return _systematic([part.size for part in own], [part.values for part in own], SINGLES)
 
 
 def of(model: nn.Module | Mapping[str, Tensor] | Weights) -> Weights:
@@ -112,17 +109,22 @@ def _of_tensors(named: Mapping[str, Tensor], frozen: int = 0) -> Weights:
 
 
 def _trained(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a dictionary that an optimizer would have: no running statistics, a tied one once."""
+    """The tensors of a dictionary that an optimizer would have: no buffers, a tied one once."""
     found: dict[str, Tensor] = {}
     places: set[tuple[int, torch.Size]] = set()
     for name, x in state.items():
-        if not _is_tensor(name, x) or name.endswith(_STATISTICS):
+        if not _is_tensor(name, x) or is_buffer(name, x.dim()):
             continue
         place = (x.data_ptr(), x.shape) if x.layout == torch.strided and not x.is_meta else (id(x), x.shape)
         if place not in places or not x.numel():
             found[name] = x
         places.add(place)
     return found
+
+
+def is_buffer(name: str, dimensions: int) -> bool:
+    """Whether an entry of this name is no weight, though it is of floating point."""
+    return bool(_BUFFER.search(name) or (dimensions != 1 and _MASK.search(name)))
 
 
 def _require_made(model: nn.Module) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from collage.advice.weights import is_buffer
 from collage.harness.convert import architectures
 from collage.harness.convert.models import Model
 from collage.harness.convert.states import COLLAGE, Parameter, Saved
-from collage.harness.tasks.weights import is_buffer
 from collage.layout import Plane
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from collage.advised.words import LOSES, SAFE
+from collage.advised.words import UNKNOWN as UNSURE
 from collage.harness.report.pairs import Run, difference
 from collage.harness.report.results import REFERENCE
 from collage.harness.sweep.losing import KEPT, UNKNOWN, measures, state
@@ -16,7 +18,7 @@ from collage.harness.tasks.registry import get_task
 from collage.harness.text import MISSING, fixed, short, to_json
 from collage.harness.train.checkpoints import write_whole
 
-SAFE, LOSES, UNSURE = VERDICTS = ("safe", "loses", "unknown")
+VERDICTS = (SAFE, LOSES, UNSURE)
 _SHOWN = ("task", "model", "lr", "betas", "weight_decay", "steps")  # of a cell: what the advice is asked with
 
 Record = dict[str, Any]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
@@ -19,11 +18,9 @@ from collage.harness.tasks.games import Game
 from collage.harness.tasks.policies import ActorCritic
 from collage.harness.train import building
 from collage.harness.train.config import RunConfig
-from collage.harness.train.meters import PeakMemory, StepMeter, UpdateSizes
-from collage.harness.train.recording import Record, Recorder
+from collage.harness.train.recording import Record
 from collage.harness.train.trainer import arguments, quiet
-from collage.harness.train.training import RunResult
-from collage.integrations.transformers import EDQCallback
+from collage.harness.train.training import RunResult, Watch
 
 
 def run(
@@ -56,7 +53,7 @@ class _Session:
         report_to: str,
         histogram: bool,
     ) -> None:
-        self.began, self.memory, self.config, self.game = time.perf_counter(), PeakMemory(), config, game
+        self.watch, self.config, self.game = Watch(config, *listeners), config, game
         self.dtype = config.compute_dtype()
         model = building.model_of(config, game, init)
         assert isinstance(model, ActorCritic)
@@ -67,18 +64,14 @@ class _Session:
         self.scaler = torch.amp.GradScaler("cpu", enabled=half)  # float16 has too few small numbers for gradients
         self.lessons = Lessons(self.game, self.model, self.optimizer, self.dtype, config.batch_size, config.seed)
         self.losses: list[float] = []  # since the last log
-        self.sizes = UpdateSizes(self.optimizer, config.every) if histogram else None
-        self.meter = StepMeter(self.optimizer)
-        self.edq = EDQCallback(self.optimizer, config.every, config.shadow or None, config.beside)
-        self.recorder = Recorder(config, self.edq, *listeners)
-        callbacks = [self.edq, self.meter, self.recorder]
+        callbacks = self.watch.follow(self.model, self.optimizer, histogram)
         settings = arguments(config, report_to, eval_batch=1)
         self.teller = Teller(settings, callbacks, self.model, self.optimizer, self.schedule)
 
     def run(self) -> RunResult:
         self._evaluate()
         self._train()
-        if self.teller.state.global_step not in self.recorder.evaluated:
+        if self.teller.state.global_step not in self.watch.recorder.evaluated:
             self._evaluate()
         return self._result()
 
@@ -125,26 +118,4 @@ class _Session:
         self.teller.log({"eval_loss": -score, "eval_score": score})
 
     def _result(self) -> RunResult:
-        last, evaluated = self.teller.state.global_step, self.recorder.evaluated
-        return RunResult(
-            strategy=self.config.strategy,
-            seed=self.config.seed,
-            parameters=sum(p.numel() for p in self.model.parameters()),
-            initial_loss=evaluated[0],
-            val_loss=evaluated[last],
-            initial_score=self.recorder.scores[0],
-            score=self.recorder.scores[last],
-            mismatch=fmean(self.lessons.mismatches),
-            since_step=0,
-            last_step=last,
-            curve=evaluated,
-            report=self.edq.report(),
-            bytes_by_slot=self.meter.bytes,
-            peak_rss_bytes=self.memory.rss_bytes(),
-            peak_device_bytes=self.memory.device_bytes(),
-            optimizer_ms=self.meter.optimizer_ms,
-            tokens_per_s=self.meter.tokens_per_second(self.config.tokens_per_step),
-            seconds=time.perf_counter() - self.began,
-            update_histogram=self.sizes.to_dict() if self.sizes else None,
-            weights=collage.high_precision_state_dict(self.model, self.optimizer),
-        )
+        return self.watch.result(self.teller.state.global_step, mismatch=fmean(self.lessons.mismatches))

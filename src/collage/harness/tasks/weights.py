@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from collage.advice.weights import is_buffer
+
 KINDS = ("embedding", "attention", "mlp", "norm", "bias", "head", "other")
 
 ACCEPTED = "a .safetensors file, a state dict (.pt, .pth, .bin, .ckpt), or the folder of a transformers model or a run"
@@ -36,8 +38,6 @@ _PATTERNS = (
     ("mlp", r"(^|\.)(gate|up|down|c)_proj\."),
 )
 _KINDS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _PATTERNS)
-_BUFFER = re.compile(r"inv_freq$|running_(mean|var)$|masked_bias$")
-_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # old GPT-2 files hold the causal mask as [1, 1, n, n]
 
 
 class Entry(NamedTuple):
@@ -135,11 +135,6 @@ def unwrapped(loaded: Any, file: Path) -> Mapping[str, Any]:
         if isinstance(mapping, Mapping) and any(isinstance(x, Tensor) for x in mapping.values()):
             return {str(name): x for name, x in mapping.items()}
     raise ValueError(f"{file}: not a state dict: it holds no tensors by name, also not under {', '.join(WRAPPERS)}")
-
-
-def is_buffer(name: str, dimensions: int) -> bool:
-    """Whether an entry of this name is no weight, though it is of floating point."""
-    return bool(_BUFFER.search(name) or (dimensions != 1 and _MASK.search(name)))
 
 
 def first_line(error: Exception) -> str:

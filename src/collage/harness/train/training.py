@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import collage
 from collage.harness.tasks.data import Corpus
@@ -22,6 +22,7 @@ from collage.harness.train.recording import Record, Recorder
 from collage.harness.train.trainer import PrecisionTrainer, arguments, quiet
 from collage.integrations.transformers import LOGGED, EDQCallback
 from collage.monitor.quality import Report
+from collage.optimizers.base import PrecisionOptimizer
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,59 @@ class RunResult:
         }  # fmt: skip
 
 
+class Watch:
+    """What a run is measured by. Made before all else: it tells the time and the memory from then on.
+
+    Args:
+        config: of the run.
+        record, tick: as `run` is given them.
+    """
+
+    def __init__(self, config: RunConfig, record: Callable[[Record], None], tick: Callable[[int], None]) -> None:
+        self._began, self._memory, self._config, self._told = time.perf_counter(), PeakMemory(), config, (record, tick)
+
+    def follow(
+        self, model: nn.Module, optimizer: PrecisionOptimizer, histogram: bool
+    ) -> tuple[EDQCallback, StepMeter, Recorder]:
+        """The callbacks that see the run, in their order."""
+        self._model, self._optimizer = model, optimizer
+        self._sizes = UpdateSizes(optimizer, self._config.every) if histogram else None
+        self._meter = StepMeter(optimizer)
+        self._edq = EDQCallback(optimizer, self._config.every, self._config.shadow or None, self._config.beside)
+        self.recorder = Recorder(self._config, self._edq, *self._told)
+        return self._edq, self._meter, self.recorder
+
+    def result(self, last: int, since: int = 0, mismatch: float | None = None) -> RunResult:
+        """Of a run that was evaluated before its first step and after its last. since: the step it went on from."""
+        losses, scores = self.recorder.evaluated, self.recorder.scores
+        return RunResult(
+            strategy=self._config.strategy,
+            seed=self._config.seed,
+            parameters=sum(p.numel() for p in self._model.parameters()),
+            initial_loss=losses[0],
+            val_loss=losses[last],
+            initial_score=scores.get(0),
+            score=scores.get(last),
+            mismatch=mismatch,
+            since_step=since,
+            last_step=last,
+            curve=losses,
+            report=self._edq.report(),
+            bytes_by_slot=self._meter.bytes,
+            peak_rss_bytes=self._memory.rss_bytes(),
+            peak_device_bytes=self._memory.device_bytes(),
+            optimizer_ms=self._meter.optimizer_ms,
+            tokens_per_s=self._meter.tokens_per_second(self._config.tokens_per_step),
+            seconds=time.perf_counter() - self._began,
+            update_histogram=self._sizes.to_dict() if self._sizes else None,
+            weights=self._weights(),
+        )
+
+    def _weights(self) -> dict[str, Tensor]:
+        weights = collage.high_precision_state_dict(self._model, self._optimizer)
+        return shards.whole(weights) if self._config.shard else weights
+
+
 def run(
     config: RunConfig,
     corpus: Corpus | Examples | None = None,
@@ -117,63 +171,34 @@ class _Session:
         report_to: str,
         histogram: bool,
     ) -> None:
-        self.began, self.memory, self.config = time.perf_counter(), PeakMemory(), config
+        self.watch, self.config = Watch(config, *listeners), config
         if init is None:
             init = building.start(config)
         train_data, validation = building.datasets(config, corpus)
         settings = arguments(config, report_to, building.eval_batch(config, validation))
-        self.model = building.model_of(config, corpus, init)
+        model = building.model_of(config, corpus, init)
         if config.shard:
-            shards.shard(self.model, config.compute_dtype(), settings.device)
-        self.optimizer = building.optimizer_of(config, self.model)
-        self.sizes = UpdateSizes(self.optimizer, config.every) if histogram else None
-        self.meter = StepMeter(self.optimizer)
-        self.edq = EDQCallback(self.optimizer, config.every, config.shadow or None, config.beside)
-        self.recorder = Recorder(config, self.edq, *listeners)
+            shards.shard(model, config.compute_dtype(), settings.device)
+        optimizer = building.optimizer_of(config, model)
         self.trainer = PrecisionTrainer(
-            model=self.model,
+            model=model,
             args=settings,
             train_dataset=train_data,
             eval_dataset=validation,
-            optimizers=(self.optimizer, torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.lr_scale)),
-            callbacks=[self.edq, self.meter, self.recorder],
+            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, config.lr_scale)),
+            callbacks=list(self.watch.follow(model, optimizer, histogram)),
             compute_dtype=config.compute_dtype(),
             classes=config.recipe.objective == "classes",
             origin={"run": config.bound(), "text": corpus.checksum()} if config.save_every else None,
         )
 
     def run(self, resume: Path | None) -> RunResult:
-        initial = self.trainer.evaluate()
+        self.trainer.evaluate()
         if resume is not None and checkpoints.step_of(resume) == self.config.steps:
             self.trainer.load_finished(resume)  # Trainer.train() would take one step more
         else:
             self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         last = self.trainer.state.global_step
-        if last not in self.recorder.evaluated:
+        if last not in self.watch.recorder.evaluated:
             self.trainer.evaluate()
-        return RunResult(
-            strategy=self.config.strategy,
-            seed=self.config.seed,
-            parameters=sum(p.numel() for p in self.model.parameters()),
-            initial_loss=initial["eval_loss"],
-            val_loss=self.recorder.evaluated[last],
-            initial_score=initial.get("eval_score"),
-            score=self.recorder.scores.get(last),
-            mismatch=None,
-            since_step=(checkpoints.step_of(resume) or 0) if resume else 0,
-            last_step=last,
-            curve=self.recorder.evaluated,
-            report=self.edq.report(),
-            bytes_by_slot=self.meter.bytes,
-            peak_rss_bytes=self.memory.rss_bytes(),
-            peak_device_bytes=self.memory.device_bytes(),
-            optimizer_ms=self.meter.optimizer_ms,
-            tokens_per_s=self.meter.tokens_per_second(self.config.tokens_per_step),
-            seconds=time.perf_counter() - self.began,
-            update_histogram=self.sizes.to_dict() if self.sizes else None,
-            weights=self._weights(),
-        )
-
-    def _weights(self) -> dict[str, Tensor]:
-        weights = collage.high_precision_state_dict(self.model, self.optimizer)
-        return shards.whole(weights) if self.config.shard else weights
+        return self.watch.result(last, since=(checkpoints.step_of(resume) or 0) if resume else 0)
