@@ -40,5 +40,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = said.get("model name", platform.machine())
+    # A virtual machine may hide the model in the name, and another generation adds in another order.
+    numbers = [said[key] for key in ("cpu family", "model") if key in said]
+    return f"{name} ({'/'.join(numbers)})" if numbers else name
