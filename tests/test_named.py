@@ -161,8 +161,8 @@ def test_a_run_trains_with_what_was_chosen(tmp_path: Path, model: str) -> None:
     given = {"steps": 2, "batch_size": 2, "seq_len": 16, "eval_sequences": 2}
     config = RunConfig.of(model, tmp_path, optimizer="sgd", optimizer_args=("nesterov=true",), **given)
     session = training._Session(config, config.corpus(), None, (print, print), "none", False)
-    groups = session.optimizer.param_groups
-    assert type(session.optimizer) is collage.SGD
+    groups = session.trainer.optimizer.param_groups
+    assert type(session.trainer.optimizer) is collage.SGD
     assert all(group["nesterov"] and group["momentum"] == 0.9 for group in groups)
     assert [group["weight_decay"] for group in groups] == [config.weight_decay, 0.0][: 1 + (model == "tiny-bert")]
 
