@@ -25,8 +25,6 @@ def _unfit(role: str, name: str) -> str:
     if role == "param":
         if not fmt.dtypes[0].is_floating_point:
             return "has no weight that a forward pass could read; it is one for moments; use 'bf16+int8:sr' or 'bf16x2'"
-        if any(plane.per is None for plane in fmt.planes):
-            return "can be encoded and decoded, but no step trains weights in it yet; use 'bf16+int8:sr'"
         return ""
     if "+" in name:  # a visible plane that only a forward pass reads
         return "is a format for param; use 'fp32', 'bf16' or 'bf16x2'"
@@ -92,6 +90,17 @@ class Strategy:
         'param=bf16+int8:sr,momentum=bf16:sr,variance=bf16x2:sr,arithmetic=float32'
         """
         return self.small if is_small(shape) else self
+
+    def on(self, dtype: torch.dtype) -> Strategy | None:
+        """The strategy of parameters of that dtype beside this one's own: 16-bit ones beside e4m3's; None: it has none.
+
+        >>> STRATEGIES["collage-fp8"].on(torch.bfloat16).param
+        'bf16x2:sr'
+        """
+        if dtype == self.dtype:
+            return self
+        beside = format_of(self.param).beside
+        return replace(self, param=beside) if beside and format_of(beside).dtypes[0] == dtype else None
 
     @property
     def small(self) -> Strategy:
@@ -169,6 +178,8 @@ STRATEGIES: dict[str, Strategy] = {
     "collage-exact-lean": Strategy("bf16+int16", "bf16:sr", "bf16:sr"),
     "collage-8bit-plus": Strategy("bf16x2:sr", "int8/128:sr", "uint8/128:sr"),
     "collage-8bit": Strategy("bf16+int8:sr", "int8/128:sr", "uint8/128:sr"),
+    "collage-fp8": Strategy("e4m3+int16", "int8/128:sr", "uint8/128:sr"),
+    "collage-fp8-lean": Strategy("e4m3+int8:sr", "int8/128:sr", "uint8/128:sr"),
 }
 
 

@@ -13,6 +13,7 @@ class Format:
     """How one number per element lies in memory. A format says what its planes are, and has these verbs.
 
     stochastic: whether `encode` takes random bits.
+    beside: name of the format of a model's 16-bit weights where this one holds those of its linear layers; "": none.
     shows_edits: whether `broken` sees nearly every change of plane 0 alone.
     twin: name of the format that small parameters take instead, of which this one would save little; "": none.
     """
@@ -20,6 +21,7 @@ class Format:
     planes: tuple[Plane, ...]
     stochastic: bool
     twin: str = ""
+    beside: str = ""
     shows_edits: bool = True
 
     def load(self, planes: Planes, arithmetic: torch.dtype) -> Accumulator:

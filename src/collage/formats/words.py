@@ -82,6 +82,10 @@ class Word(Remainder):
         return (*words, Plane("_scale", torch.uint8, per=None)) if self.scaled else words
 
     @property
+    def beside(self) -> str:  # type: ignore[override]
+        return "bf16x2:sr" if self.scaled else ""
+
+    @property
     def _first(self) -> int:
         """Exponent field, in float32, of the smallest normal number."""
         return 127 + FLOATS[self.dtype].emin

@@ -24,10 +24,11 @@ _stepped_last: dict[int, Callable[[], object]] = {}  # by seed: the optimizer wi
 
 
 def strategy_of(parameter: Parameter) -> Strategy:
-    """The group's strategy, as its shape has it; float32 ones step in float32. TypeError for any other dtype."""
+    """The group's strategy, as its dtype and shape have it; float32 ones step in float32. TypeError for any other dtype."""
     strategy = Strategy.parse(parameter.group["strategy"])
-    if parameter.tensor.dtype == strategy.dtype:
-        return strategy.of(parameter.tensor.shape)
+    own = strategy.on(parameter.tensor.dtype)
+    if own is not None:
+        return own.of(parameter.tensor.shape)
     if parameter.tensor.dtype == torch.float32:
         return STRATEGIES["fp32"]
     raise _wrong_dtype(parameter, strategy)
