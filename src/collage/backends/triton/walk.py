@@ -79,6 +79,12 @@ class Plan(Row):
     shared: bool = False
     measured: bool = False
 
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """When each slot is encoded: words of rows, the first slot's, take the most registers, and so are last."""
+        order = tuple(range(len(self.slots)))
+        return order[::-1] if self.whole_rows else order
+
 
 @triton.jit
 def step(table, owners, shapes, constants, streams, scale, skip, sums, PLAN: tl.constexpr):
@@ -183,13 +189,13 @@ def block(row, run, shapes, c, stream, scale, out, tops, PLAN: tl.constexpr, WAY
     word = at
     if PLAN.shared:
         word = random_words(row, tl.load(stream), begin, at, shapes, WAY)
-    for late in tl.static_range(2):  # words of rows take the most registers: after the others, which then are free
+    for turn in tl.static_range(len(PLAN.slots)):
         for k in tl.static_range(len(PLAN.slots)):
-            if PLAN.slots[k].written and PLAN.slots[k].takes_rows == late:
+            if PLAN.slots[k].written and PLAN.turns[k] == turn:
                 random = random_bits(word, row, stream, begin, at, shapes, PLAN.slots[k], WAY)
-                most = largest(numbers[k], mask, PLAN.slots[k].format) if late == 0 else tops[k]
+                most = tops[k] if PLAN.slots[k].takes_rows else largest(numbers[k], mask, PLAN.slots[k].format)
                 codes = PLAN.slots[k].format.encode(numbers[k], random, most, PLAN.slots[k].format)
-                if late == 1:
+                if PLAN.slots[k].takes_rows:
                     tl.debug_barrier()  # no warp writes a word of the row before every other has read it
                 store(row, at, run, shapes, codes, PLAN.slots[k], WAY)
                 if PLAN.measured and k == 0:
