@@ -47,7 +47,9 @@ class Side:
         self.grads = torch.Generator().manual_seed(2)
         made, own = OPTIMIZERS[kind]
         backend = "triton" if there else "reference"
-        self.opt = made(self.params.items(), strategy=strategy, seed=5, backend=backend, **({"lr": 1e-3} | own | settings))
+        self.opt = made(
+            self.params.items(), strategy=strategy, seed=5, backend=backend, **({"lr": 1e-3} | own | settings)
+        )
 
     def backward(self) -> None:
         for p in self.params.values():
