@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from collage.fp8.owning import register
+from collage.fp8.sharding import teach_fsdp
 
 
 class Float8Linear(nn.Linear):
@@ -19,6 +20,7 @@ class Float8Linear(nn.Linear):
         """A module that is unpickled or copied is registered too."""
         module = super().__new__(cls)
         register(module)
+        teach_fsdp()
         return module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,4 +42,9 @@ class _Product(torch.autograd.Function):
         factors = (scale.int() << 23).view(torch.float32)
         rows, columns = dy.reshape(-1, dy.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
         dx = ((rows * factors) @ weight.float()).to(x.dtype).view(x.shape)
-        return dx, (rows.t() @ columns).to(torch.bfloat16), None, rows.sum(0).to(torch.bfloat16)
+        return (
+            dx,
+            (rows.t() @ columns).to(torch.bfloat16),
+            None,
+            rows.sum(0).to(torch.bfloat16) if ctx.needs_input_grad[3] else None,
+        )
