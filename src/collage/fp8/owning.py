@@ -1,22 +1,23 @@
 """Whose an e4m3 parameter is: the module that multiplies with it owns its row scales, and a step writes them there.
 
 A parameter is found by identity among the modules that live, so that one that replaces it (``deepcopy``,
-``load_state_dict(assign=True)``) is found as well: attributes of a parameter would not follow.
+``fully_shard``, ``load_state_dict(assign=True)``) is found as well: attributes of a parameter would not follow.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
-from weakref import ReferenceType, WeakSet, ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from collage.sharding import in_rows, is_dtensor, local, region
 
 _LIVE: WeakSet[nn.Module] = WeakSet()
-_ADOPTED: Any = WeakTensorKeyDictionary()  # parameter -> its module
+_FOUND: MutableMapping[Tensor, ref[nn.Module]] = WeakIdKeyDictionary()
 
 
 def register(module: nn.Module) -> None:
@@ -25,23 +26,31 @@ def register(module: nn.Module) -> None:
 
 
 def adopt(module: nn.Module, param: Tensor) -> None:
-    """Let a parameter be found that is the module's weight at times: FSDP2 puts the whole in a shard's place."""
-    _ADOPTED[param] = ref(module)
+    """Let a parameter be found that is the module's weight at times: FSDP2 puts the whole in place of a shard."""
+    _FOUND[param] = ref(module)
 
 
 def module_of(param: Tensor) -> nn.Module | None:
-    """The live module whose weight this very parameter is."""
-    adopted: ReferenceType[nn.Module] | None = _ADOPTED.get(param)
-    if adopted is not None:
-        return adopted()
-    return next((module for module in _LIVE if module._parameters.get("weight") is param), None)
+    """The live module whose weight this very parameter is, or was when it was first asked."""
+    known = _FOUND.get(param)
+    module = None if known is None else known()
+    if module is None:
+        module = next((live for live in _LIVE if live._parameters.get("weight") is param), None)
+        if module is not None:
+            adopt(module, param)
+    return module
+
+
+def scales_in(model: nn.Module) -> set[int]:
+    """The id of every row scale of a model: what their weights are without a number of their own."""
+    return {id(module._buffers["weight_scale"]) for module in model.modules() if module in _LIVE}
 
 
 def scale_of(param: Tensor) -> Tensor | None:
     """The row scales of an e4m3 parameter, uint8 [rows], in the memory of its module; None: it has none.
 
-    Of a sharded one they are placed likewise: a rank has those of its rows, in the memory of its own module, which has
-    room for all.
+    Of a sharded one they are placed as it is: each rank has those of its rows, in the memory of its own module, where
+    there is room for all.
     """
     module = module_of(param)
     return None if module is None else _placed(module._buffers["weight_scale"], param)
