@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from collage.fp8.owning import adopt, gradient_dtype, scale_of
 from collage.sharding import local
@@ -42,6 +43,8 @@ def _record(base: Any) -> type:
 
     class Float8Shard(base):  # type: ignore[misc]
         """An e4m3 weight with a power of two for each row, sharded by rows."""
+
+        all_gather_outputs: list[Tensor]
 
         def _init_sharded_param(self, param: nn.Parameter, *args: Any, **kwargs: Any) -> None:
             self._gradient_dtype = gradient_dtype(param)
@@ -87,7 +90,7 @@ def _record(base: Any) -> type:
                 super().init_unsharded_param()
             self._own(self._unsharded_param, self.mp_policy.param_dtype or self._gradient_dtype)
             whole = local(scale_of(self._unsharded_param))
-            with torch.autograd._unsafe_preserve_version_counter(whole):  # the backward pass needs the same numbers
+            with _unsafe_preserve_version_counter(whole):  # the backward pass needs the same numbers
                 for gathered in self.all_gather_outputs[1:]:
                     whole.copy_(gathered[: len(whole)])
 
@@ -101,9 +104,8 @@ def _record(base: Any) -> type:
                 self.all_gather_outputs = gathered
 
         @property
-        def unsharded_zero_grad_data(self) -> Tensor:
-            return self._get_grad_inner_tensor(
-                torch.zeros_like(self.unsharded_param, dtype=self.unsharded_param.grad_dtype)
-            )
+        def unsharded_zero_grad_data(self) -> Any:
+            like = self.unsharded_param
+            return self._get_grad_inner_tensor(torch.zeros_like(like, dtype=like.grad_dtype))
 
     return Float8Shard
