@@ -80,9 +80,10 @@ class Case(NamedTuple):
 
 
 def case_of(strategy: str | Strategy, rule: str = "adamw", gradient: torch.dtype | None = None) -> Case:
-    """A rule under a strategy; by default with gradients of the parameter's dtype."""
+    """A rule under a strategy; by default with gradients of the parameter's dtype, or of bf16 where that has 8 bits."""
     known = Strategy.parse(strategy)
-    return Case(RULES[rule], known.formats(RULES[rule].roles), known.register, gradient or known.dtype)
+    usual = known.dtype if known.dtype.itemsize > 1 else torch.bfloat16
+    return Case(RULES[rule], known.formats(RULES[rule].roles), known.register, gradient or usual)
 
 
 ONE_SLOT = {

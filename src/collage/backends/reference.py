@@ -132,7 +132,7 @@ def measure(
     arrived = torch.zeros_like(intended)
     for before, after in reversed(list(zip(fmt.components(old), fmt.components(new), strict=True))):
         arrived += after.double() - before.double()
-    visible = new[0].double() - old[0].double()
+    visible = fmt.visible(new).double() - fmt.visible(old).double()
     for k, terms in enumerate((intended * arrived, intended * visible, intended * intended)):
         _add_in_blocks(terms.reshape(*in_rows), sums, k)
     moved = torch.zeros_like(delta, dtype=torch.bool)

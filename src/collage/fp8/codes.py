@@ -27,7 +27,7 @@ class Coded(NamedTuple):
 def coded(weight: Tensor) -> Coded:
     """The nearest word of a matrix, some rows at a time: no temporary is as large as the weight."""
     rows = max(1, PIECE // max(weight.shape[1], 1))
-    parts = [split(WORD, part.float()) for part in weight.detach().split(rows)]
+    parts = [split(WORD, part.float()) for part in torch.split(weight.detach(), rows)]
     return Coded(*(torch.cat(planes) for planes in zip(*parts, strict=True)))
 
 

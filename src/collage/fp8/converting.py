@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def convert(
     return model
 
 
-def _become(layer: nn.Linear, weight: Coded, product: str, grad_dtype: torch.dtype) -> None:
+def _become(layer: Any, weight: Coded, product: str, grad_dtype: torch.dtype) -> None:
     """The layer stays the object it is, with its hooks, its mode and what else was put on it."""
     old = layer.weight
     layer.weight = nn.Parameter(weight.hi, requires_grad=old.requires_grad)

@@ -23,6 +23,8 @@ class Float8Linear(nn.Linear):
     """
 
     weight_scale: Tensor
+    _handle: Tensor
+    _handle_of: Tensor
     product: str
     grad_dtype: torch.dtype
     remainder: Tensor | None
@@ -35,7 +37,7 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] of its dtype; under autocast, of autocast's."""
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
@@ -44,8 +46,7 @@ class Float8Linear(nn.Linear):
                 f"Float8Linear: x is {x.dtype} and the bias {bias.dtype}; cast one of them, or use torch.autocast"
             )
         scaled = self.missing(x.device, x.dtype) == ""
-        product: Callable[..., Tensor] = products.Product.apply
-        return product(x, self.weight.detach(), self.weight_scale, self._current_handle(), bias, scaled)
+        return _product(x, self.weight.detach(), self.weight_scale, self._current_handle(), bias, scaled)
 
     def missing(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
         """Why activations of a dtype are not multiplied in fp8 on a device; "": they are."""
@@ -62,17 +63,16 @@ class Float8Linear(nn.Linear):
             self.renew()
         return self._handle
 
-    @torch.compiler.disable(reason="a weight was exchanged, frozen or unfrozen: run one forward without compiling")
+    @torch.compiler.disable(reason="a weight was exchanged, frozen or unfrozen: run one forward without compiling")  # type: ignore[no-untyped-call, untyped-decorator]
     def renew(self) -> None:
         """Let the weight take gradients of `grad_dtype`: a copy of it would take those of its own dtype."""
         weight, handle = self.weight, self.__dict__.get("_handle")
-        known = handle is not None and self._handle_of is weight and handle.device == weight.device
-        if known and handle.requires_grad == weight.requires_grad:
+        if handle is not None and self._handle_of is weight and _alike(handle, weight):
             return
         if weight.is_leaf and weight.grad_dtype == weight.dtype:
             weight.grad_dtype = self.grad_dtype
         with torch.inference_mode(False), torch.enable_grad():
-            self.__dict__.update(_handle=products.Handle.apply(weight, self.grad_dtype), _handle_of=weight)
+            self.__dict__.update(_handle=_handle(weight, self.grad_dtype), _handle_of=weight)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
@@ -90,7 +90,7 @@ class Float8Linear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_handle_of")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.renew()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
@@ -113,3 +113,11 @@ class Float8Linear(nn.Linear):
             self.remainder = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.renew()
+
+
+_handle: Callable[[Tensor, torch.dtype], Tensor] = products.Handle.apply
+_product: Callable[..., Tensor] = products.Product.apply
+
+
+def _alike(handle: Tensor, weight: Tensor) -> bool:
+    return handle.device == weight.device and handle.requires_grad == weight.requires_grad

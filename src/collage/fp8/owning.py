@@ -6,14 +6,17 @@ A parameter is found by identity among the modules that live, so that one that r
 
 from __future__ import annotations
 
-from weakref import WeakSet
+from collections.abc import MutableMapping
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from collage.sharding import is_dtensor, region
 
 _LIVE: WeakSet[nn.Module] = WeakSet()
+_FOUND: MutableMapping[Tensor, ref[nn.Module]] = WeakIdKeyDictionary()
 
 
 def register(module: nn.Module) -> None:
@@ -22,8 +25,19 @@ def register(module: nn.Module) -> None:
 
 
 def module_of(param: Tensor) -> nn.Module | None:
-    """The live module whose weight this very parameter is."""
-    return next((module for module in _LIVE if module._parameters.get("weight") is param), None)
+    """The live module whose weight this very parameter is, or was when it was first asked."""
+    known = _FOUND.get(param)
+    module = None if known is None else known()
+    if module is None:
+        module = next((live for live in _LIVE if live._parameters.get("weight") is param), None)
+        if module is not None:
+            _FOUND[param] = ref(module)
+    return module
+
+
+def scales_in(model: nn.Module) -> set[int]:
+    """The id of every row scale of a model: what their weights are without a number of their own."""
+    return {id(module._buffers["weight_scale"]) for module in model.modules() if module in _LIVE}
 
 
 def scale_of(param: Tensor) -> Tensor | None:

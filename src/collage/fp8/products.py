@@ -75,7 +75,7 @@ def _decoded_backward(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     dtype = computing(dy.dtype)
     dy, dx = dy.to(dtype), dy.new_empty(dy.shape[0], weight.shape[1])
     size = _tile(weight, weight.shape[0])
-    for out, hi in zip(dx.split(size, 1), weight.split(size, 1), strict=True):
+    for out, hi in zip(torch.split(dx, size, 1), torch.split(weight, size, 1), strict=True):
         out.copy_(dy @ decoded(hi, scale, dtype))
     return dx
 
@@ -106,14 +106,15 @@ def _scaled_backward(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def _scaled_mm(a: Tensor, scale: Tensor, b: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
     """(a 2**(scale - 127)) @ (b columns) + bias, bfloat16: a [m, k] row-major, b [k, n] column-major."""
     scales = {"scale_a": factors(scale)[:, None], "scale_b": columns[None, :]}
-    return torch._scaled_mm(a, b, **scales, bias=bias, out_dtype=BF16, use_fast_accum=False)
+    result: Tensor = torch._scaled_mm(a, b, **scales, bias=bias, out_dtype=BF16, use_fast_accum=False)
+    return result
 
 
 class Product(torch.autograd.Function):
     """y = x W^T + b. handle: stands for the weight in the graph of gradients (`Handle`); the weight has none itself."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, handle: Tensor, bias: Tensor | None, scaled: bool
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -123,7 +124,7 @@ class Product(torch.autograd.Function):
         return forward(rows, weight, scale, bias, scaled).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, scale = ctx.saved_tensors
         needs_bias = ctx.needs_input_grad[4]
         rows = dy.reshape(-1, dy.shape[-1])
@@ -143,9 +144,9 @@ class Handle(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty((), dtype=dtype, device=weight.device).expand(weight.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient, None

@@ -39,7 +39,7 @@ def chosen(model: nn.Module, skip: Iterable[str]) -> dict[str, nn.Linear]:
 
 
 def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-    """The output head: what transformers says it is and layers outside the base model; elsewhere the last linear one."""
+    """The output head: what transformers says it is, and layers outside its base model; elsewhere the last one."""
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     output = getattr(model, "get_output_embeddings", None)
     if output is None:
@@ -93,7 +93,7 @@ def _require_convertible(name: str, layer: nn.Linear) -> None:
 
 
 def _require_apart(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
-    """Raise ValueError where something else has a weight too: it would stay with the old one, or need its own scales."""
+    """Raise ValueError where something else has a weight too: it would stay with the old one."""
     users: dict[int, list[str]] = defaultdict(list)
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
@@ -106,6 +106,6 @@ def _require_apart(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
         others = [other for other in sharing if other != f"{name}.weight"]
         if others:
             raise ValueError(
-                f"'{name}': shares its weight with {several(others)}; skip=['{name}'] leaves it in bfloat16, or give it "
-                "a weight of its own, layer.weight = nn.Parameter(layer.weight.detach().clone())"
+                f"'{name}': shares its weight with {several(others)}; skip=['{name}'] leaves it in bfloat16, or give "
+                "it a weight of its own, layer.weight = nn.Parameter(layer.weight.detach().clone())"
             )
