@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from collage.formats import format_of
+from collage.fp8.owning import scale_of
 from collage.layout import Planes
 from collage.optimizers.base import PrecisionOptimizer
 from collage.optimizers.parameters import Parameter, dtype_of
@@ -67,7 +68,9 @@ def number_of(param: Tensor, owner: Owner | None) -> tuple[str, Planes]:
     Raises ValueError where the optimizer has more than the parameter's dtype lets it use.
     """
     if owner is None or not owner.optimizer.state.get(param):
-        visible = local(param.detach())
+        visible, scale = local(param.detach()), scale_of(param)
+        if scale is not None:
+            return "e4m3+int8", (visible, torch.zeros_like(visible, dtype=torch.int8), local(scale))
         return _VISIBLE.get(param.dtype, "fp32"), (visible if param.dtype in _VISIBLE else visible.float(),)
     kept = {key for key in owner.optimizer.state[param] if key.startswith("param")}
     if kept != {"param" + suffix for suffix in format_of(owner.format).suffixes[1:]}:

@@ -126,6 +126,10 @@ class Word(Remainder):
     def visible(self, planes: Planes) -> Tensor:
         return planes[0].float() * factors(planes[2])[:, None] if self.scaled else planes[0]
 
+    def shown(self, planes: Planes) -> tuple[Tensor, ...]:
+        hi, lo, *scale = planes
+        return hi, torch.zeros_like(lo), *scale  # a scale belongs to what shows
+
     def moved(self, old: Planes, new: Planes) -> Tensor:
         """A scale that moves by a power of two changes words, but numbers only where it cuts some."""
         return self.value(old) != self.value(new) if self.scaled else super().moved(old, new)

@@ -49,6 +49,7 @@ class PrecisionOptimizer(Guarded):
         if cast:
             admission.cast(self.rule_of, admission.to_be_cast(list(self.parameters())), self.state)
             self._cast = True
+        admission.require_converted(list(self.parameters()))
         self._count_float32(admission.require_low_precision(list(self.parameters()), before=None))
         self._warn_of_fallback()
 
@@ -68,7 +69,8 @@ class PrecisionOptimizer(Guarded):
         lines = [super().__repr__()]
         for index, group in enumerate(self.param_groups):
             strategy = Strategy.parse(group["strategy"])
-            small = sum(1 for param in group["params"] if param.dtype == strategy.dtype and is_small(param.shape))
+            dtypes = strategy.dtype, strategy.beside.dtype
+            small = sum(1 for param in group["params"] if param.dtype in dtypes and is_small(param.shape))
             if strategy.exception:
                 kept = f"{', '.join(strategy.formats())}; {strategy.exception}"
                 lines.append(f"group {index}: {kept}; so do {small} of its {len(group['params'])}")
