@@ -121,7 +121,8 @@ class Product(torch.autograd.Function):
         needs_x, _, _, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(rows if needs_weight else None, *((weight, scale) if needs_x else (None, None)))
         ctx.shape, ctx.scaled, ctx.gradient = x.shape, scaled, handle.dtype
-        return forward(rows, weight, scale, bias, scaled).view(*x.shape[:-1], -1)
+        y: Tensor = forward(rows, weight, scale, bias, scaled)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
