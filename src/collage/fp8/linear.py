@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from collage.fp8 import products
 from collage.fp8.codes import E4M3, coded
 from collage.fp8.owning import register
+from collage.fp8.saving import load_scale, save_scale
+from collage.fp8.sharding import teach_fsdp
 
 
 class Float8Linear(nn.Linear):
@@ -33,6 +35,7 @@ class Float8Linear(nn.Linear):
         """A module that is unpickled or copied is registered too."""
         module = super().__new__(cls)
         register(module)
+        teach_fsdp()
         return module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,6 +106,10 @@ class Float8Linear(nn.Linear):
         self.renew()
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_scale(self, destination, prefix)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take e4m3 and scales as they are, other numbers as `convert` does; the remainder was of the old weight."""
         given = state_dict.get(f"{prefix}weight")
@@ -111,6 +118,7 @@ class Float8Linear(nn.Linear):
             state_dict |= {f"{prefix}weight": hi, f"{prefix}weight_scale": scale}
         if given is not None:
             self.remainder = None
+        load_scale(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.renew()
 

@@ -7,13 +7,14 @@ A parameter is found by identity among the modules that live, so that one that r
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from typing import Any
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from collage.sharding import is_dtensor, region
+from collage.sharding import in_rows, is_dtensor, local, region
 
 _LIVE: WeakSet[nn.Module] = WeakSet()
 _FOUND: MutableMapping[Tensor, ref[nn.Module]] = WeakIdKeyDictionary()
@@ -24,6 +25,11 @@ def register(module: nn.Module) -> None:
     _LIVE.add(module)
 
 
+def adopt(module: nn.Module, param: Tensor) -> None:
+    """Let a parameter be found that is the module's weight at times: FSDP2 puts the whole in place of a shard."""
+    _FOUND[param] = ref(module)
+
+
 def module_of(param: Tensor) -> nn.Module | None:
     """The live module whose weight this very parameter is, or was when it was first asked."""
     known = _FOUND.get(param)
@@ -31,7 +37,7 @@ def module_of(param: Tensor) -> nn.Module | None:
     if module is None:
         module = next((live for live in _LIVE if live._parameters.get("weight") is param), None)
         if module is not None:
-            _FOUND[param] = ref(module)
+            adopt(module, param)
     return module
 
 
@@ -41,9 +47,26 @@ def scales_in(model: nn.Module) -> set[int]:
 
 
 def scale_of(param: Tensor) -> Tensor | None:
-    """The row scales of an e4m3 parameter, uint8 [rows], in the memory of its module; None: it has none."""
+    """The row scales of an e4m3 parameter, uint8 [rows], in the memory of its module; None: it has none.
+
+    Of a sharded one they are placed as it is: each rank has those of its rows, in the memory of its own module, where
+    there is room for all.
+    """
     module = module_of(param)
-    return None if module is None else module._buffers["weight_scale"]
+    return None if module is None else _placed(module._buffers["weight_scale"], param)
+
+
+def _placed(scale: Any, param: Any) -> Any:
+    if not is_dtensor(param):
+        return scale
+    where = region(param)
+    first = where.starts[0]
+    return in_rows(local(scale)[first : first + where.sizes[0]], (param.shape[0],), param)
+
+
+def gradient_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of an e4m3 parameter's gradient: bfloat16, if nobody says float32."""
+    return torch.float32 if param.grad_dtype == torch.float32 else torch.bfloat16
 
 
 def taken_remainder(param: Tensor, bits: int) -> Tensor | None:

@@ -1,0 +1,111 @@
+"""FSDP2 of e4m3 weights: gathered as bytes, together with their row scales; their gradients keep 16 or 32 bits.
+
+FSDP2 keeps a record per parameter (``FSDPParam``), and asks nobody about it: a weight of float8 would be gathered in a
+dtype that gloo does not have, its gradient be rounded to float8, and 16-bit parameters beside it be refused. So the
+record of a weight of ours is one of ours. What it adds are the row scales: a rank has those of its own rows, and gets
+the others' in the collective that gathers the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from collage.fp8.owning import adopt, gradient_dtype, scale_of
+from collage.sharding import local
+
+
+@cache
+def teach_fsdp() -> None:
+    """Have `fully_shard` keep records of ours of the weights of ours, and its own of all others, from now on."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    base: Any = _fsdp_param.FSDPParam
+    ours = _record(base)
+
+    def new(cls: type, param: Tensor, module_info: Any, *args: Any, **kwargs: Any) -> Any:
+        is_ours = module_info.param_name == "weight" and "weight_scale" in module_info.module._buffers
+        return object.__new__(ours if is_ours else cls)
+
+    base.__new__ = new
+
+
+def _record(base: Any) -> type:
+    """The class of our records."""
+
+    class Float8Shard(base):  # type: ignore[misc]
+        """An e4m3 weight with a power of two for each row, sharded by rows."""
+
+        all_gather_outputs: list[Tensor]
+
+        def _init_sharded_param(self, param: nn.Parameter, *args: Any, **kwargs: Any) -> None:
+            self._gradient_dtype = gradient_dtype(param)
+            super()._init_sharded_param(param, *args, **kwargs)
+            self._refuse()
+            self._own(self.sharded_param, self._gradient_dtype)
+
+        def _refuse(self) -> None:
+            if self.fsdp_placement.dim:
+                raise ValueError(
+                    f"a float8 weight of shape {tuple(self._orig_size)} has a scale for every row, and is to be "
+                    f"sharded along dimension {self.fsdp_placement.dim}; have shard_placement_fn return Shard(0) for it"
+                )
+            if self.offload_to_cpu and self.device.type != "cpu":
+                raise ValueError(
+                    f"a float8 weight of shape {tuple(self._orig_size)} stays with its row scales on {self.device}; "
+                    "shard its module without CPUOffloadPolicy"
+                )
+
+        def _own(self, param: nn.Parameter, dtype: torch.dtype) -> None:
+            adopt(self._module_info.module, param)
+            param.grad_dtype = dtype
+
+        def reset_sharded_param(self) -> None:
+            super().reset_sharded_param()
+            self._own(self.sharded_param, self._gradient_dtype)
+
+        def init_dtype_attrs(self, mp_policy: Any) -> None:
+            """What FSDP2 calls the original dtype is that of the reduced gradient. Weights are cast to none."""
+            super().init_dtype_attrs(mp_policy)
+            self.orig_dtype, self.param_dtype = self._gradient_dtype, None
+
+        @property
+        def all_gather_inputs(self) -> list[Tensor]:
+            """This rank's rows as bytes, and their scales; both padded to what the first rank has."""
+            own = local(scale_of(self.sharded_param))
+            scales = own.new_zeros(self.padded_sharded_param_size[0])
+            scales[: len(own)] = own
+            return [self._sharded_param_data.view(torch.uint8), scales]
+
+        def init_unsharded_param(self) -> None:
+            with self._as_weights():
+                super().init_unsharded_param()
+            self._own(self._unsharded_param, self.mp_policy.param_dtype or self._gradient_dtype)
+            whole = local(scale_of(self._unsharded_param))
+            with _unsafe_preserve_version_counter(whole):  # the backward pass needs the same numbers
+                for gathered in self.all_gather_outputs[1:]:
+                    whole.copy_(gathered[: len(whole)])
+
+        @contextmanager
+        def _as_weights(self) -> Iterator[None]:
+            gathered = self.all_gather_outputs
+            self.all_gather_outputs = [gathered[0].view(torch.float8_e4m3fn)]
+            try:
+                yield
+            finally:
+                self.all_gather_outputs = gathered
+
+        @property
+        def unsharded_zero_grad_data(self) -> Any:
+            like = self.unsharded_param
+            return self._get_grad_inner_tensor(torch.zeros_like(like, dtype=like.grad_dtype))
+
+    return Float8Shard

@@ -1,0 +1,148 @@
+"""Weights of e4m3 on several ranks: the bits of one process, however their rows are parted, and across checkpoints."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from helpers import assert_same_bits
+from ranks import assert_same_as_alone, launch, perform
+from test_dcp import optimizer_first, through_flat, through_parts, through_raw
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+)
+
+import collage
+from collage.fp8.owning import scale_of
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@cache
+def line():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def made(seed: int = 0) -> nn.Module:
+    """Rows that no two or three ranks share evenly, and two, of which a third rank has none."""
+    torch.manual_seed(seed)
+    layers = nn.Linear(160, 33), nn.Linear(33, 128, bias=False), nn.GELU(), nn.Linear(128, 5), nn.Linear(5, 2)
+    return collage.fp8.convert(nn.Sequential(*layers, nn.LayerNorm(2)).bfloat16())
+
+
+def sharded(model: nn.Module, parted: str = "together", param_dtype: torch.dtype | None = None) -> nn.Module:
+    """parted: "apart" gathers each layer by itself, one of them has e4m3 alone. Sums of equal gradients are exact."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    for layer in model if parted == "apart" else ():
+        if next(layer.parameters(), None) is not None:
+            fully_shard(layer, mesh=line(), mp_policy=policy)
+    return fully_shard(model, mesh=line(), mp_policy=policy)
+
+
+def optimizer(model: nn.Module, strategy: str, backend: str = "auto") -> torch.optim.Optimizer:
+    return collage.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, strategy=strategy, backend=backend)
+
+
+def train(model: nn.Module, opt: torch.optim.Optimizer, start: int, stop: int) -> list[float]:
+    """The same batches on every rank. Losses."""
+    losses = []
+    for step in range(start, stop):
+        x = torch.randn(8, 160, generator=torch.Generator().manual_seed(step)).bfloat16()
+        loss = model(x).float().square().mean()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    collage.sharding.reshard(model)
+    return losses
+
+
+def assert_scales_alike(label: str, ours: nn.Module, opt: torch.optim.Optimizer, alone: nn.Module) -> None:
+    """A state's scales are the module's own rows, and the module has those of all rows once it has run forward."""
+    for (name, p), q in zip(ours.named_parameters(), alone.parameters(), strict=True):
+        if p.dtype == torch.float8_e4m3fn:
+            held, own = opt.state[p]["param_scale"], scale_of(p)
+            assert held.to_local().data_ptr() == own.to_local().data_ptr(), f"{label} {name}"
+            assert_same_bits(f"{label} {name}", own.full_tensor(), scale_of(q))
+    ours(torch.zeros(1, 160, dtype=torch.bfloat16))
+    for (name, mine), theirs in zip(ours.named_buffers(), alone.buffers(), strict=True):
+        assert_same_bits(f"{label} {name}", mine, theirs)
+
+
+def hold(strategy: str, steps: str) -> None:
+    """A model alone and sharded, in one group and in many, stepped by either backend."""
+    alone = made()
+    other = optimizer(alone, strategy)
+    wanted = train(alone, other, 0, int(steps))
+    for parted, param_dtype, backend in (
+        ("together", None, "auto"),
+        ("apart", torch.bfloat16, "auto"),
+        ("apart", None, "reference"),
+    ):
+        label = f"{strategy} {parted} {param_dtype} {backend}"
+        ours = sharded(made(), parted, param_dtype)
+        opt = optimizer(ours, strategy, backend)
+        assert train(ours, opt, 0, int(steps)) == wanted, label
+        assert_same_as_alone(label, ours, opt, alone, other)
+        assert_scales_alike(label, ours, opt, alone)
+
+
+def save(folder: str, strategy: str) -> None:
+    """After three steps, by every route. What alone is after six is what is wanted."""
+    model = sharded(made()) if dist.get_world_size() > 1 else made()
+    opt = optimizer(model, strategy)
+    train(model, opt, 0, 3)
+    at = Path(folder)
+    dcp.save(
+        {"model": get_model_state_dict(model), "opt": get_optimizer_state_dict(model, opt)}, checkpoint_id=at / "parts"
+    )
+    weights, state = get_state_dict(model, opt, options=FLAT)
+    dcp.save({"model": weights, "opt": state}, checkpoint_id=at / "flat")
+    dcp.save({"model": model.state_dict(), "opt": opt.state_dict()}, checkpoint_id=at / "raw")
+
+
+ROUTES = through_parts, optimizer_first, through_flat, through_raw
+
+
+def load(folder: str, strategy: str) -> None:
+    alone = made()
+    other = optimizer(alone, strategy)
+    wanted = train(alone, other, 0, 6)
+    for route in ROUTES:
+        model = sharded(made(seed=1)) if dist.get_world_size() > 1 else made(seed=1)
+        opt = optimizer(model, strategy)
+        route(model, opt, Path(folder))
+        assert train(model, opt, 3, 6) == wanted[3:], route.__name__
+        assert_same_as_alone(route.__name__, model, opt, alone, other)
+
+
+def some(folder: str) -> None:
+    hold("collage-fp8", "4")
+    save(folder, "collage-fp8")
+
+
+def test_ranks_train_as_one_process_does_and_others_go_on(tmp_path):
+    launch(__file__, 3, "some", str(tmp_path))
+    launch(__file__, 2, "load", str(tmp_path), "collage-fp8")
+    launch(__file__, 1, "load", str(tmp_path), "collage-fp8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["collage-fp8", "collage-fp8-lean"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_train_as_one_process_does_for_long(world, strategy):
+    launch(__file__, world, "hold", strategy, "50", seconds=600)
+
+
+if __name__ == "__main__":
+    perform(globals())
