@@ -1,6 +1,7 @@
 """FP8 weights without master weights: linear layers that multiply with the weight's first component itself."""
 
 from collage.fp8.converting import convert
+from collage.fp8.exporting import export
 from collage.fp8.linear import Float8Linear
 
-__all__ = ["Float8Linear", "convert"]
+__all__ = ["Float8Linear", "convert", "export"]

@@ -48,17 +48,11 @@ class Float8Linear(nn.Linear):
             raise TypeError(
                 f"Float8Linear: x is {x.dtype} and the bias {bias.dtype}; cast one of them, or use torch.autocast"
             )
-        scaled = self.missing(x.device, x.dtype) == ""
-        return _product(x, self.weight.detach(), self.weight_scale, self._current_handle(), bias, scaled)
+        return _product(x, self.weight.detach(), self.weight_scale, self._current_handle(), bias, self.product)
 
-    def missing(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-        """Why activations of a dtype are not multiplied in fp8 on a device; "": they are."""
-        if self.product == "decoded":
-            return "product='decoded' was asked for"
-        if dtype != torch.bfloat16:
-            return f"fp8 products with a scale per row give bfloat16, and activations are {dtype}"
-        reason = products.misfit(self.out_features, self.in_features)
-        return reason or ("" if self.product == "scaled_mm" else products.missing(device))
+    def missing(self, dtype: torch.dtype = torch.bfloat16) -> str:
+        """Why activations of a dtype are not multiplied in fp8 where the weight is now; "": they are."""
+        return products.missing(self.weight, dtype, self.product)
 
     def _current_handle(self) -> Tensor:
         """What stands for the weight in the graph of gradients; a new one where the weight was exchanged."""
