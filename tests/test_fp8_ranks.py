@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same_bits
 from ranks import assert_same_as_alone, launch, perform
-from test_dcp import optimizer_first, through_flat, through_parts, through_raw
+from test_dcp import optimizer_first, through_flat, through_parts
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -109,6 +109,15 @@ def save(folder: str, strategy: str) -> None:
     weights, state = get_state_dict(model, opt, options=FLAT)
     dcp.save({"model": weights, "opt": state}, checkpoint_id=at / "flat")
     dcp.save({"model": model.state_dict(), "opt": opt.state_dict()}, checkpoint_id=at / "raw")
+
+
+def through_raw(model: nn.Module, opt: torch.optim.Optimizer, at: Path) -> None:
+    """Into the tensors of an optimizer that has stepped elsewhere."""
+    train(model, opt, 90, 92)
+    state = {"model": model.state_dict(), "opt": opt.state_dict()}
+    dcp.load(state, checkpoint_id=at / "raw")
+    model.load_state_dict(state["model"])
+    opt.load_state_dict(state["opt"])
 
 
 ROUTES = through_parts, optimizer_first, through_flat, through_raw
