@@ -135,14 +135,39 @@ def load(folder: str, strategy: str) -> None:
         assert_same_as_alone(route.__name__, model, opt, alone, other)
 
 
+def replicated(strategy: str) -> None:
+    """Halves of equal gradients add up to them. Ranks begin with the first one's weights."""
+    alone = made()
+    other = optimizer(alone, strategy)
+    wanted = train(alone, other, 0, 4)
+    for settings in ({}, {"gradient_as_bucket_view": True, "static_graph": True}):
+        ours = made(seed=dist.get_rank())
+        parallel = collage.fp8.replicate(ours, **settings)
+        opt = optimizer(ours, strategy)
+        assert train(parallel, opt, 0, 4) == wanted
+        assert_same_as_alone(f"{settings}", ours, opt, alone, other)
+        assert list(map(id, ours.buffers())) == [id(scale_of(p)) for p in ours.parameters() if p.dim() == 2]
+    mixed = made()
+    mixed[-1].float()
+    with pytest.raises(ValueError, match=r"bfloat16 \('0.weight'\), float32 \('5.weight'\); cast the others"):
+        collage.fp8.replicate(mixed)
+    with pytest.raises(ValueError, match=r"needs static_graph=True"):
+        collage.fp8.replicate(made(), find_unused_parameters=True)
+
+
 def some(folder: str) -> None:
     hold("collage-fp8", "4")
     save(folder, "collage-fp8")
 
 
+def others(folder: str) -> None:
+    load(folder, "collage-fp8")
+    replicated("collage-fp8")
+
+
 def test_ranks_train_as_one_process_does_and_others_go_on(tmp_path):
     launch(__file__, 3, "some", str(tmp_path))
-    launch(__file__, 2, "load", str(tmp_path), "collage-fp8")
+    launch(__file__, 2, "others", str(tmp_path))
     launch(__file__, 1, "load", str(tmp_path), "collage-fp8")
 
 

@@ -2,5 +2,6 @@
 
 from collage.fp8.converting import convert
 from collage.fp8.linear import Float8Linear
+from collage.fp8.replicating import replicate
 
-__all__ = ["Float8Linear", "convert"]
+__all__ = ["Float8Linear", "convert", "replicate"]
