@@ -45,17 +45,19 @@ class Step : public Kernel {
 
  protected:
   const Codec& codec(int slot) const { return *slots_[slot].codec; }
+  bool measures(const Tensor& t) const { return t.sums && measured_; }
 
   void blocks(const Tensor& t, int64_t first_block, int64_t end_block, Scales* scales) const {
     const Shape shape(*this);
     for (int64_t b = first_block; b < end_block; ++b) {
-      if (t.sums && measured_) {
+      if (measures(t)) {
         Sums sums(block_size(t, b));
         walk(t, shape, b, [&](const Piece& piece, int at) { stages(t, shape, piece, 0, at, scales, &sums); });
         sums.finish(t.sums + b * SUMS);
       } else {
-        walk(t, shape, b,
-             [&](const Piece& piece, int at) { stages(t, shape, piece, fused(t, piece), at, scales, nullptr); });
+        walk(t, shape, b, [&](const Piece& piece, int at) {
+          stages(t, shape, piece, scales ? 0 : fused(t, piece, nullptr), at, scales, nullptr);
+        });
       }
     }
   }
@@ -67,20 +69,31 @@ class Step : public Kernel {
     if (piece.count % LANES) clear(stage, piece.count);
   }
 
+  // How many elements of a piece are done by its own loop.
+  int fused(const Tensor& t, const Piece& piece, float* numbers) const {
+    if (!fused_ || t.maximize || t.scale != 1.0f) return 0;
+    alignas(64) uint32_t words[BLOCK];
+    if (stochastic_) Random(t, 0, piece.begin, piece.count).words(words);
+    return fused_(piece, t.constants, words, numbers);
+  }
+
+  // Slots from first to end, whose numbers begin at x.
+  void store(const Tensor& t, const Piece& piece, const Parted* x, int first, int end) const {
+    Noise noise(t, piece);
+    for (int s = first; s < end; ++s) {
+      const auto& [codec, random, in_parts] = slots_[s];
+      if (!writes[s]) continue;
+      const uint32_t* const bits = random.given(*codec->format) ? noise.bits(random.salt, random.part) : nullptr;
+      (in_parts ? codec->encode_parts : codec->encode)(piece.planes[s], piece.count, x[s], bits);
+    }
+  }
+
  private:
   struct Slot {
     const Codec* codec;
     RandomBits random;
     bool in_parts;  // the rule is given, and leaves, components instead of values
   };
-
-  // How many elements of a piece are done by its own loop.
-  int fused(const Tensor& t, const Piece& piece) const {
-    if (!fused_ || t.maximize || t.scale != 1.0f) return 0;
-    alignas(64) uint32_t words[BLOCK];
-    if (stochastic_) Random(t, 0, piece.begin, piece.count).words(words);
-    return fused_(piece, t.constants, words);
-  }
 
   void stages(const Tensor& t, const Shape& shape, const Piece& piece, int done, int at, Scales* scales,
               Sums* sums) const {
@@ -102,7 +115,7 @@ class Step : public Kernel {
     Parted old;
     if (sums) codec(0).decode(from.planes[0], from.count, old);
     compute(t, shape, from, stage, sums != nullptr);
-    store(t, to, stage);
+    store(t, to, stage.slots, 0, slots);
     if (!sums) return;
     codec(0).decode(to.planes[0], to.count, stage.slots[0]);
     codec(0).measure(old, stage.slots[0], stage.delta, to.count, at, *sums);
@@ -125,16 +138,6 @@ class Step : public Kernel {
     for (int i = 0; i < padded(piece.count); i += W) {
       const F32 g = collage::load<F32>(stage.gradient + i) / splat(t.scale);
       save(stage.gradient + i, t.maximize ? -g : g);
-    }
-  }
-
-  void store(const Tensor& t, const Piece& piece, Stage& stage) const {
-    Noise noise(t, piece);
-    for (int s = 0; s < slots; ++s) {
-      const auto& [codec, random, in_parts] = slots_[s];
-      if (!writes[s]) continue;
-      const uint32_t* const bits = random.given(*codec->format) ? noise.bits(random.salt, random.part) : nullptr;
-      (in_parts ? codec->encode_parts : codec->encode)(piece.planes[s], piece.count, stage.slots[s], bits);
     }
   }
 

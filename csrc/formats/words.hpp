@@ -85,6 +85,21 @@ struct Wide {
     return {{(F32)(nan ? Mask{} + Hi::NAN_CODE : code | sign), (F32)((word - (hi << BITS)) & ~(nan | overflows))}};
   }
 
+  // Whether every size is 0 or from the smallest normal number to the largest that shows.
+  static bool usual(F32 size) {
+    const Mask least = Mask{} + (FIRST << 23), most = Mask{} + (Hi::MAX_CODE << (23 - Hi::SIGNIFICAND)) + ((FIRST - 1) << 23);
+    return all(((Mask)size == 0) | (((Mask)size >= least) & ((Mask)size <= most)));
+  }
+
+  // The same codes of those.
+  template <bool stochastic>
+  static Lanes<2> usual_codes(F32 x, F32 size, U32 random) {
+    constexpr int shift = 23 - FULL;
+    const Mask bits = (Mask)size, added = stochastic ? (Mask)(random >> (16 - shift)) : (1 << (shift - 1)) - 1 + ((bits >> shift) & 1);
+    const Mask word = (((bits + added) >> shift) - ((FIRST - 1) << FULL)) & (bits != 0);
+    return {{(F32)(((word + (1 << (BITS - 1))) >> BITS) | (((Mask)x >> 31) & ~MAGNITUDE)), (F32)word}};
+  }
+
   static Mask broken(Mask hi, Mask lo) {
     const Mask code = hi & MAGNITUDE;
     return ((code == 0) & (lo < 0)) | ((code > Hi::MAX_CODE) & (lo != 0));
@@ -130,21 +145,52 @@ struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, E8M0, PER_ROW, Int8, L
   static constexpr Format format = described(E4M3::name + "+" + Lo::name + suffix(stochastic), stochastic, 3,
                                              plane_of<Int8>, plane_of<Lo>, {1, PER_ROW});
   static constexpr Kind kind = Kind::one;
+  static constexpr int LEAST = 26;  // scale with which the smallest word is a normal float32
 
   static Register<F32> number(const Lanes<3>& x) { return {W8::value((Mask)x.x[0], (Mask)x.x[1], x.x[2])}; }
-  static F32 visible(const Lanes<3>& x) { return W8::visible((Mask)x.x[0]); }
+  static F32 visible(const Lanes<3>& x) { return W8::value((Mask)x.x[0], Mask{}, x.x[2]); }
 
   static uint8_t scale_of(uint32_t largest) {
-    return uint8_t(std::clamp(int(largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000), 26, 246));
+    return uint8_t(std::clamp(int(largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000), LEAST, 246));
   }
 
   static Lanes<2> codes(F32 x, U32 random, uint8_t scale) {
-    const F32 size = magnitude(x);
-    return W8::template codes<stochastic>(x, size * E8M0::inverse(scale), random, size == __builtin_inff());
+    const F32 size = magnitude(x) * E8M0::inverse(scale);
+    if (__builtin_expect(W8::usual(size), true)) return W8::template usual_codes<stochastic>(x, size, random);
+    return W8::template codes<stochastic>(x, size, random, magnitude(x) == __builtin_inff());
   }
 
-  static Mask moved(const Lanes<3>& from, const Lanes<3>& to) { return words_differ<ScaledWord>(from, to); }
+  static Mask moved(const Lanes<3>& from, const Lanes<3>& to) {  // not by a scale alone, under which words differ
+    return number(from).x != number(to).x;
+  }
+
   static Mask broken(const Lanes<3>& x) { return W8::broken((Mask)x.x[0], (Mask)x.x[1]); }
+
+  // A part of a row in a loop that decodes it, under a usual scale, which goes into the constant.
+  class OfRow {
+   public:
+    static bool fits(PlanesAt planes) { return scale_in(planes) >= LEAST && scale_in(planes) <= 255 - W8::FIRST; }
+
+    explicit OfRow(PlanesAt planes) : factor_((F32)(U32{} + ((scale_in(planes) + W8::FIRST - 1) << 23))) {}
+
+    // The word's bits are those of a float32 whose exponents begin elsewhere.
+    template <int half>
+    Register<F32> read(PlanesAt planes, int i) {
+      const Mask hi = (Mask)Int8::template read<half>(planes[0], i), lo = (Mask)Lo::template read<half>(planes[1], i);
+      const Mask word = ((hi & W8::MAGNITUDE) << W8::BITS) + lo;
+      most_ = larger(most_, (U32)word);
+      const F32 size = (F32)(word << (23 - W8::FULL)) * factor_;
+      return {(F32)((U32)size | ((U32)hi & 0x80000000))};
+    }
+
+    bool usual() const { return collage::largest_of(most_) <= uint32_t(W8::LARGEST); }  // neither NaN nor broken was read
+
+   private:
+    static uint32_t scale_in(PlanesAt planes) { return uint8_t(planes[2][0]); }
+
+    F32 factor_;
+    U32 most_{};
+  };
 };
 
 }  // namespace

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from collage.backends import choose
+from collage.casting import require_finite
 from collage.collectives import together
 from collage.formats import format_of
 from collage.fp8.owning import scale_of, scales_in
 from collage.layout import pieces
 from collage.optimizers import edits
 from collage.optimizers.parameters import dtype_of
-from collage.optimizers.planes import require_finite
 from collage.owners import Optimizers, Owner, number_of, owners
 from collage.saying import several
 from collage.sharding import any_dtensor, local, placed, reshard

@@ -137,11 +137,11 @@ class Strategy:
         return any(format_of(name).stochastic for name in self.formats())
 
     def bytes_per_param(self, gradient_bytes: int | None = None, roles: Iterable[str] = ROLES) -> float:
-        """Bytes of weights, optimizer state and gradient for one parameter; the gradient in the parameter's dtype.
+        """Bytes of weights, optimizer state and gradient for one parameter; its gradient as wide as it, 2 at least.
 
         roles: of the rule's slots; by default Adam's.
         """
-        gradient = self.dtype.itemsize if gradient_bytes is None else gradient_bytes
+        gradient = self.beside.dtype.itemsize if gradient_bytes is None else gradient_bytes
         return gradient + sum(bytes_per_value(format_of(name)) for name in self.formats(roles))
 
     def __str__(self) -> str:

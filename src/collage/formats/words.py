@@ -130,6 +130,10 @@ class Word(Remainder):
         hi, lo, *scale = planes
         return hi, torch.zeros_like(lo), *scale  # a scale belongs to what shows
 
+    def moved(self, old: Planes, new: Planes) -> Tensor:
+        """A scale that moves by a power of two changes words, but numbers only where it cuts some."""
+        return self.value(old) != self.value(new) if self.scaled else super().moved(old, new)
+
     def spacing(self, planes: Planes) -> Tensor:
         f = FLOATS[self.dtype]
         apart = ulp(planes[0].float(), f.precision + self.bits, 2.0 ** (f.emin - self._wide))

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from collage.formats import format_of, split
+from collage.casting import casting
+from collage.fp8.codes import BF16, Coded, coded
 from collage.fp8.linear import Float8Linear
+from collage.fp8.owning import register
+from collage.fp8.selecting import chosen
 
 
-def convert(model: nn.Module, skip: Iterable[str] = ()) -> nn.Module:
-    """Replace the weights of nn.Linear by e4m3 ones with a power of two for each row, in place; the model."""
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name in skip:
-            continue
-        hi, _, scale = split(format_of("e4m3+int16"), module.weight.detach().float())
-        new = Float8Linear.__new__(Float8Linear)
-        new.__dict__.update(module.__dict__)
-        new.weight = nn.Parameter(hi)
-        new.weight.grad_dtype = torch.bfloat16
-        new.register_buffer("weight_scale", scale)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+def convert(
+    model: nn.Module, skip: Iterable[str] = (), product: str = "auto", grad_dtype: torch.dtype = BF16
+) -> nn.Module:
+    layers = chosen(model, skip)
+    cast = casting(model, BF16, but=[layer.weight for layer in layers.values()])
+    for layer in layers.values():
+        _become(layer, coded(layer.weight), product, grad_dtype)
+    cast()
     return model
+
+
+def _become(layer: Any, weight: Coded, product: str, grad_dtype: torch.dtype) -> None:
+    """The layer stays the object it is, with its hooks, its mode and what else was put on it."""
+    old = layer.weight
+    layer.weight = nn.Parameter(weight.hi, requires_grad=old.requires_grad)
+    layer.register_buffer("weight_scale", weight.scale)
+    vars(layer).update(product=product, grad_dtype=grad_dtype, remainder=weight.lo)
+    layer.__class__ = Float8Linear
+    register(layer)
+    layer.renew()

@@ -67,3 +67,28 @@ def _placed(scale: Any, param: Any) -> Any:
 def gradient_dtype(param: Tensor) -> torch.dtype:
     """The dtype of an e4m3 parameter's gradient: bfloat16, if nobody says float32."""
     return torch.float32 if param.grad_dtype == torch.float32 else torch.bfloat16
+
+
+def taken_remainder(param: Tensor, bits: int) -> Tensor | None:
+    """What e4m3 cut off of a weight when it was converted, int16 or int8 like its local part; the module lets go of it.
+
+    None: nothing is known of it. It was taken before, or the weight was written to since, so that it may be another's.
+    """
+    module = module_of(param)
+    whole: Tensor | None = None if module is None else module.__dict__.get("remainder")
+    if module is None or whole is None:
+        return None
+    module.__dict__["remainder"] = None
+    if is_dtensor(param):
+        place = region(param)
+        whole = whole.narrow(0, place.starts[0], place.sizes[0])
+    elif param._version:
+        return None
+    return narrowed(whole, bits).to(param.device)
+
+
+def narrowed(remainder: Tensor, bits: int) -> Tensor:
+    """A remainder of 16 bits in so many, to nearest; what shows stays as it is, so that the largest is 127 at most."""
+    if bits == 16:
+        return remainder
+    return ((remainder.int() + 128) >> 8).clamp_(max=127).to(torch.int8)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from collage import backends
+from collage.casting import require_finite
 from collage.formats import format_of
 from collage.fp8.owning import scale_of
 from collage.optimizers import planes
@@ -159,7 +160,7 @@ def to_be_cast(parameters: Sequence[Parameter]) -> list[Parameter]:
                 f"param '{name}': cast=True would part it from '{other.name}', with which it shares memory; give them "
                 "memory of their own, p.data = p.data.clone(), or use collage.to_bf16(model)"
             )
-        planes.require_finite(name, param.detach(), Strategy.parse(group["strategy"]).beside.dtype)
+        require_finite(name, param.detach(), Strategy.parse(group["strategy"]).beside.dtype)
     return wide
 
 

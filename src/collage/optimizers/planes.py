@@ -181,20 +181,6 @@ def _is_bytes(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.int8 and value.shape[-1:] == (2,)
 
 
-def require_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError, naming the parameter, for a finite number that would become infinite in dtype."""
-    wide = dtype.itemsize >= values.dtype.itemsize and dtype != torch.float16
-    if values.is_meta or wide or dtype.itemsize == 1:  # e4m3 has a scale for as far as float32 goes
-        return
-    for (part,) in pieces([values]):
-        broken = part[part.to(dtype).isinf() & part.isfinite()]
-        if broken.numel():
-            raise ValueError(
-                f"param '{name}': {broken[0].item():.6g} is beyond {name_of(dtype)}'s largest number, "
-                f"{torch.finfo(dtype).max:g}" + ("; use bfloat16" if dtype == torch.float16 else "")
-            )
-
-
 def backend_of(planes: Planes) -> Backend:
     """The fastest backend for planes, whatever the optimizer steps with: all have the same bits."""
     return choose("auto", planes[0].device)
