@@ -134,7 +134,9 @@ def values(net: nn.Module, opt: collage.AdamW) -> dict[str, Tensor]:
 
 def test_states_go_to_other_strategies_and_back():
     """Between the two of them and from collage-plus, whose weights a model is loaded with: convert=True."""
-    plain = nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.ReLU(), nn.Linear(96, 33), nn.Linear(33, 8)).bfloat16()
+    plain = nn.Sequential(
+        nn.Linear(64, 96), nn.LayerNorm(96), nn.ReLU(), nn.Linear(96, 33), nn.Linear(33, 8)
+    ).bfloat16()
     for p in plain.parameters():
         p.data = p.data.clone()
     for source in ("collage-plus", "fp32-master"):
@@ -200,13 +202,19 @@ def test_bytes_of_a_converted_layer():
 
 def test_an_unconverted_model_is_told_to_convert():
     net = nn.Linear(64, 64).bfloat16()
-    with pytest.raises(ValueError, match=r"'collage-fp8' trains float8_e4m3fn weights, and there are none; call collage.fp8"):
+    with pytest.raises(
+        ValueError, match=r"'collage-fp8' trains float8_e4m3fn weights, and there are none; call collage.fp8"
+    ):
         collage.AdamW(net.named_parameters(), strategy="collage-fp8")
     bare = nn.Parameter(torch.ones(64, 64).to(torch.float8_e4m3fn))
-    with pytest.raises(ValueError, match=r"param 'w': it is float8_e4m3fn, and no module has its row scales; collage.fp8"):
+    with pytest.raises(
+        ValueError, match=r"param 'w': it is float8_e4m3fn, and no module has its row scales; collage.fp8"
+    ):
         collage.AdamW([("w", bare)], strategy="collage-fp8")
     assert scale_of(bare) is None
-    with pytest.raises(TypeError, match=r"'0.weight': strategy 'collage-plus' needs bfloat16.*use strategy='collage-fp8'"):
+    with pytest.raises(
+        TypeError, match=r"'0.weight': strategy 'collage-plus' needs bfloat16.*use strategy='collage-fp8'"
+    ):
         collage.AdamW(model().named_parameters())
 
 

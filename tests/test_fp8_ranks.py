@@ -34,8 +34,9 @@ def line():
 def made(seed: int = 0) -> nn.Module:
     """Rows that no two or three ranks share evenly, and two, of which a third rank has none."""
     torch.manual_seed(seed)
-    layers = nn.Linear(160, 33), nn.Linear(33, 128, bias=False), nn.GELU(), nn.Linear(128, 5), nn.Linear(5, 2)
-    return collage.fp8.convert(nn.Sequential(*layers, nn.LayerNorm(2)).bfloat16())
+    wide = nn.Linear(160, 33), nn.Linear(33, 128, bias=False), nn.GELU()
+    narrow = nn.Linear(128, 2), nn.Linear(2, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+    return collage.fp8.convert(nn.Sequential(*wide, *narrow).bfloat16())
 
 
 def sharded(model: nn.Module, parted: str = "together", param_dtype: torch.dtype | None = None) -> nn.Module:
@@ -146,9 +147,9 @@ def replicated(strategy: str) -> None:
         opt = optimizer(ours, strategy)
         assert train(parallel, opt, 0, 4) == wanted
         assert_same_as_alone(f"{settings}", ours, opt, alone, other)
-        assert list(map(id, ours.buffers())) == [id(scale_of(p)) for p in ours.parameters() if p.dim() == 2]
+        assert list(map(id, ours.buffers())) == [id(scale_of(p)) for p in ours.parameters() if scale_of(p) is not None]
     mixed = made()
-    mixed[-1].float()
+    mixed[5].float()
     with pytest.raises(ValueError, match=r"bfloat16 \('0.weight'\), float32 \('5.weight'\); cast the others"):
         collage.fp8.replicate(mixed)
     with pytest.raises(ValueError, match=r"needs static_graph=True"):
