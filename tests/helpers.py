@@ -82,7 +82,7 @@ class Case(NamedTuple):
 
 
 def case_of(strategy: str | Strategy, rule: str = "adamw", gradient: torch.dtype | None = None) -> Case:
-    """A rule under a strategy; by default with gradients of the parameter's dtype, or of bf16 where that has 8 bits."""
+    """A rule under a strategy; by default with gradients of the parameter's dtype, or bf16 of 8-bit ones."""
     known = Strategy.parse(strategy)
     usual = known.dtype if known.dtype.itemsize > 1 else torch.bfloat16
     return Case(RULES[rule], known.formats(RULES[rule].roles), known.register, gradient or usual)

@@ -49,7 +49,7 @@ TABLE += ("collage-8bit-plus", "collage-8bit", "fp32-master", "paper-plus")
 OTHERS = ("collage-plus-sr", "lion:collage-fp16", "adam_amsgrad:(fp16+fp32 bf16x3:sr fp16x2:sr fp16:sr)", "apply:(toy)")
 OTHERS += ("average:(bf16x2:sr bf16+kahan)", "momentum_nesterov:(bf16:sr fp32)", "sgd_momentum:paper-plus")
 OTHERS += ("adamw_amsgrad:collage-8bit-plus", "momentum:(int8/128:sr fp32)", "apply:(fp16+int8:sr)")
-OTHERS += ("average:(uint8/128 fp16+int8)", "apply:(e4m3+int16:sr)")  # the last has no step
+OTHERS += ("average:(uint8/128 fp16+int8)", "apply:(e4m3+int16:sr)")
 SIZES = (0, 1, 31, 1000, 1024, 1025)
 CASES = [pytest.param(k, case, id=str(case)) for k, case in enumerate(cases())]
 
@@ -146,13 +146,17 @@ def test_rows_longer_than_a_block(name, triton):
     assert triton.broken(name, [found]) == 0
 
 
-def test_what_only_whole_rows_could_encode_is_not_stepped(triton):
-    case = Case(RULES["apply"], ("e4m3+int16",), torch.float32, torch.float32)
-    row = rows_of(case, "normal", (2, 300))
-    with pytest.raises(ValueError, match=r"no step that writes 'e4m3\+int16', whose scale is of a whole row; use"):
-        triton.step(batch_of(case, [row]))
-    average = Case(RULES["average"], ("fp32", "e4m3+int16"), torch.float32, torch.float32)
-    assert_same(triton, average, [rows_of(average, "normal", (2, 300))])
+WHOLE_ROWS = [case_of("collage-fp8"), case_of("collage-fp8-lean", "sgd"), case_of("collage-fp8-lean", "lion")]
+WHOLE_ROWS += [Case(RULES["average"], ("e4m3+int16", "e4m3+int8"), torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("case", WHOLE_ROWS, ids=str)
+def test_a_step_of_whole_rows(case, triton):
+    """Several tensors in one launch. A row's scale is that of all its blocks' new numbers, and decodes the old ones."""
+    shapes = [(3, 300), (2, 1025), (0, 5), (4, 1), (3, 0), (1, 2100)]
+    rows = [rows_of(case, "spread", shape, step=1 + k % 2) for k, shape in enumerate(shapes)]
+    rows += [rows_of(case, regime, (2, 40)) for regime in ("nan", "infinite", "bits")]
+    assert_same(triton, case, rows, maximize=True, scale=1024.0)
 
 
 @pytest.mark.parametrize("name", ["collage-8bit", "fp32-master"])

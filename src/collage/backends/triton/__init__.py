@@ -49,7 +49,6 @@ WORDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
 def step(batch: Batch) -> None:
     """Carry out the batch in one launch. Does not wait for the device, unless it is measured."""
-    _require_blocks(batch.rule, batch.formats)
     if not batch.planes:
         return
     measured = bool(batch.sums) and batch.rule.has_delta
@@ -75,17 +74,6 @@ def step(batch: Batch) -> None:
         _add_up(sums, launch, batch.sums)
 
 
-@cache
-def _require_blocks(rule: Rule, formats: tuple[str, ...]) -> None:
-    """Raise ValueError for numbers that a program could only encode if it saw a whole row of them."""
-    for slot, name in zip(rule.slots, formats, strict=True):
-        if slot.written and FORMATS[name].whole_rows:
-            raise ValueError(
-                f"backend: 'triton' has no step that writes {name!r}, whose scale is of a whole row; "
-                "use backend='reference'"
-            )
-
-
 def _scaled(batch: Batch) -> bool:
     return isinstance(batch.scale, Tensor) or batch.scale != 1.0
 
@@ -107,7 +95,9 @@ def _plan(
     slots = slots_of(rule, formats)
     return Plan(
         slots=tuple(map(static, slots)), rule=static(RULES[rule.name]), gradient=WORDS[gradient] if gradient else None,
-        ROUND=bf16 if register == torch.bfloat16 else same, shared=any(map(_shares, slots)), **others,
+        ROUND=bf16 if register == torch.bfloat16 else same, shared=any(map(_shares, slots)),
+        whole_rows=any(slot.written and FORMATS[name].whole_rows for slot, name in zip(rule.slots, formats, strict=True)),
+        **others,
     )  # fmt: skip
 
 

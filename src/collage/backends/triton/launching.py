@@ -28,8 +28,9 @@ OPTIONS = {"num_warps": BLOCK // WARP // 8, "enable_fp_fusion": False}  # 8 elem
 def warps(formats: tuple[str, ...], plain: bool, warp: int = WARP) -> int:
     """Of a step's program. A thread has 8 elements, or 16 where planes of one byte prevail and registers suffice.
 
-    They do not where a step is not plain, but measured or strided, nor with AMD's 64 threads to a warp.
+    They do not where a step is not plain, but measured, strided or of whole rows, nor with AMD's 64 threads to a warp.
     """
+    plain = plain and not any(FORMATS[name].whole_rows for name in formats)
     sizes = [plane.dtype.itemsize for name in formats for plane in format_of(name).planes if plane.per == 1]
     many = plain and warp == 32 and 2 * sizes.count(1) >= len(sizes)
     return BLOCK // warp // (16 if many else 8)

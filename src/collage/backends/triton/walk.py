@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from collage.backends.triton.arithmetic import Real, negative, same
-from collage.backends.triton.format import PER_ROW, largest
+from collage.backends.triton.format import PER_ROW, largest, magnitudes, sizes
 from collage.backends.triton.language import Row, aggregate
 from collage.backends.triton.random import bits, salted, words, words_of_run
 from collage.backends.triton.sums import measure
@@ -53,6 +53,7 @@ class Plan(Row):
 
     gradient: its word, or None. ROUND: to the arithmetic. shared: a stochastic slot draws from the stream itself.
     by_rows: blocks do not cross runs of WIDTH elements, because a plane has words for several elements of a row.
+    whole_rows: a plane that is written has a word for all elements of a row, so that one program takes the row.
     rest: the way to what is not a whole block, MASKED or STRIDED.
     """
 
@@ -60,6 +61,7 @@ class Plan(Row):
     columns: int  # of the table
     rest: int
     by_rows: bool = False
+    whole_rows: bool = False
     gradient: Any = None
     rule: Any = None
     ROUND: Any = same
@@ -96,10 +98,69 @@ def step(table, owners, shapes, constants, streams, scale, skip, sums, PLAN: tl.
         run = Span(run.begin, tl.where(tl.load(skip) != 0, 0, run.end), run.line, run.start)
     c = constants + tl.load(row + ROW) * PLAN.rule.columns
     out = sums + program.to(tl.int64) * 5
-    if (tl.load(row + ALIGNED) != 0) & (run.begin + BLOCK <= run.end):
-        block(row, run, shapes, c, streams + owner, scale, out, PLAN, WHOLE)
+    if PLAN.whole_rows:
+        if (run.begin == run.start) & (run.begin < run.end):
+            whole_row(row, run, shapes, c, streams + owner, scale, out, PLAN)
     else:
-        block(row, run, shapes, c, streams + owner, scale, out, PLAN, PLAN.rest)
+        some_block(row, run, shapes, c, streams + owner, scale, out, (), PLAN)
+
+
+@triton.jit
+def whole_row(row, run, shapes, c, stream, scale, out, PLAN: tl.constexpr):
+    """All blocks of a row: they are read for its largest numbers first, then, most likely from a cache, to be stepped."""
+    tops = ()
+    for k in tl.static_range(len(PLAN.slots)):
+        if PLAN.slots[k].written and PLAN.slots[k].format.whole_rows:
+            tops = tops + (largest_of_row(row, run, shapes, c, scale, PLAN, k),)
+        else:
+            tops = tops + ((),)
+    whole, blocks = counts(row, run)
+    for k in tl.range(whole, disable_licm=True):
+        block(row, part(run, k), shapes, c, stream, scale, out + 5 * k, tops, PLAN, WHOLE)
+    for k in tl.range(whole, blocks, disable_licm=True):
+        block(row, part(run, k), shapes, c, stream, scale, out + 5 * k, tops, PLAN, PLAN.rest)
+
+
+@triton.jit
+def counts(row, run):
+    """(blocks of a row that are whole, and lie so that they can be taken as such; all of its blocks)"""
+    length = run.end - run.start
+    return tl.where(tl.load(row + ALIGNED) != 0, length // BLOCK, 0), tl.cdiv(length, BLOCK)
+
+
+@triton.jit
+def part(run, k):
+    """Block k of a row."""
+    return Span(run.start + k * BLOCK, run.end, run.line, run.start)
+
+
+@triton.jit
+def largest_of_row(row, run, shapes, c, scale, PLAN: tl.constexpr, K: tl.constexpr):
+    """`largest` of a slot's new numbers, for the plane with a word for all of a row."""
+    most = tl.zeros([BLOCK], tl.uint32)
+    whole, blocks = counts(row, run)
+    for k in tl.range(whole, disable_licm=True):
+        most = tl.maximum(most, sizes_of_block(row, part(run, k), shapes, c, scale, PLAN, K, WHOLE))
+    for k in tl.range(whole, blocks, disable_licm=True):
+        most = tl.maximum(most, sizes_of_block(row, part(run, k), shapes, c, scale, PLAN, K, PLAN.rest))
+    return (magnitudes(tl.max(tl.reshape(most, [1, BLOCK]), axis=1)),)
+
+
+@triton.jit
+def sizes_of_block(row, run, shapes, c, scale, PLAN: tl.constexpr, K: tl.constexpr, WAY: tl.constexpr):
+    at, mask = elements(run, PLAN, WAY)
+    planes = planes_of(row, at, run, shapes, PLAN, WAY)
+    numbers, _ = advance(row, at, mask, shapes, c, scale, planes, PLAN, WAY)
+    return sizes(numbers[K].value().x, mask)
+
+
+@triton.jit
+def some_block(row, run, shapes, c, stream, scale, out, tops, PLAN: tl.constexpr):
+    """One block, by the way that it can be reached."""
+    if (tl.load(row + ALIGNED) != 0) & (run.begin + BLOCK <= run.end):
+        block(row, run, shapes, c, stream, scale, out, tops, PLAN, WHOLE)
+    else:
+        block(row, run, shapes, c, stream, scale, out, tops, PLAN, PLAN.rest)
 
 
 @triton.jit
@@ -116,23 +177,14 @@ def span(row, program, PLAN: tl.constexpr):
 
 
 @triton.jit
-def block(row, run, shapes, c, stream, scale, out, PLAN: tl.constexpr, WAY: tl.constexpr):
-    """One block."""
-    begin = run.begin
-    if PLAN.by_rows and WAY == WHOLE:
-        begin = begin // VECTOR * VECTOR  # it is: this says so
-    at = begin + tl.arange(0, BLOCK)
-    mask = within(at, run, WAY)
-    planes = ()
-    for k in tl.static_range(len(PLAN.slots)):
-        planes = planes + (load(row, at, run, shapes, PLAN.slots[k], WAY),)
-    g = ()
-    if PLAN.gradient is not None:
-        g = gradient(row, at, mask, shapes, scale, PLAN, WAY)
-    numbers = ()
-    for k in tl.static_range(len(PLAN.slots)):
-        numbers = numbers + (PLAN.slots[k].format.number(planes[k], PLAN.ROUND, PLAN.slots[k].format),)
-    numbers, delta = PLAN.rule.update(numbers, g, constants_of(c, PLAN))
+def block(row, run, shapes, c, stream, scale, out, tops, PLAN: tl.constexpr, WAY: tl.constexpr):
+    """One block. tops: of each slot the largest of the row, if that is walked whole."""
+    at, mask = elements(run, PLAN, WAY)
+    planes = planes_of(row, at, run, shapes, PLAN, WAY)
+    if PLAN.whole_rows:
+        tl.debug_barrier()  # no warp writes a word of the row before every other has read it
+    numbers, delta = advance(row, at, mask, shapes, c, scale, planes, PLAN, WAY)
+    begin = first(run, PLAN, WAY)
     word = at
     if PLAN.shared:
         word = random_words(row, tl.load(stream), begin, at, shapes, WAY)
@@ -140,10 +192,48 @@ def block(row, run, shapes, c, stream, scale, out, PLAN: tl.constexpr, WAY: tl.c
         if PLAN.slots[k].written:
             random = random_bits(word, row, stream, begin, at, shapes, PLAN.slots[k], WAY)
             most = largest(numbers[k], mask, PLAN.slots[k].format)
+            if PLAN.slots[k].format.whole_rows:
+                most = tops[k]
             codes = PLAN.slots[k].format.encode(numbers[k], random, most, PLAN.slots[k].format)
             store(row, at, run, shapes, codes, PLAN.slots[k], WAY)
             if PLAN.measured and k == 0:
                 measure(out, mask, delta.x, planes[0], codes, PLAN.slots[0].format)
+
+
+@triton.jit
+def elements(run, PLAN: tl.constexpr, WAY: tl.constexpr):
+    """(indices of a block's elements, which of them are of the tensor, or of a row of it)"""
+    at = first(run, PLAN, WAY) + tl.arange(0, BLOCK)
+    return at, within(at, run, WAY)
+
+
+@triton.jit
+def first(run, PLAN: tl.constexpr, WAY: tl.constexpr):
+    if PLAN.by_rows and WAY == WHOLE:
+        return run.begin // VECTOR * VECTOR  # it is a multiple: this says so
+    else:
+        return run.begin
+
+
+@triton.jit
+def planes_of(row, at, run, shapes, PLAN: tl.constexpr, WAY: tl.constexpr):
+    """What every slot's planes hold."""
+    planes = ()
+    for k in tl.static_range(len(PLAN.slots)):
+        planes = planes + (load(row, at, run, shapes, PLAN.slots[k], WAY),)
+    return planes
+
+
+@triton.jit
+def advance(row, at, mask, shapes, c, scale, planes, PLAN: tl.constexpr, WAY: tl.constexpr):
+    """The rule's (new numbers of every slot, intended update)."""
+    g = ()
+    if PLAN.gradient is not None:
+        g = gradient(row, at, mask, shapes, scale, PLAN, WAY)
+    numbers = ()
+    for k in tl.static_range(len(PLAN.slots)):
+        numbers = numbers + (PLAN.slots[k].format.number(planes[k], PLAN.ROUND, PLAN.slots[k].format),)
+    return PLAN.rule.update(numbers, g, constants_of(c, PLAN))
 
 
 @triton.jit
@@ -220,6 +310,10 @@ def store(row, at, run, shapes, codes, SLOT: tl.constexpr, WAY: tl.constexpr):
     for p in tl.static_range(len(SLOT.format.words)):
         if SLOT.format.per[p] == 1:
             write(row, SLOT.first + p, at, at < run.end, shapes, codes[p], SLOT.format.words[p], WAY)
+        elif SLOT.format.per[p] == PER_ROW:  # with its last block
+            lane = tl.arange(0, 1)
+            last = run.begin + BLOCK + lane >= run.end
+            write(row, SLOT.first + p, run.line + lane, last, shapes, codes[p], SLOT.format.words[p], MASKED)
         else:
             where, mask = shared(row, run, SLOT.format.per[p])
             write(row, SLOT.first + p, where, mask, shapes, codes[p], SLOT.format.words[p], MASKED)
