@@ -32,7 +32,7 @@ def export(model: nn.Module | Mapping[str, Any], dtype: torch.dtype = BF16) -> d
     state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     for key in [key for key in state if key.endswith(SUFFIX)]:
         name = key.removesuffix(SUFFIX)
-        weight = state.get(name)
+        weight: Any = state.get(name)
         if getattr(weight, "dtype", None) != E4M3:
             continue
         if any_dtensor([weight]):
