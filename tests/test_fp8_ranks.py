@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same_bits
 from ranks import assert_same_as_alone, launch, perform
-from test_dcp import optimizer_first, through_flat, through_parts, through_raw
+from test_dcp import optimizer_first, through_flat, through_parts
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -34,8 +34,9 @@ def line():
 def made(seed: int = 0) -> nn.Module:
     """Rows that no two or three ranks share evenly, and two, of which a third rank has none."""
     torch.manual_seed(seed)
-    layers = nn.Linear(160, 33), nn.Linear(33, 128, bias=False), nn.GELU(), nn.Linear(128, 5), nn.Linear(5, 2)
-    return collage.fp8.convert(nn.Sequential(*layers, nn.LayerNorm(2)).bfloat16())
+    wide = nn.Linear(160, 33), nn.Linear(33, 128, bias=False), nn.GELU()
+    narrow = nn.Linear(128, 2), nn.Linear(2, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+    return collage.fp8.convert(nn.Sequential(*wide, *narrow).bfloat16())
 
 
 def sharded(model: nn.Module, parted: str = "together", param_dtype: torch.dtype | None = None) -> nn.Module:
@@ -111,6 +112,15 @@ def save(folder: str, strategy: str) -> None:
     dcp.save({"model": model.state_dict(), "opt": opt.state_dict()}, checkpoint_id=at / "raw")
 
 
+def through_raw(model: nn.Module, opt: torch.optim.Optimizer, at: Path) -> None:
+    """Into the tensors of an optimizer that has stepped elsewhere."""
+    train(model, opt, 90, 92)
+    state = {"model": model.state_dict(), "opt": opt.state_dict()}
+    dcp.load(state, checkpoint_id=at / "raw")
+    model.load_state_dict(state["model"])
+    opt.load_state_dict(state["opt"])
+
+
 ROUTES = through_parts, optimizer_first, through_flat, through_raw
 
 
@@ -126,14 +136,39 @@ def load(folder: str, strategy: str) -> None:
         assert_same_as_alone(route.__name__, model, opt, alone, other)
 
 
+def replicated(strategy: str) -> None:
+    """Halves of equal gradients add up to them. Ranks begin with the first one's weights."""
+    alone = made()
+    other = optimizer(alone, strategy)
+    wanted = train(alone, other, 0, 4)
+    for settings in ({}, {"gradient_as_bucket_view": True, "static_graph": True}):
+        ours = made(seed=dist.get_rank())
+        parallel = collage.fp8.replicate(ours, **settings)
+        opt = optimizer(ours, strategy)
+        assert train(parallel, opt, 0, 4) == wanted
+        assert_same_as_alone(f"{settings}", ours, opt, alone, other)
+        assert list(map(id, ours.buffers())) == [id(scale_of(p)) for p in ours.parameters() if scale_of(p) is not None]
+    mixed = made()
+    mixed[5].float()
+    with pytest.raises(ValueError, match=r"bfloat16 \('0.weight'\), float32 \('5.weight'\); cast the others"):
+        collage.fp8.replicate(mixed)
+    with pytest.raises(ValueError, match=r"needs static_graph=True"):
+        collage.fp8.replicate(made(), find_unused_parameters=True)
+
+
 def some(folder: str) -> None:
     hold("collage-fp8", "4")
     save(folder, "collage-fp8")
 
 
+def others(folder: str) -> None:
+    load(folder, "collage-fp8")
+    replicated("collage-fp8")
+
+
 def test_ranks_train_as_one_process_does_and_others_go_on(tmp_path):
     launch(__file__, 3, "some", str(tmp_path))
-    launch(__file__, 2, "load", str(tmp_path), "collage-fp8")
+    launch(__file__, 2, "others", str(tmp_path))
     launch(__file__, 1, "load", str(tmp_path), "collage-fp8")
 
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from collage.fp8 import products
 from collage.fp8.codes import E4M3, coded
-from collage.fp8.owning import register
 from collage.fp8.saving import load_scale, save_scale
-from collage.fp8.sharding import teach_fsdp
+from collage.fp8.sharding import enlist
 
 
 class Float8Linear(nn.Linear):
@@ -34,8 +33,7 @@ class Float8Linear(nn.Linear):
     def __new__(cls, *args: Any, **kwargs: Any) -> Float8Linear:
         """A module that is unpickled or copied is registered too."""
         module = super().__new__(cls)
-        register(module)
-        teach_fsdp()
+        enlist(module)
         return module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,17 +46,11 @@ class Float8Linear(nn.Linear):
             raise TypeError(
                 f"Float8Linear: x is {x.dtype} and the bias {bias.dtype}; cast one of them, or use torch.autocast"
             )
-        scaled = self.missing(x.device, x.dtype) == ""
-        return _product(x, self.weight.detach(), self.weight_scale, self._current_handle(), bias, scaled)
+        return _product(x, self.weight.detach(), self.weight_scale, self._current_handle(), bias, self.product)
 
-    def missing(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-        """Why activations of a dtype are not multiplied in fp8 on a device; "": they are."""
-        if self.product == "decoded":
-            return "product='decoded' was asked for"
-        if dtype != torch.bfloat16:
-            return f"fp8 products with a scale per row give bfloat16, and activations are {dtype}"
-        reason = products.misfit(self.out_features, self.in_features)
-        return reason or ("" if self.product == "scaled_mm" else products.missing(device))
+    def missing(self, dtype: torch.dtype = torch.bfloat16) -> str:
+        """Why activations of a dtype are not multiplied in fp8 where the weight is now; "": they are."""
+        return products.missing(self.weight, dtype, self.product)
 
     def _current_handle(self) -> Tensor:
         """What stands for the weight in the graph of gradients; a new one where the weight was exchanged."""
@@ -123,8 +115,16 @@ class Float8Linear(nn.Linear):
         self.renew()
 
 
-_handle: Callable[[Tensor, torch.dtype], Tensor] = products.Handle.apply
 _product: Callable[..., Tensor] = products.Product.apply
+
+
+def _handle(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands for the weight; its gradient is passed on before all else, as a leaf's is: FSDP2 then reduces it."""
+    apply: Callable[..., Any] = products.Handle.apply
+    handle = apply(weight, dtype)
+    if handle.grad_fn is not None:
+        handle.grad_fn._set_sequence_nr(2**64 - 1)
+    return handle  # type: ignore[no-any-return]
 
 
 def _alike(handle: Tensor, weight: Tensor) -> bool:

@@ -17,12 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from collage.fp8.owning import adopt, gradient_dtype, scale_of
+from collage.fp8.owning import adopt, gradient_dtype, register, scale_of
 from collage.sharding import local
 
 
+def enlist(module: nn.Module) -> None:
+    """Let a module's e4m3 weight be found by its optimizer, and be sharded."""
+    register(module)
+    _teach_fsdp()
+
+
 @cache
-def teach_fsdp() -> None:
+def _teach_fsdp() -> None:
     """Have `fully_shard` keep records of ours of the weights of ours, and its own of all others, from now on."""
     if not torch.distributed.is_available():
         return
