@@ -72,7 +72,8 @@ def _record(base: Any) -> type:
 
         def _own(self, param: nn.Parameter, dtype: torch.dtype) -> None:
             adopt(self._module_info.module, param)
-            param.grad_dtype = dtype
+            if param.grad_dtype == param.dtype:  # nobody has said otherwise
+                param.grad_dtype = dtype
 
         def reset_sharded_param(self) -> None:
             super().reset_sharded_param()
