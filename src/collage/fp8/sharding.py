@@ -101,6 +101,12 @@ def _record(base: Any) -> type:
                 for gathered in self.all_gather_outputs[1:]:
                     whole.copy_(gathered[: len(whole)])
 
+        def to_sharded_post_forward(self) -> None:
+            raise NotImplementedError(
+                "a float8 weight is gathered with its row scales, and sharded over all ranks again or not at all: give "
+                "fully_shard reshard_after_forward=True or False, not the number of ranks"
+            )
+
         @contextmanager
         def _as_weights(self) -> Iterator[None]:
             gathered = self.all_gather_outputs
