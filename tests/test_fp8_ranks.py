@@ -1,5 +1,6 @@
 """Weights of e4m3 on several ranks: the bits of one process, however their rows are parted, and across checkpoints."""
 
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -136,6 +137,50 @@ def load(folder: str, strategy: str) -> None:
         assert_same_as_alone(route.__name__, model, opt, alone, other)
 
 
+def accumulated(strategy: str) -> None:
+    """Two micro-batches, added up by autograd and by a GradientAccumulator, reduced each and at the last alone."""
+
+    def run(model: nn.Module, opt: torch.optim.Optimizer, summing: bool, waits: bool) -> None:
+        accumulator = collage.GradientAccumulator(model) if summing else nullcontext()
+        for step in range(4):
+            if waits:
+                model.set_requires_gradient_sync(step % 2 == 1)
+            x = torch.randn(8, 160, generator=torch.Generator().manual_seed(step)).bfloat16()
+            with accumulator:
+                model(x).float().square().mean().backward()
+            if step % 2:
+                accumulator.finish() if summing else None
+                opt.step()
+                opt.zero_grad()
+        collage.sharding.reshard(model)
+
+    for summing, waits in ((False, False), (False, True), (True, False)):
+        alone, ours = made(), sharded(made(), "apart")
+        other, opt = optimizer(alone, strategy), optimizer(ours, strategy)
+        run(alone, other, summing, False)
+        run(ours, opt, summing, waits)
+        assert_same_as_alone(f"{summing} {waits}", ours, opt, alone, other)
+
+
+def refused() -> None:
+    """What parts a row, or leaves a layer with a part of its weight."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    with pytest.raises(ValueError, match=r"shape \(33, 160\) .*dimension 1; have shard_placement_fn return Shard\(0\)"):
+        fully_shard(made(), mesh=line(), shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    rows, columns = ColwiseParallel(), RowwiseParallel(input_layouts=Replicate())
+    model = parallelize_module(made(), line(), {"0": columns}, src_data_rank=None)
+    with pytest.raises(ValueError, match=r"'0.weight': it is sharded along dimension 1, .* a scale for every row; "):
+        optimizer(model, "collage-fp8")
+    model = parallelize_module(made(), line(), {"0": rows}, src_data_rank=None)
+    with pytest.raises(
+        TypeError, match=r"a part of its weight, \(\d+, 160\) of \(33, 160\), .* shard it with fully_shard"
+    ):
+        model(torch.zeros(1, 160, dtype=torch.bfloat16))
+
+
 def replicated(strategy: str) -> None:
     """Halves of equal gradients add up to them. Ranks begin with the first one's weights."""
     alone = made()
@@ -164,6 +209,8 @@ def some(folder: str) -> None:
 def others(folder: str) -> None:
     load(folder, "collage-fp8")
     replicated("collage-fp8")
+    accumulated("collage-fp8")
+    refused()
 
 
 def test_ranks_train_as_one_process_does_and_others_go_on(tmp_path):

@@ -12,6 +12,7 @@ from collage.fp8 import products
 from collage.fp8.codes import E4M3, coded
 from collage.fp8.saving import load_scale, save_scale
 from collage.fp8.sharding import enlist
+from collage.sharding import is_dtensor, local
 
 
 class Float8Linear(nn.Linear):
@@ -38,6 +39,12 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] of its dtype; under autocast, of autocast's."""
+        if not torch.compiler.is_compiling() and is_dtensor(self.weight):
+            raise TypeError(
+                f"Float8Linear: this rank has a part of its weight, {tuple(local(self.weight).shape)} of "
+                f"{tuple(self.weight.shape)}, and multiplies with a whole one; shard it with fully_shard, and call the "
+                "module that this was given, or name the layer in skip= of collage.fp8.convert"
+            )
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
