@@ -42,7 +42,7 @@ class StepInRows final : public Step {
       const Piece part = stage_of(piece, shape, i);
       Stage stage;
       compute(t, shape, part, stage, false);
-      store(t, part, stage.slots, 1, slots);
+      store(t, part, stage.slots, 1);
       std::memcpy(numbers + i, stage.slots[0][0], padded(part.count) * sizeof(float));
     }
   }
@@ -50,9 +50,8 @@ class StepInRows final : public Step {
   void encode(const Tensor& t, const Shape& shape, const Piece& piece, const float* numbers) const {
     for (int i = 0; i < piece.count; i += STAGE) {
       const Piece part = stage_of(piece, shape, i);
-      Parted x;
-      std::memcpy(x[0], numbers + i, padded(part.count) * sizeof(float));
-      store(t, part, &x, 0, 1);
+      Noise noise(t, part);
+      codec(0).encode_numbers(part.planes[0], part.count, numbers + i, bits_of(0, noise));
     }
   }
 

@@ -77,15 +77,19 @@ class Step : public Kernel {
     return fused_(piece, t.constants, words, numbers);
   }
 
-  // Slots from first to end, whose numbers begin at x.
-  void store(const Tensor& t, const Piece& piece, const Parted* x, int first, int end) const {
+  // What is in buffers, slot `first` and on.
+  void store(const Tensor& t, const Piece& piece, const Parted* x, int first) const {
     Noise noise(t, piece);
-    for (int s = first; s < end; ++s) {
-      const auto& [codec, random, in_parts] = slots_[s];
+    for (int s = first; s < slots; ++s) {
       if (!writes[s]) continue;
-      const uint32_t* const bits = random.given(*codec->format) ? noise.bits(random.salt, random.part) : nullptr;
-      (in_parts ? codec->encode_parts : codec->encode)(piece.planes[s], piece.count, x[s], bits);
+      const Codec& own = codec(s);
+      (slots_[s].in_parts ? own.encode_parts : own.encode)(piece.planes[s], piece.count, x[s], bits_of(s, noise));
     }
+  }
+
+  const uint32_t* bits_of(int slot, Noise& noise) const {
+    const RandomBits& random = slots_[slot].random;
+    return random.given(*formats[slot]) ? noise.bits(random.salt, random.part) : nullptr;
   }
 
  private:
@@ -115,7 +119,7 @@ class Step : public Kernel {
     Parted old;
     if (sums) codec(0).decode(from.planes[0], from.count, old);
     compute(t, shape, from, stage, sums != nullptr);
-    store(t, to, stage.slots, 0, slots);
+    store(t, to, stage.slots, 0);
     if (!sums) return;
     codec(0).decode(to.planes[0], to.count, stage.slots[0]);
     codec(0).measure(old, stage.slots[0], stage.delta, to.count, at, *sums);

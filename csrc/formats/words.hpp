@@ -64,6 +64,7 @@ struct Wide {
   static constexpr int BITS = 8 * Lo::BYTES, FULL = Hi::SIGNIFICAND + BITS;  // significand bits, without the hidden one
   static constexpr int FIRST = 127 + Hi::EMIN;  // exponent field, in float32, of the smallest normal number
   static constexpr int MAGNITUDE = (1 << (8 * Hi::BYTES - 1)) - 1;
+  static constexpr int TOP = ((FIRST - 1) << 23) + (Hi::MAX_CODE << (23 - Hi::SIGNIFICAND));  // float32, the largest that shows
   static constexpr int LARGEST = (Hi::MAX_CODE << BITS) + (1 << (BITS - 1)) - 1;
 
   // The number that both stand for, times a power of two.
@@ -85,18 +86,20 @@ struct Wide {
     return {{(F32)(nan ? Mask{} + Hi::NAN_CODE : code | sign), (F32)((word - (hi << BITS)) & ~(nan | overflows))}};
   }
 
-  // Whether every size is 0 or from the smallest normal number to the largest that shows.
-  static bool usual(F32 size) {
-    const Mask least = Mask{} + (FIRST << 23), most = Mask{} + (Hi::MAX_CODE << (23 - Hi::SIGNIFICAND)) + ((FIRST - 1) << 23);
-    return all(((Mask)size == 0) | (((Mask)size >= least) & ((Mask)size <= most)));
-  }
-
-  // The same codes of those.
+  // The same codes of sizes up to the largest that shows; stochastically, only of 0 and normal numbers. To nearest, an
+  // addition rounds them, to the ulp of a sum that is so many binades above.
   template <bool stochastic>
   static Lanes<2> usual_codes(F32 x, F32 size, U32 random) {
-    constexpr int shift = 23 - FULL;
-    const Mask bits = (Mask)size, added = stochastic ? (Mask)(random >> (16 - shift)) : (1 << (shift - 1)) - 1 + ((bits >> shift) & 1);
-    const Mask word = (((bits + added) >> shift) - ((FIRST - 1) << FULL)) & (bits != 0);
+    constexpr int dropped = 23 - FULL;
+    const Mask bits = (Mask)size;
+    Mask word;
+    if constexpr (stochastic) {
+      const Mask rounded = (bits + (Mask)(random >> (16 - dropped))) >> dropped;
+      word = (rounded - ((FIRST - 1) << FULL)) & (bits != 0);
+    } else {
+      const Mask binade = larger(bits & 0x7F800000, FIRST << 23), above = binade + (dropped << 23);
+      word = (Mask)(size + (F32)above) - above + (binade >> dropped) - (FIRST << FULL);
+    }
     return {{(F32)(((word + (1 << (BITS - 1))) >> BITS) | (((Mask)x >> 31) & ~MAGNITUDE)), (F32)word}};
   }
 
@@ -145,7 +148,8 @@ struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, E8M0, PER_ROW, Int8, L
   static constexpr Format format = described(E4M3::name + "+" + Lo::name + suffix(stochastic), stochastic, 3,
                                              plane_of<Int8>, plane_of<Lo>, {1, PER_ROW});
   static constexpr Kind kind = Kind::one;
-  static constexpr int LEAST = 26;  // scale with which the smallest word is a normal float32
+  static constexpr int LEAST = 26;   // scale with which the smallest word is a normal float32
+  static constexpr int TRIED = 128;  // elements that are encoded as if they were usual, until they turn out not to be
 
   static Register<F32> number(const Lanes<3>& x) { return {W8::value((Mask)x.x[0], (Mask)x.x[1], x.x[2])}; }
   static F32 visible(const Lanes<3>& x) { return W8::value((Mask)x.x[0], Mask{}, x.x[2]); }
@@ -155,9 +159,15 @@ struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, E8M0, PER_ROW, Int8, L
   }
 
   static Lanes<2> codes(F32 x, U32 random, uint8_t scale) {
-    const F32 size = magnitude(x) * E8M0::inverse(scale);
-    if (__builtin_expect(W8::usual(size), true)) return W8::template usual_codes<stochastic>(x, size, random);
-    return W8::template codes<stochastic>(x, size, random, magnitude(x) == __builtin_inff());
+    const F32 size = magnitude(x);
+    return W8::template codes<stochastic>(x, size * E8M0::inverse(scale), random, size == __builtin_inff());
+  }
+
+  template <class Bits>
+  static void encode_block(PlanesAt planes, int first, int end, const float* x, Bits bits) {
+    for (int i = first; i < end; i += TRIED)
+      if (const int stop = std::min(end, i + TRIED); !encode_usual(planes, i, stop, x + i - first, bits))
+        ScaledWord::Base::encode_block(planes, i, stop, x + i - first, bits);
   }
 
   static Mask moved(const Lanes<3>& from, const Lanes<3>& to) {  // not by a scale alone, under which words differ
@@ -191,6 +201,26 @@ struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, E8M0, PER_ROW, Int8, L
     F32 factor_;
     U32 most_{};
   };
+
+ private:
+  // Whether they were: if not, what is written is of no use.
+  template <class Bits>
+  static bool encode_usual(PlanesAt planes, int first, int end, const float* x, Bits bits) {
+    const F32 inverse = E8M0::inverse(ScaledWord::scale_at(planes, first));
+    U32 most{}, least = ~U32{};  // of sizes, and of what is not 0
+    const auto codes = [&](int at) {
+      const F32 number = load<F32>(x + at - first), size = magnitude(number) * inverse;
+      most = larger(most, (U32)size);
+      if (stochastic) least = min_unsigned(least, (U32)size - 1);
+      return W8::template usual_codes<stochastic>(number, size, bits(at));
+    };
+    for (int i = first; i < end; i += LANES) {
+      const Lanes<2> even = codes(i), odd = codes(i + W);
+      Int8::write(planes[0], i, even.x[0], odd.x[0]);
+      Lo::write(planes[1], i, even.x[1], odd.x[1]);
+    }
+    return all((Mask)((most <= uint32_t(W8::TOP)) & (least >= uint32_t(W8::FIRST << 23) - 1)));
+  }
 };
 
 }  // namespace

@@ -14,7 +14,7 @@ from collage.backends import choose
 from collage.casting import require_finite
 from collage.collectives import together
 from collage.formats import format_of
-from collage.fp8.owning import scale_of, scales_in
+from collage.fp8.owning import is_scale, scale_of
 from collage.layout import pieces
 from collage.optimizers import edits
 from collage.optimizers.parameters import dtype_of
@@ -179,9 +179,8 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
 
 def _numbers(model: nn.Module) -> dict[str, Any]:
     """What a model's state_dict has, but for what is a part of another entry's number."""
-    parts = scales_in(model)
     shown: dict[str, Any] = model.state_dict(keep_vars=True)
-    for key in [key for key, tensor in shown.items() if id(tensor) in parts]:
+    for key in [key for key in shown if is_scale(key, shown)]:
         del shown[key]
     return shown
 

@@ -53,10 +53,6 @@ class Format:
         """bool per element: planes that no `encode` could have left, because plane 0 was changed alone."""
         raise NotImplementedError
 
-    def visible(self, planes: Planes) -> Tensor:
-        """The number that a forward pass reads: plane 0's, but for a scale."""
-        return planes[0]
-
     def shown(self, planes: Planes) -> tuple[Tensor, ...]:
         """Planes of the number that plane 0 shows alone."""
         return self.encode(Register(planes[0].float()))

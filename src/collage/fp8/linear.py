@@ -12,7 +12,7 @@ from collage.fp8 import products
 from collage.fp8.codes import E4M3, coded
 from collage.fp8.saving import load_scale, save_scale
 from collage.fp8.sharding import enlist
-from collage.sharding import is_dtensor, local
+from collage.sharding import in_rows, is_dtensor, local, placed
 
 
 class Float8Linear(nn.Linear):
@@ -53,17 +53,11 @@ class Float8Linear(nn.Linear):
             raise TypeError(
                 f"Float8Linear: x is {x.dtype} and the bias {bias.dtype}; cast one of them, or use torch.autocast"
             )
-        scaled = self.missing(x.device, x.dtype) == ""
-        return _product(x, self.weight.detach(), self.weight_scale, self._current_handle(), bias, scaled)
+        return _product(x, self.weight.detach(), self.weight_scale, self._current_handle(), bias, self.product)
 
-    def missing(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-        """Why activations of a dtype are not multiplied in fp8 on a device; "": they are."""
-        if self.product == "decoded":
-            return "product='decoded' was asked for"
-        if dtype != torch.bfloat16:
-            return f"fp8 products with a scale per row give bfloat16, and activations are {dtype}"
-        reason = products.misfit(self.out_features, self.in_features)
-        return reason or ("" if self.product == "scaled_mm" else products.missing(device))
+    def missing(self, dtype: torch.dtype = torch.bfloat16) -> str:
+        """Why activations of a dtype are not multiplied in fp8 where the weight is now; "": they are."""
+        return products.missing(self.weight, dtype, self.product)
 
     def _current_handle(self) -> Tensor:
         """What stands for the weight in the graph of gradients; a new one where the weight was exchanged."""
@@ -119,8 +113,10 @@ class Float8Linear(nn.Linear):
         """Take e4m3 and scales as they are, other numbers as `convert` does; the remainder was of the old weight."""
         given = state_dict.get(f"{prefix}weight")
         if isinstance(given, Tensor) and given.is_floating_point() and given.dtype != E4M3:
-            hi, _, scale = coded(given)
-            state_dict |= {f"{prefix}weight": hi, f"{prefix}weight_scale": scale}
+            given = placed(given, self.weight)
+            hi, _, scale = coded(local(given))
+            shown = in_rows(hi, given.shape, given), in_rows(scale, given.shape[:1], given)
+            state_dict |= zip((f"{prefix}weight", f"{prefix}weight_scale"), shown, strict=True)
         if given is not None:
             self.remainder = None
         load_scale(self, state_dict, prefix)

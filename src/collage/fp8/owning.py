@@ -6,7 +6,7 @@ A parameter is found by identity among the modules that live, so that one that r
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 from weakref import WeakSet, ref
 
@@ -41,9 +41,10 @@ def module_of(param: Tensor) -> nn.Module | None:
     return module
 
 
-def scales_in(model: nn.Module) -> set[int]:
-    """The id of every row scale of a model: what their weights are without a number of their own."""
-    return {id(module._buffers["weight_scale"]) for module in model.modules() if module in _LIVE}
+def is_scale(key: str, shown: Mapping[str, Any]) -> bool:
+    """Whether an entry of a state_dict (``keep_vars=True``) has row scales: a part of their weight's number."""
+    weight, _, part = key.rpartition("_")
+    return part == "scale" and isinstance(shown.get(weight), Tensor) and module_of(shown[weight]) is not None
 
 
 def scale_of(param: Tensor) -> Tensor | None:
@@ -74,17 +75,23 @@ def taken_remainder(param: Tensor, bits: int) -> Tensor | None:
 
     None: nothing is known of it. It was taken before, or the weight was written to since, so that it may be another's.
     """
+    found = remainder_of(param)
+    module = module_of(param)
+    if module is not None:
+        module.__dict__["remainder"] = None
+    return None if found is None else narrowed(found, bits)
+
+
+def remainder_of(param: Tensor) -> Tensor | None:
+    """The same, int16; the module keeps it."""
     module = module_of(param)
     whole: Tensor | None = None if module is None else module.__dict__.get("remainder")
-    if module is None or whole is None:
+    if whole is None or (param._version and not is_dtensor(param)):
         return None
-    module.__dict__["remainder"] = None
     if is_dtensor(param):
         place = region(param)
         whole = whole.narrow(0, place.starts[0], place.sizes[0])
-    elif param._version:
-        return None
-    return narrowed(whole, bits).to(param.device)
+    return whole.to(param.device)
 
 
 def narrowed(remainder: Tensor, bits: int) -> Tensor:

@@ -14,12 +14,21 @@ from torch.nn.functional import linear
 from collage.formats.scales import factors
 from collage.fp8.codes import BF16, E4M3, F32, decoded, quantised
 
+PRODUCTS = ("auto", "scaled_mm", "decoded")
 TILE = {"cpu": 1 << 20}  # elements of the weight that are decoded at a time: what stays in a cache
 LARGE_TILE = 1 << 24  # elsewhere: what keeps a GPU busy
 
 
-def missing(device: torch.device) -> str:
-    """Why fp8 matrix products are not taken there; "": they are."""
+def missing(weight: Tensor, dtype: torch.dtype, product: str) -> str:
+    """Why activations of a dtype are not multiplied with a weight in fp8; "": they are."""
+    if product == "decoded":
+        return "product='decoded' was asked for"
+    if dtype != BF16:
+        return f"fp8 products with a scale per row give bfloat16, and activations are {dtype}"
+    return misfit(*weight.shape) or ("" if product == "scaled_mm" else _missing_on(weight.device))
+
+
+def _missing_on(device: torch.device) -> str:
     if device.type != "cuda":
         return f"{device.type} multiplies no fp8 numbers faster than bfloat16 ones"
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
@@ -35,26 +44,28 @@ def misfit(rows: int, columns: int) -> str:
 
 
 @torch.library.custom_op("collage::fp8_forward", mutates_args=())
-def forward(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scaled: bool) -> Tensor:
+def forward(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, product: str) -> Tensor:
     """x [m, in], weight e4m3 [out, in], scale uint8 [out], bias [out] of x's dtype -> [m, out] of it."""
     with torch.autocast(x.device.type, enabled=False):
-        return (_scaled_forward if scaled else _decoded_forward)(x, weight, scale, bias)
+        way = _decoded_forward if missing(weight, x.dtype, product) else _scaled_forward
+        return way(x, weight, scale, bias)
 
 
 @torch.library.custom_op("collage::fp8_backward", mutates_args=())
-def backward(dy: Tensor, weight: Tensor, scale: Tensor, scaled: bool) -> Tensor:
+def backward(dy: Tensor, weight: Tensor, scale: Tensor, product: str) -> Tensor:
     """dy [m, out] -> dx [m, in]."""
     with torch.autocast(dy.device.type, enabled=False):
-        return (_scaled_backward if scaled else _decoded_backward)(dy, weight, scale)
+        way = _decoded_backward if missing(weight, dy.dtype, product) else _scaled_backward
+        return way(dy, weight, scale)
 
 
 @forward.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scaled: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, product: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @backward.register_fake
-def _(dy: Tensor, weight: Tensor, scale: Tensor, scaled: bool) -> Tensor:
+def _(dy: Tensor, weight: Tensor, scale: Tensor, product: str) -> Tensor:
     return dy.new_empty(dy.shape[0], weight.shape[1])
 
 
@@ -115,20 +126,21 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, handle: Tensor, bias: Tensor | None, scaled: bool
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, handle: Tensor, bias: Tensor | None, product: str
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         needs_x, _, _, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(rows if needs_weight else None, *((weight, scale) if needs_x else (None, None)))
-        ctx.shape, ctx.scaled, ctx.gradient = x.shape, scaled, handle.dtype
-        return forward(rows, weight, scale, bias, scaled).view(*x.shape[:-1], -1)
+        ctx.shape, ctx.product, ctx.gradient = x.shape, product, handle.dtype
+        y: Tensor = forward(rows, weight, scale, bias, product)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, scale = ctx.saved_tensors
         needs_bias = ctx.needs_input_grad[4]
         rows = dy.reshape(-1, dy.shape[-1])
-        dx = None if weight is None else backward(rows, weight, scale, ctx.scaled).view(ctx.shape)
+        dx = None if weight is None else backward(rows, weight, scale, ctx.product).view(ctx.shape)
         dw = None if x is None else (_wide(rows).t() @ _wide(x)).to(ctx.gradient)
         return dx, None, None, dw, rows.sum(0) if needs_bias else None, None
 

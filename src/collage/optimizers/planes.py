@@ -16,7 +16,7 @@ from torch import Tensor
 
 from collage.backends import Backend, choose
 from collage.formats import Format, format_of
-from collage.fp8.owning import scale_of
+from collage.fp8.owning import scale_of, taken_remainder
 from collage.layout import Plane, Planes, aligned, pieces
 from collage.optimizers.memory import in_memory
 from collage.optimizers.parameters import State, dtype_of, name_of
@@ -75,10 +75,18 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     fresh |= {key: _zeros(plane, param.detach()) for key, plane in zip(own.keys, own.planes[1:], strict=True)}
     _share(param, fresh)
     resync(rule, strategy, param, fresh)
+    if SHARED in fresh:
+        low = taken_remainder(param, 8 * fresh["param_lo"].dtype.itemsize)
+        local(fresh["param_lo"]).copy_(low if low is not None else local(fresh["param_lo"]))
     state |= fresh
 
 
 SHARED = "param_scale"  # the forward pass multiplies with it too: it lies in the memory of the parameter's module
+
+
+def unshare(state: State) -> None:
+    """Have a state hold scales of its own, for a while."""
+    state.update((key, x.clone()) for key, x in state.items() if key == SHARED)
 
 
 def _share(param: Tensor, state: State) -> None:

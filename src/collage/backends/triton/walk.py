@@ -107,7 +107,7 @@ def step(table, owners, shapes, constants, streams, scale, skip, sums, PLAN: tl.
 
 @triton.jit
 def whole_row(row, run, shapes, c, stream, scale, out, PLAN: tl.constexpr):
-    """All blocks of a row: they are read for its largest numbers first, then, most likely from a cache, to be stepped."""
+    """All blocks of a row: read for its largest numbers first, then, most likely from a cache, to be stepped."""
     tops = ()
     for k in tl.static_range(len(PLAN.slots)):
         if PLAN.slots[k].written and PLAN.slots[k].format.whole_rows:
