@@ -53,10 +53,13 @@ _SHIFTS = {  # dtype -> integers of its size, places that a code moves up, and t
 
 
 def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(e4m3 [rows, columns], uint8 [rows]) of bfloat16 or float32 numbers, to nearest; Inf becomes NaN.
+    """(e4m3 [rows, columns], float32 [rows, 1]) of bfloat16 or float32 numbers, to nearest.
 
     The row's power of two is that of the weights' formats: the smallest with which its largest number fits. The product
-    with it is exact, so that each number is rounded once.
+    with it is exact, so that each number is rounded once. Where a row has an Inf or a NaN it is NaN, since torch casts
+    Inf to 448.
     """
-    scale = scales(finite_sizes(x.abs().amax(1).float()), 8, 0x600000, 26, 246)
-    return (x * inverses(scale).to(x.dtype)[:, None]).to(E4M3), scale
+    largest = x.abs().amax(1).float()
+    scale = scales(finite_sizes(largest), 8, 0x600000, 26, 246)
+    unit = torch.where(largest.isfinite(), factors(scale), torch.nan)
+    return (x * inverses(scale).to(x.dtype)[:, None]).to(E4M3), unit[:, None]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from collage.fp8.codes import BF16, E4M3, decoded
 from collage.sharding import any_dtensor
@@ -33,7 +33,7 @@ def export(model: nn.Module | Mapping[str, Any], dtype: torch.dtype = BF16) -> d
     for key in [key for key in state if key.endswith(SUFFIX)]:
         name = key.removesuffix(SUFFIX)
         weight = state.get(name)
-        if getattr(weight, "dtype", None) != E4M3:
+        if not isinstance(weight, Tensor) or weight.dtype != E4M3:
             continue
         if any_dtensor([weight]):
             raise ValueError(

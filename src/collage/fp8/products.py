@@ -115,8 +115,8 @@ def _scaled_backward(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _scaled_mm(a: Tensor, scale: Tensor, b: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
-    """(a 2**(scale - 127)) @ (b columns) + bias, bfloat16: a [m, k] row-major, b [k, n] column-major."""
-    scales = {"scale_a": factors(scale)[:, None], "scale_b": columns[None, :]}
+    """(a scale) @ (b columns) + bias, bfloat16; a [m, k] row-major, scale [m, 1], b [k, n] column-major, columns [n]"""
+    scales = {"scale_a": scale, "scale_b": columns[None, :]}
     result: Tensor = torch._scaled_mm(a, b, **scales, bias=bias, out_dtype=BF16, use_fast_accum=False)
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -24,9 +24,11 @@ def chosen(model: nn.Module, skip: Iterable[str]) -> dict[str, nn.Linear]:
     modules = dict(model.named_modules())
     kept = _heads(model, modules) | _skipped(modules, [skip] if isinstance(skip, str) else list(skip))
     layers = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and name not in kept}
-    others = [name for name, layer in layers.items() if _is_of_others(layer)]
+    others = [name for name in layers if _is_of_others(name, modules)]
     if others:
-        log.info("%s stay in bfloat16: of other classes than nn.Linear, whose forward may be another", several(others))
+        log.info(
+            "%s stay in bfloat16: of other classes than nn.Linear, or multiplied by their parents", several(others)
+        )
     layers = {name: layer for name, layer in layers.items() if name not in others}
     for name, layer in layers.items():
         _require_convertible(name, layer)
@@ -64,7 +66,11 @@ def _skipped(modules: dict[str, nn.Module], patterns: list[str]) -> set[str]:
     return found
 
 
-def _is_of_others(layer: nn.Linear) -> bool:
+def _is_of_others(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether its forward may be another's: torch's encoder layers multiply past it when they evaluate."""
+    layer = modules[name]
+    if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
+        return True
     return type(layer) is not nn.Linear and not isinstance(layer, Float8Linear) and not is_parametrized(layer)
 
 
@@ -103,8 +109,8 @@ def _require_apart(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
             users[tensor.untyped_storage()._cdata].append(name)
     for name, layer in layers.items():
         sharing = users[layer.weight.untyped_storage()._cdata]
-        others = [other for other in sharing if other != f"{name}.weight"]
-        if others:
+        if len(sharing) > 1:
+            others = [other for other in sharing if other != f"{name}.weight".removeprefix(".")]
             raise ValueError(
                 f"'{name}': shares its weight with {several(others)}; skip=['{name}'] leaves it in bfloat16, or give "
                 "it a weight of its own, layer.weight = nn.Parameter(layer.weight.detach().clone())"
