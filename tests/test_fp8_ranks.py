@@ -3,13 +3,14 @@
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same_bits
-from ranks import assert_same_as_alone, launch, perform
+from ranks import assert_same_as_alone, launch, perform, whole
 from test_dcp import optimizer_first, through_flat, through_parts
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -81,6 +82,18 @@ def assert_scales_alike(label: str, ours: nn.Module, opt: torch.optim.Optimizer,
         assert_same_bits(f"{label} {name}", mine, theirs)
 
 
+def assert_loads_numbers(label: str, ours: nn.Module, opt: Any, alone: nn.Module, other: Any) -> None:
+    """Full precision, exported and loaded into a sharded model by itself: each rank converts its rows."""
+    exported, wanted = (collage.high_precision_state_dict(*pair) for pair in ((ours, opt), (alone, other)))
+    assert exported.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert_same_bits(f"{label} {key} in full precision", whole(exported[key]), tensor)
+    x, again, loaded = torch.ones(1, 160, dtype=torch.bfloat16), made(seed=2), sharded(made(seed=1))
+    again.load_state_dict(wanted, strict=False)
+    loaded.load_state_dict(exported, strict=False)
+    assert_same_bits(f"{label} loaded", loaded(x), again(x))
+
+
 def hold(strategy: str, steps: str) -> None:
     """A model alone and sharded, in one group and in many, stepped by either backend."""
     alone = made()
@@ -97,6 +110,7 @@ def hold(strategy: str, steps: str) -> None:
         assert train(ours, opt, 0, int(steps)) == wanted, label
         assert_same_as_alone(label, ours, opt, alone, other)
         assert_scales_alike(label, ours, opt, alone)
+        assert_loads_numbers(label, ours, opt, alone, other)
 
 
 def save(folder: str, strategy: str) -> None:

@@ -12,7 +12,7 @@ from collage.fp8 import products
 from collage.fp8.codes import E4M3, coded
 from collage.fp8.saving import load_scale, save_scale
 from collage.fp8.sharding import enlist
-from collage.sharding import is_dtensor, local
+from collage.sharding import in_rows, is_dtensor, local, placed
 
 
 class Float8Linear(nn.Linear):
@@ -113,8 +113,10 @@ class Float8Linear(nn.Linear):
         """Take e4m3 and scales as they are, other numbers as `convert` does; the remainder was of the old weight."""
         given = state_dict.get(f"{prefix}weight")
         if isinstance(given, Tensor) and given.is_floating_point() and given.dtype != E4M3:
-            hi, _, scale = coded(given)
-            state_dict |= {f"{prefix}weight": hi, f"{prefix}weight_scale": scale}
+            given = placed(given, self.weight)
+            hi, _, scale = coded(local(given))
+            shown = in_rows(hi, given.shape, given), in_rows(scale, given.shape[:1], given)
+            state_dict |= zip((f"{prefix}weight", f"{prefix}weight_scale"), shown, strict=True)
         if given is not None:
             self.remainder = None
         load_scale(self, state_dict, prefix)

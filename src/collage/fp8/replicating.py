@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collage.fp8.owning import scales_in
+from collage.fp8.linear import Float8Linear
 
 
 def replicate(model: nn.Module, **settings: Any) -> nn.Module:
@@ -66,13 +66,14 @@ def _send(model: nn.Module, group: Any) -> None:
 
 
 def _states(model: nn.Module) -> Iterator[Tensor]:
-    for param in model.parameters():
-        own = param.detach()
-        yield own.view(torch.uint8) if own.dtype == torch.float8_e4m3fn else own
-    yield from model.buffers()
+    """Weights, buffers, and what e4m3 cut off of the weights; as bytes what is float8 or int16."""
+    held: list[Tensor | None] = [*model.parameters(), *model.buffers()]
+    held += [layer.remainder for layer in model.modules() if isinstance(layer, Float8Linear)]
+    for own in (tensor.detach() for tensor in held if tensor is not None):
+        yield own.view(torch.uint8) if own.dtype in (torch.float8_e4m3fn, torch.int16) else own
 
 
 def _scales(model: nn.Module) -> list[str]:
     """Names of the row scales: replicas change them alike, so they are not sent before every forward pass."""
-    found = scales_in(model)
-    return [name for name, buffer in model.named_buffers() if id(buffer) in found]
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Float8Linear))
+    return [f"{name}.weight_scale".lstrip(".") for name, _ in layers]
