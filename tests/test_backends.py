@@ -263,7 +263,7 @@ def test_only_thetas_own_memory_is_read_for_broken_planes(name, instructions):
 def test_versions_are_counted(rule, kernels):
     """As by any in-place operation: autograd must notice weights that changed between forward and backward."""
     case = next(case for case in cases() if case.rule.name == rule)
-    row = row_of(case, "normal", 10)
+    row = copy_of(row_of(case, "normal", 10), device_of(kernels))
     looked_at = [planes for slot, planes in zip(case.rule.slots, row.slots, strict=True) if not slot.written]
     before = row.slots[0][0]._version, [p._version for planes in looked_at for p in planes]
     kernels.step(batch_of(case, [row]))

@@ -52,6 +52,9 @@ def decoded(codes, FORMAT: tl.constexpr):
     return planes
 
 
+AT_ONCE = tl.constexpr(32)
+
+
 @triton.jit
 def add_up(sums, first, totals):
     """totals[tensor] += the sums of its blocks, one after another. first: [tensors + 1], number of its first block."""
@@ -59,7 +62,15 @@ def add_up(sums, first, totals):
     lane = tl.arange(0, 8)
     total = tl.load(totals + tensor * 5 + lane, mask=lane < 5, other=0.0)
     at = sums + tl.load(first + tensor) * 5 + lane
-    for _ in range(tl.load(first + tensor + 1) - tl.load(first + tensor)):
+    count = tl.load(first + tensor + 1) - tl.load(first + tensor)
+    for _ in range(count // AT_ONCE):
+        some = ()
+        for k in tl.static_range(AT_ONCE):  # all under way before the first is waited for
+            some = some + (tl.load(at + 5 * k, mask=lane < 5, other=0.0),)
+        for k in tl.static_range(AT_ONCE):
+            total += some[k]
+        at += 5 * AT_ONCE
+    for _ in range(count % AT_ONCE):
         total += tl.load(at, mask=lane < 5, other=0.0)
         at += 5
     tl.store(totals + tensor * 5 + lane, total, mask=lane < 5)
