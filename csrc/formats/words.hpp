@@ -91,16 +91,15 @@ struct Wide {
   template <bool stochastic>
   static Lanes<2> usual_codes(F32 x, F32 size, U32 random) {
     constexpr int dropped = 23 - FULL;
-    const Mask bits = (Mask)size;
-    Mask word;
+    U32 word;  // of whatever else, anything: integers without a sign may overflow
     if constexpr (stochastic) {
-      const Mask rounded = (bits + (Mask)(random >> (16 - dropped))) >> dropped;
-      word = (rounded - ((FIRST - 1) << FULL)) & (bits != 0);
+      const U32 rounded = ((U32)size + (random >> (16 - dropped))) >> dropped;
+      word = (rounded - ((FIRST - 1) << FULL)) & (U32)((U32)size != 0);
     } else {
-      const Mask binade = larger(bits & 0x7F800000, FIRST << 23), above = binade + (dropped << 23);
-      word = (Mask)(size + (F32)above) - above + (binade >> dropped) - (FIRST << FULL);
+      const U32 binade = (U32)larger((Mask)size & 0x7F800000, FIRST << 23), above = binade + (dropped << 23);
+      word = (U32)(size + (F32)above) - above + (binade >> dropped) - (FIRST << FULL);
     }
-    return {{(F32)(((word + (1 << (BITS - 1))) >> BITS) | (((Mask)x >> 31) & ~MAGNITUDE)), (F32)word}};
+    return {{(F32)(((word + (1 << (BITS - 1))) >> BITS) | ((U32)((Mask)x >> 31) & ~MAGNITUDE)), (F32)word}};
   }
 
   static Mask broken(Mask hi, Mask lo) {
