@@ -56,7 +56,7 @@ ALLOWED = {
     "ema": STEP | {"optimizers", "casting", "lending", "owners", "checkpoint"},
     "gradients": STEP | {"optimizers", "owners", "randomness"},
     "owners": STEP | {"optimizers", "fp8"},
-    "checkpoint": STEP | {"optimizers", "casting", "owners", "saying"},
+    "checkpoint": STEP | {"optimizers", "casting", "owners", "saying", "fp8"},
     "collage": LIBRARY,
     "integrations": LIBRARY | {"collage"},
     "__main__": {"harness.cli"},

@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from collage.casting import casting
 from collage.fp8.codes import BF16, Coded, coded
 from collage.fp8.linear import Float8Linear
-from collage.fp8.owning import register
 from collage.fp8.products import PRODUCTS, misfit
 from collage.fp8.selecting import chosen
+from collage.fp8.sharding import enlist
 
 
 def convert(
@@ -81,5 +81,5 @@ def _become(layer: Any, weight: Coded, product: str, grad_dtype: torch.dtype) ->
     layer.register_buffer("weight_scale", weight.scale)
     vars(layer).update(product=product, grad_dtype=grad_dtype, remainder=weight.lo)
     layer.__class__ = Float8Linear
-    register(layer)
+    enlist(layer)
     layer.renew()

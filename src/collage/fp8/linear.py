@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from collage.fp8 import products
 from collage.fp8.codes import E4M3, coded
-from collage.fp8.owning import register
 from collage.fp8.saving import load_scale, save_scale
-from collage.fp8.sharding import teach_fsdp
+from collage.fp8.sharding import enlist
+from collage.sharding import in_rows, is_dtensor, local, placed
 
 
 class Float8Linear(nn.Linear):
@@ -34,12 +34,17 @@ class Float8Linear(nn.Linear):
     def __new__(cls, *args: Any, **kwargs: Any) -> Float8Linear:
         """A module that is unpickled or copied is registered too."""
         module = super().__new__(cls)
-        register(module)
-        teach_fsdp()
+        enlist(module)
         return module
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] of its dtype; under autocast, of autocast's."""
+        if not torch.compiler.is_compiling() and is_dtensor(self.weight):
+            raise TypeError(
+                f"Float8Linear: this rank has a part of its weight, {tuple(local(self.weight).shape)} of "
+                f"{tuple(self.weight.shape)}, and multiplies with a whole one; shard it with fully_shard, and call the "
+                "module that this was given, or name the layer in skip= of collage.fp8.convert"
+            )
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -108,8 +113,10 @@ class Float8Linear(nn.Linear):
         """Take e4m3 and scales as they are, other numbers as `convert` does; the remainder was of the old weight."""
         given = state_dict.get(f"{prefix}weight")
         if isinstance(given, Tensor) and given.is_floating_point() and given.dtype != E4M3:
-            hi, _, scale = coded(given)
-            state_dict |= {f"{prefix}weight": hi, f"{prefix}weight_scale": scale}
+            given = placed(given, self.weight)
+            hi, _, scale = coded(local(given))
+            shown = in_rows(hi, given.shape, given), in_rows(scale, given.shape[:1], given)
+            state_dict |= zip((f"{prefix}weight", f"{prefix}weight_scale"), shown, strict=True)
         if given is not None:
             self.remainder = None
         load_scale(self, state_dict, prefix)
@@ -117,8 +124,16 @@ class Float8Linear(nn.Linear):
         self.renew()
 
 
-_handle: Callable[[Tensor, torch.dtype], Tensor] = products.Handle.apply
 _product: Callable[..., Tensor] = products.Product.apply
+
+
+def _handle(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands for the weight; its gradient is passed on before all else, as a leaf's is: FSDP2 then reduces it."""
+    apply: Callable[..., Any] = products.Handle.apply
+    handle = apply(weight, dtype)
+    if handle.grad_fn is not None:
+        handle.grad_fn._set_sequence_nr(2**64 - 1)
+    return handle  # type: ignore[no-any-return]
 
 
 def _alike(handle: Tensor, weight: Tensor) -> bool:

@@ -47,6 +47,11 @@ def is_scale(key: str, shown: Mapping[str, Any]) -> bool:
     return part == "scale" and isinstance(shown.get(weight), Tensor) and module_of(shown[weight]) is not None
 
 
+def scales_in(model: nn.Module) -> set[int]:
+    """The id of every row scale of a model."""
+    return {id(module._buffers["weight_scale"]) for module in model.modules() if module in _LIVE}
+
+
 def scale_of(param: Tensor) -> Tensor | None:
     """The row scales of an e4m3 parameter, uint8 [rows], in the memory of its module; None: it has none.
 

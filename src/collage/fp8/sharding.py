@@ -17,12 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from collage.fp8.owning import adopt, gradient_dtype, scale_of
+from collage.fp8.owning import adopt, gradient_dtype, register, scale_of
 from collage.sharding import local
 
 
+def enlist(module: nn.Module) -> None:
+    """Let a module's e4m3 weight be found by its optimizer, and be sharded."""
+    register(module)
+    _teach_fsdp()
+
+
 @cache
-def teach_fsdp() -> None:
+def _teach_fsdp() -> None:
     """Have `fully_shard` keep records of ours of the weights of ours, and its own of all others, from now on."""
     if not torch.distributed.is_available():
         return
@@ -66,7 +72,8 @@ def _record(base: Any) -> type:
 
         def _own(self, param: nn.Parameter, dtype: torch.dtype) -> None:
             adopt(self._module_info.module, param)
-            param.grad_dtype = dtype
+            if param.grad_dtype == param.dtype:  # nobody has said otherwise
+                param.grad_dtype = dtype
 
         def reset_sharded_param(self) -> None:
             super().reset_sharded_param()
@@ -93,6 +100,12 @@ def _record(base: Any) -> type:
             with _unsafe_preserve_version_counter(whole):  # the backward pass needs the same numbers
                 for gathered in self.all_gather_outputs[1:]:
                     whole.copy_(gathered[: len(whole)])
+
+        def to_sharded_post_forward(self) -> None:
+            raise NotImplementedError(
+                "a float8 weight is gathered with its row scales, and sharded over all ranks again or not at all: give "
+                "fully_shard reshard_after_forward=True or False, not the number of ranks"
+            )
 
         @contextmanager
         def _as_weights(self) -> Iterator[None]:

@@ -122,10 +122,11 @@ def cut_of(planes: Iterable[Plane], strategy: Strategy, param: Tensor) -> str:
     for plane in planes:
         dim = None if plane.per == 1 else cut_rows(param, plane.per)
         if dim is not None:
-            blocks = f"{plane.per} neighbours of a row, so shards need multiples of these" if plane.per else "a row"
+            blocks = f"{plane.per} neighbours of a row, so shards need multiples of these" if plane.per else "row"
+            other = ", or use a strategy whose moments have 16 bits" if plane.per else ""
             return (
                 f"it is sharded along dimension {dim}, and strategy '{strategy}' has a scale for every {blocks}; shard "
-                "it along dimension 0, as fully_shard does, or use a strategy whose moments have 16 bits"
+                f"it along dimension 0, as fully_shard does{other}"
             )
     return ""
 
