@@ -32,24 +32,33 @@ def coded(weight: Tensor) -> Coded:
 
 
 def decoded(hi: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """[rows, columns] in bfloat16 or a wider dtype: exact, since E lies between 26 and 246.
-
-    On CPUs the bits are moved by integer operations, which torch's own cast takes ten times as long for.
-    """
-    if hi.device.type == "cpu" and dtype in _SHIFTS:
-        wide, shift, clear = _SHIFTS[dtype]
-        code = hi.view(torch.int8)
-        bits = (code.to(wide) << shift).bitwise_and_(clear)  # the exponent of e4m3 in the wider field: 2**120 too small
-        numbers = bits.view(dtype).mul_(2.0**120).masked_fill_((code & 127) == 127, torch.nan)
-    else:
-        numbers = hi.to(dtype)
+    """[rows, columns] in bfloat16 or a wider dtype: exact, since E lies between 26 and 246."""
+    numbers = _shifted(hi, dtype) if hi.device.type == "cpu" and dtype in _WIDE else hi.to(dtype)
     return numbers.mul_(factors(scale).to(dtype)[:, None])
 
 
-_SHIFTS = {  # dtype -> integers of its size, places that a code moves up, and the bits that then belong to it
-    BF16: (torch.int16, 4, -0x8000 | 0x7F0),
-    F32: (torch.int32, 20, -0x80000000 | 0x7F00000),
+class _Wide(NamedTuple):
+    """A float that has e4m3's bits as a part of its own."""
+
+    bits: torch.dtype
+    shift: int  # of a code, up to where exponent and fraction are
+    own: int  # the bits that are then a code's: not the copies of its sign in between
+    nan: int
+
+
+_WIDE = {
+    BF16: _Wide(torch.int16, 4, -0x8000 | 0x7F0, 0x7F80),
+    F32: _Wide(torch.int32, 20, -0x80000000 | 0x7F00000, 0x7F800000),
 }
+
+
+def _shifted(hi: Tensor, dtype: torch.dtype) -> Tensor:
+    """``hi.to(dtype)`` by integer operations: on CPUs torch's own takes five times as long."""
+    wide = _WIDE[dtype]
+    code = hi.view(torch.int8).to(wide.bits)
+    bits = (code << wide.shift).bitwise_and_(wide.own)
+    bits |= code.bitwise_and_(127).add_(1).bitwise_right_shift_(7).mul_(wide.nan)  # 7F is NaN
+    return bits.view(dtype).mul_(2.0**120)  # the bias of exponents is 7 in e4m3, 127 here
 
 
 def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
