@@ -208,6 +208,20 @@ def _beside(strategy: Strategy) -> Strategy:
     return replace(strategy, param=name) if name else strategy
 
 
+# Those that take a model's weights as they are; the others those that `collage.fp8.convert` makes of them.
+UNCONVERTED = tuple(name for name, strategy in STRATEGIES.items() if strategy.beside is strategy)
+
+
+def require_unconverted(what: str, strategies: Iterable[Strategy]) -> None:
+    """Raise ValueError, naming the parameter, for strategies of weights that have to be converted first."""
+    for strategy in strategies:
+        if strategy.beside is not strategy:
+            raise ValueError(
+                f"{what}: '{strategy}' trains what collage.fp8.convert(model) makes of linear layers, of which this "
+                f"knows nothing; leave it out. Known: {', '.join(UNCONVERTED)}"
+            )
+
+
 @cache
 def _parse(text: str) -> Strategy:
     text = text.strip()
