@@ -24,8 +24,8 @@ from collage.backends.triton import FORMATS, _plan, _plan_of_all, _plan_of_gradi
 from collage.backends.triton import planes as of_planes
 from collage.backends.triton.fold import fold
 from collage.backends.triton.launching import unit_of, warps
+from collage.backends.triton.memory import ADDRESSES, MASKED, STRIDED
 from collage.backends.triton.tables import BLOCK
-from collage.backends.triton.walk import MASKED, STRIDED
 from collage.rules import RULES
 from collage.strategies import Strategy
 
@@ -78,7 +78,7 @@ class Case(NamedTuple):
 
     def shape(self, strided: bool) -> dict:
         """Of the table."""
-        columns = walk.ADDRESSES.value + 1 + sum(len(FORMATS[name].words) for name in self.formats)
+        columns = ADDRESSES.value + 1 + sum(len(FORMATS[name].words) for name in self.formats)
         by_rows = unit_of(self.formats) > 1
         return {"columns": columns, "rest": (STRIDED if strided else MASKED).value, "by_rows": by_rows}
 

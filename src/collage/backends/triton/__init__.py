@@ -96,8 +96,7 @@ def _plan(
     return Plan(
         slots=tuple(map(static, slots)), rule=static(RULES[rule.name]), gradient=WORDS[gradient] if gradient else None,
         ROUND=bf16 if register == torch.bfloat16 else same, shared=any(map(_shares, slots)),
-        whole_rows=any(s.written and FORMATS[name].whole_rows for s, name in zip(rule.slots, formats, strict=True)),
-        **others,
+        whole_rows=any(slot.takes_rows for slot in slots), **others,
     )  # fmt: skip
 
 

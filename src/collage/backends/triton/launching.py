@@ -13,9 +13,9 @@ from torch import Tensor
 from collage.backends.batch import Batch, Region
 from collage.backends.triton.fold import fold
 from collage.backends.triton.formats import FORMATS
+from collage.backends.triton.memory import MASKED, STRIDED
 from collage.backends.triton.rules import RULES
 from collage.backends.triton.tables import BLOCK, Layout, bases_of, layout_of, owners_of, rows_of, table_of
-from collage.backends.triton.walk import MASKED, STRIDED
 from collage.formats import format_of
 from collage.rng import mix64, signed
 from collage.rules.folding import row
@@ -28,9 +28,11 @@ OPTIONS = {"num_warps": BLOCK // WARP // 8, "enable_fp_fusion": False}  # 8 elem
 def warps(formats: tuple[str, ...], plain: bool, warp: int = WARP) -> int:
     """Of a step's program. A thread has 8 elements, or 16 where planes of one byte prevail and registers suffice.
 
-    They do not where a step is not plain, but measured, strided or of whole rows, nor with AMD's 64 threads to a warp.
+    They do not where a step is not plain, but measured or strided, nor with AMD's 64 threads to a warp; there a thread
+    has 4 where rows are walked whole.
     """
-    plain = plain and not any(FORMATS[name].whole_rows for name in formats)
+    if warp == 64 and any(FORMATS[name].whole_rows for name in formats):
+        return BLOCK // warp // 4
     sizes = [plane.dtype.itemsize for name in formats for plane in format_of(name).planes if plane.per == 1]
     many = plain and warp == 32 and 2 * sizes.count(1) >= len(sizes)
     return BLOCK // warp // (16 if many else 8)

@@ -5,23 +5,21 @@ import triton.language as tl
 
 from collage.backends.triton.arithmetic import Real, bits_of, float_of, same
 from collage.backends.triton.format import FP32, largest, magnitudes, sizes
-from collage.backends.triton.numbers import Register
-from collage.backends.triton.sums import halved
-from collage.backends.triton.walk import (
+from collage.backends.triton.memory import (
     ALIGNED,
     BLOCK,
     MASKED,
     WHOLE,
     fetch,
     load,
-    random_bits,
-    random_words,
     read,
     shared,
-    span,
     store,
     write,
 )
+from collage.backends.triton.numbers import Register
+from collage.backends.triton.sums import halved
+from collage.backends.triton.walk import random_bits, random_words, span
 
 
 @triton.jit

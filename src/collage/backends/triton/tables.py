@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from collage.backends.batch import Region
-from collage.backends.triton import walk
+from collage.backends.triton import memory
 from collage.layout import as_rows
 from collage.rng import mix64, signed
 
-BLOCK: int = walk.BLOCK.value
-VECTOR: int = walk.VECTOR.value
+BLOCK: int = memory.BLOCK.value
+VECTOR: int = memory.VECTOR.value
 NUMEL, FIRST, ROW, OFFSET, ALIGNED, LAYOUT, DIMS, REGION, REGION_DIMS, WIDTH, ADDRESSES = range(
-    walk.ADDRESSES.value + 1
+    memory.ADDRESSES.value + 1
 )
 KEPT = 32  # layouts: one for every set of parameters that steps together
 
@@ -33,7 +33,7 @@ class Layout:
     """Everything but what changes with every step."""
 
     facts: tuple[Any, ...]
-    rows: Tensor  # on the host, as walk.py describes them
+    rows: Tensor  # on the host, as memory.py describes them
     shapes: Tensor  # on the host: sizes and strides that rows point into
     first: list[int]  # number of each tensor's first block, and of all blocks
     owners: Tensor | None = None  # on the device
