@@ -58,8 +58,8 @@ bench: $(READY) ## time a step of the optimizer against others and against the m
 gpu: $(READY) ## on a GPU: the kernels' tests, then the benchmark; PLAN=1 only says what it would measure
 	$(BIN)/collage bench --device cuda --plan
 	$(if $(PLAN),,$(BIN)/python -c "import sys; from collage import backends; sys.exit(backends.missing('triton'))")
-	$(if $(PLAN),,TRITON_INTERPRET=0 $(BIN)/python -m pytest --numprocesses $$(nproc) -m "" tests/test_backends.py \
-		-k "triton and not combination")
+	$(if $(PLAN),,TRITON_INTERPRET=0 $(BIN)/python -m pytest --numprocesses $$(nproc) -m "" tests/test_device.py \
+		tests/test_backends.py -k "test_device or (triton and not combination)")
 	$(if $(PLAN),,$(BIN)/collage bench --device cuda --out runs/gpu)
 
 check: lint test ## lint, then test; edits nothing

@@ -52,11 +52,15 @@ struct BlockwiseIn<Own, Scale, per, std::index_sequence<P...>, C...> {
   // Without random bits, to nearest.
   template <class>
   static void encode(PlanesAt planes, int count, const Parted& x, const uint32_t* random) {
+    encode_numbers(planes, count, x[0], random);
+  }
+
+  static void encode_numbers(PlanesAt planes, int count, const float* x, const uint32_t* random) {
     if constexpr (Own::format.stochastic)
-      if (!random) return Own::Nearest::template encode<void>(planes, count, x, random);
+      if (!random) return Own::Nearest::encode_numbers(planes, count, x, random);
     const auto bits = [&](int at) { return random ? load<U32>(random + at) : U32{}; };
     for (int first = 0; first < count; first += block)
-      Own::encode_block(planes, first, padded(std::min(count, first + block)), x[0] + first, bits);
+      Own::encode_block(planes, first, padded(std::min(count, first + block)), x + first, bits);
   }
 
  protected:

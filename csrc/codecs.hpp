@@ -17,7 +17,9 @@ struct Codec {
   void (*encode_parts)(PlanesAt, int count, const Parted& parts, const uint32_t* random);
   void (*measure)(const Parted& old, const Parted& fresh, const Buffer& delta, int count, int at, Sums&);
   int64_t (*broken)(PlanesAt, int count);
-  void (*fit)(char* scale, uint32_t largest);  // decides that of a whole row, which `encode` is given; or null
+  // Where a row has a scale, else null: what decides it, for `encode` to be given; and that of numbers in other buffers.
+  void (*fit)(char* scale, uint32_t largest);
+  void (*encode_numbers)(PlanesAt, int count, const float* numbers, const uint32_t* random);
 };
 
 template <class F>
@@ -70,8 +72,8 @@ void fit(char* scale, uint32_t largest) {
 template <class F>
 constexpr Codec codec_of() {
   Codec codec{&F::format, F::kind, is_expanded<F>, F::values, F::decode, F::template encode<Register<F32>>, nullptr,
-              measure<F>, broken<F>, nullptr};
-  if constexpr (has_rows(F::format)) codec.fit = fit<F>;
+              measure<F>, broken<F>, nullptr, nullptr};
+  if constexpr (has_rows(F::format)) codec.fit = fit<F>, codec.encode_numbers = F::encode_numbers;
   if constexpr (is_expanded<F>) codec.encode_parts = F::template encode<Expanded<typename F::Component, 2>>;
   return codec;
 }

@@ -12,15 +12,18 @@ namespace {
 constexpr int AHEAD = 512;  // elements between what is computed and what is fetched
 
 // Carries out the step of a piece's elements. Returns how many it has done before some that are not finite or not usual.
-using Fused = int (*)(const Piece&, const float* row, const uint32_t* words);
+// numbers: where those of a row are left, lane by lane, whose scale is not known yet.
+using Fused = int (*)(const Piece&, const float* row, const uint32_t* words, float* numbers);
 
 // A slot in the loop: where every plane has a word per element, they are written at once.
 template <class F, class = void>
 struct InLoop {
   static constexpr int block = BLOCK;
+  static constexpr bool at_once = true, of_row = false;
 
   InLoop(PlanesAt, int) {}
   static bool fits(PlanesAt, int, int) { return true; }
+  static bool usual() { return true; }
 
   template <int half>
   static auto read(PlanesAt planes, int i) {
@@ -45,8 +48,10 @@ struct InLoop {
 template <class F>
 struct InLoop<F, std::void_t<typename F::OfBlock>> : F::OfBlock {
   static constexpr int block = F::block;
+  static constexpr bool at_once = false, of_row = false;
 
   using F::OfBlock::OfBlock;
+  static bool usual() { return true; }
 
   template <class Is>
   void take(const Register<F32>& number, float* held, U32, Is, F32&, Lanes<F::words>&) {
@@ -55,6 +60,26 @@ struct InLoop<F, std::void_t<typename F::OfBlock>> : F::OfBlock {
   }
 
   static void write(PlanesAt, int, const Lanes<F::words>&, const Lanes<F::words>&) {}
+};
+
+// One with a scale for a row: numbers are only left where all of it will be.
+template <class F>
+struct InLoop<F, std::void_t<typename F::OfRow>> : F::OfRow {
+  static constexpr int block = BLOCK;
+  static constexpr bool at_once = false, of_row = true;
+
+  InLoop(PlanesAt planes, int) : F::OfRow(planes) {}
+  static bool fits(PlanesAt planes, int, int) { return F::OfRow::fits(planes); }
+
+  template <class Is>
+  void take(const Register<F32>& number, float* left, U32, Is, F32&, Lanes<F::words>&) {
+    save(left, number.x);
+  }
+
+  static void write(PlanesAt, int, const Lanes<F::words>&, const Lanes<F::words>&) {}
+
+  template <class Bits>
+  void finish(PlanesAt, int, int, const float*, Bits) const {}
 };
 
 // One half of a chunk once it is computed.
@@ -73,8 +98,10 @@ struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
   using Slots = std::tuple<InLoop<F>...>;
   static constexpr bool random = (F::format.stochastic || ...);
   static constexpr int block = std::min({InLoop<F>::block...});
+  static constexpr bool of_row = (InLoop<F>::of_row || ...);
+  static_assert(!of_row || !(InLoop<F>::at_once || ...), "what turns out not to be usual is done anew");
 
-  FLATTEN static int run(const Piece& piece, const float* row, const uint32_t* words) {
+  FLATTEN static int run(const Piece& piece, const float* row, const uint32_t* words, float* numbers) {
     const Constants constants{Row<F32>(row)};
     alignas(64) float held[sizeof...(F)][block];
     for (int first = 0; first < piece.count; first += block) {
@@ -84,7 +111,7 @@ struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
       for (int i = first; i < end; i += LANES) {
         (fetch(piece.planes[K], i + AHEAD, F::format), ...);
         fetch(piece.gradient, i + AHEAD, Gradient::BYTES);
-        float* const at[] = {held[K] + i - first...};
+        float* const at[] = {InLoop<F>::of_row ? numbers + i : held[K] + i - first...};
         Half<F...> even = compute<0, true>(piece, i, constants, words, slots, at);
         Half<F...> odd = compute<1, true>(piece, i, constants, words, slots, at);
         if (__builtin_expect(!all_finite(even.whole + odd.whole), false)) {
@@ -94,6 +121,7 @@ struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
         }
         (std::get<K>(slots).write(piece.planes[K], i, std::get<K>(even.fresh), std::get<K>(odd.fresh)), ...);
       }
+      if (of_row && !(std::get<K>(slots).usual() && ...)) return first;
       const auto bits = [&](auto k) { return [=](int at) { return bits_of(load<U32>(words + at), k()); }; };
       (std::get<K>(slots).finish(piece.planes[K], first, end, held[K], bits(std::integral_constant<int, K>{})), ...);
     }
@@ -162,7 +190,9 @@ using FusedRows = List<                                                         
     Bf16Row<AdamW, Cut<Int16>, Bf16, Bf16x2>,                                      // collage-exact
     Bf16Row<AdamW, Cut<Int16>, Bf16Sr, Bf16Sr>,                                    // collage-exact-lean
     Bf16Row<AdamW, Bf16x2Sr, Int8Sr, UInt8Sr>,                                     // collage-8bit-plus
-    Bf16Row<AdamW, Cut<Int8, true>, Int8Sr, UInt8Sr>>;                             // collage-8bit
+    Bf16Row<AdamW, Cut<Int8, true>, Int8Sr, UInt8Sr>,                              // collage-8bit
+    Bf16Row<AdamW, ScaledWord<Int16>, Int8Sr, UInt8Sr>,                            // collage-fp8
+    Bf16Row<AdamW, ScaledWord<Int8, true>, Int8Sr, UInt8Sr>>;                      // collage-fp8-lean
 
 template <class... Rows>
 Fused fused_of(const Request& request, List<Rows...>) {

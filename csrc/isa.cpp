@@ -1,4 +1,5 @@
 // The kernels of one instruction set: compiled once per instruction set, with its flags and names (CMakeLists.txt).
+#include "rows.hpp"
 #include "squares.hpp"
 #include "stream.hpp"
 
@@ -7,6 +8,13 @@ namespace {
 
 using Codecs = const Codec* [MAX_SLOTS];
 
+template <class Rule>
+Kernel* step_of(const Request& r, const Codecs& codecs, const Codec* gradient, Rule rule) {
+  for (int s = 0; s < rule.writes; ++s)
+    if (codecs[s]->fit) return new StepInRows(r, codecs, gradient, rule);
+  return new Step(r, codecs, gradient, rule);
+}
+
 template <class... R>
 Kernel* step_of(const Request& r, const Codecs& codecs, const Codec* gradient, RuleList<R...>) {
   Kernel* kernel = nullptr;
@@ -14,7 +22,7 @@ Kernel* step_of(const Request& r, const Codecs& codecs, const Codec* gradient, R
     return !std::strcmp(r.operation, rule.name) && r.slots == std::max(rule.reads, rule.writes) &&
            rule.gradient == (gradient != nullptr);
   };
-  (void)((fits(R{}) && (kernel = new Step(r, codecs, gradient, R{}))) || ...);
+  (void)((fits(R{}) && (kernel = step_of(r, codecs, gradient, R{}))) || ...);
   return kernel;
 }
 
@@ -30,8 +38,6 @@ Kernel* make(const Request& r) {
   if (is("broken", 1)) return new Broken(codecs);
   if (is("squares", 1)) return squares_of(r, codecs, List<FP32, BF16, FP16>{});
   if (is("stream", r.slots)) return new Stream(codecs, r.slots, gradient);
-  for (int s = 0; s < r.slots; ++s)
-    if (has_rows(*codecs[s]->format)) return nullptr;  // their scale is known once a whole row is
   return step_of(r, codecs, gradient, Rules{});
 }
 

@@ -50,12 +50,11 @@ struct Encode final : Operation {
 
   int64_t run(const Tensor& t, int64_t first_block, int64_t end_block) const override {
     if (!codec_->fit) return encode(t, first_block, end_block);
-    const int64_t in_row = blocks_in_row(t.columns);
     const int last = formats[0]->count - 1, bytes = formats[0]->planes[last].bytes;
-    for (int64_t row = (first_block + in_row - 1) / in_row; row * in_row < end_block; ++row) {
-      codec_->fit(t.planes[0][last] + row * bytes, largest(t, row * in_row, (row + 1) * in_row));
-      encode(t, row * in_row, (row + 1) * in_row);
-    }
+    each_row(t, first_block, end_block, [&](int64_t row, int64_t first, int64_t end) {
+      codec_->fit(t.planes[0][last] + row * bytes, largest(t, first, end));
+      encode(t, first, end);
+    });
     return 0;
   }
 

@@ -14,7 +14,10 @@ struct RandomBits {
   bool given(const Format& format) const { return format.stochastic && part >= 0; }
 };
 
-class Step final : public Kernel {
+// New scales of one row, slot by slot: those in the planes are the old numbers', until all of these are replaced.
+using Scales = char[MAX_SLOTS][4];
+
+class Step : public Kernel {
  public:
   template <class Rule>
   Step(const Request& r, const Codec* const (&codecs)[MAX_SLOTS], const Codec* gradient_codec, Rule)
@@ -36,17 +39,57 @@ class Step final : public Kernel {
   }
 
   int64_t run(const Tensor& t, int64_t first_block, int64_t end_block) const override {
+    blocks(t, first_block, end_block, nullptr);
+    return 0;
+  }
+
+ protected:
+  const Codec& codec(int slot) const { return *slots_[slot].codec; }
+  bool measures(const Tensor& t) const { return t.sums && measured_; }
+
+  void blocks(const Tensor& t, int64_t first_block, int64_t end_block, Scales* scales) const {
     const Shape shape(*this);
     for (int64_t b = first_block; b < end_block; ++b) {
-      if (t.sums && measured_) {
+      if (measures(t)) {
         Sums sums(block_size(t, b));
-        walk(t, shape, b, [&](const Piece& piece, int at) { stages(t, shape, piece, 0, at, &sums); });
+        walk(t, shape, b, [&](const Piece& piece, int at) { stages(t, shape, piece, 0, at, scales, &sums); });
         sums.finish(t.sums + b * SUMS);
       } else {
-        walk(t, shape, b, [&](const Piece& piece, int at) { stages(t, shape, piece, fused(t, piece), at, nullptr); });
+        walk(t, shape, b, [&](const Piece& piece, int at) {
+          stages(t, shape, piece, scales ? 0 : fused(t, piece, nullptr), at, scales, nullptr);
+        });
       }
     }
-    return 0;
+  }
+
+  // What the rule makes of a stage's elements, in buffers.
+  void compute(const Tensor& t, const Shape& shape, const Piece& piece, Stage& stage, bool measured) const {
+    load(t, piece, stage);
+    update_(stage, t.constants, piece.count, Ahead(piece, shape), measured);
+    if (piece.count % LANES) clear(stage, piece.count);
+  }
+
+  // How many elements of a piece are done by its own loop.
+  int fused(const Tensor& t, const Piece& piece, float* numbers) const {
+    if (!fused_ || t.maximize || t.scale != 1.0f) return 0;
+    alignas(64) uint32_t words[BLOCK];
+    if (stochastic_) Random(t, 0, piece.begin, piece.count).words(words);
+    return fused_(piece, t.constants, words, numbers);
+  }
+
+  // What is in buffers, slot `first` and on.
+  void store(const Tensor& t, const Piece& piece, const Parted* x, int first) const {
+    Noise noise(t, piece);
+    for (int s = first; s < slots; ++s) {
+      if (!writes[s]) continue;
+      const Codec& own = codec(s);
+      (slots_[s].in_parts ? own.encode_parts : own.encode)(piece.planes[s], piece.count, x[s], bits_of(s, noise));
+    }
+  }
+
+  const uint32_t* bits_of(int slot, Noise& noise) const {
+    const RandomBits& random = slots_[slot].random;
+    return random.given(*formats[slot]) ? noise.bits(random.salt, random.part) : nullptr;
   }
 
  private:
@@ -56,29 +99,30 @@ class Step final : public Kernel {
     bool in_parts;  // the rule is given, and leaves, components instead of values
   };
 
-  // How many elements of a piece are done by its own loop.
-  int fused(const Tensor& t, const Piece& piece) const {
-    if (!fused_ || t.maximize || t.scale != 1.0f) return 0;
-    alignas(64) uint32_t words[BLOCK];
-    if (stochastic_) Random(t, 0, piece.begin, piece.count).words(words);
-    return fused_(piece, t.constants, words);
+  void stages(const Tensor& t, const Shape& shape, const Piece& piece, int done, int at, Scales* scales,
+              Sums* sums) const {
+    for (int i = done; i < piece.count; i += STAGE) {
+      const Piece part = stage_of(piece, shape, i);
+      stage(t, shape, part, scales ? scaled(part, *scales) : part, at + i, sums);
+    }
   }
 
-  void stages(const Tensor& t, const Shape& shape, const Piece& piece, int done, int at, Sums* sums) const {
-    for (int i = done; i < piece.count; i += STAGE) stage(t, shape, stage_of(piece, shape, i), at + i, sums);
+  // The same elements under new scales.
+  Piece scaled(Piece piece, Scales& scales) const {
+    for (int s = 0; s < slots; ++s)
+      if (writes[s] && codec(s).fit) piece.planes[s][formats[s]->count - 1] = scales[s];
+    return piece;
   }
 
-  void stage(const Tensor& t, const Shape& shape, const Piece& piece, int at, Sums* sums) const {
+  void stage(const Tensor& t, const Shape& shape, const Piece& from, const Piece& to, int at, Sums* sums) const {
     Stage stage;
     Parted old;
-    load(t, piece, stage);
-    if (sums) slots_[0].codec->decode(piece.planes[0], piece.count, old);
-    update_(stage, t.constants, piece.count, Ahead(piece, shape), sums != nullptr);
-    if (piece.count % LANES) clear(stage, piece.count);
-    store(t, piece, stage);
+    if (sums) codec(0).decode(from.planes[0], from.count, old);
+    compute(t, shape, from, stage, sums != nullptr);
+    store(t, to, stage.slots, 0);
     if (!sums) return;
-    slots_[0].codec->decode(piece.planes[0], piece.count, stage.slots[0]);
-    slots_[0].codec->measure(old, stage.slots[0], stage.delta, piece.count, at, *sums);
+    codec(0).decode(to.planes[0], to.count, stage.slots[0]);
+    codec(0).measure(old, stage.slots[0], stage.delta, to.count, at, *sums);
   }
 
   void load(const Tensor& t, const Piece& piece, Stage& stage) const {
@@ -98,16 +142,6 @@ class Step final : public Kernel {
     for (int i = 0; i < padded(piece.count); i += W) {
       const F32 g = collage::load<F32>(stage.gradient + i) / splat(t.scale);
       save(stage.gradient + i, t.maximize ? -g : g);
-    }
-  }
-
-  void store(const Tensor& t, const Piece& piece, Stage& stage) const {
-    Noise noise(t, piece);
-    for (int s = 0; s < slots; ++s) {
-      const auto& [codec, random, in_parts] = slots_[s];
-      if (!writes[s]) continue;
-      const uint32_t* const bits = random.given(*codec->format) ? noise.bits(random.salt, random.part) : nullptr;
-      (in_parts ? codec->encode_parts : codec->encode)(piece.planes[s], piece.count, stage.slots[s], bits);
     }
   }
 

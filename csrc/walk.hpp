@@ -158,6 +158,14 @@ inline void walk(const Tensor& t, const Shape& shape, int64_t block, Fn fn) {
   }
 }
 
+// fn(row, its blocks' first and end) for the rows whose first block is one of these.
+template <class Fn>
+inline void each_row(const Tensor& t, int64_t first_block, int64_t end_block, Fn fn) {
+  const int64_t in_row = blocks_in_row(t.columns);
+  for (int64_t row = (first_block + in_row - 1) / in_row; row * in_row < end_block; ++row)
+    fn(row, row * in_row, (row + 1) * in_row);
+}
+
 // The elements `at` and on of a piece: at most a stage.
 inline Piece stage_of(const Piece& whole, const Shape& shape, int at) {
   Piece piece{{}, whole.gradient + at * shape.gradient_bytes, whole.begin + at, std::min(STAGE, whole.count - at)};

@@ -23,6 +23,8 @@ from collage.strategies import STRATEGIES, Strategy
 
 SIZES = (1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000, 1023, 1024, 1025, 2049, 40_001)
 REGIMES = ("normal", "subnormal", "huge", "tiny", "zeros", "infinite", "nan", "bits")
+# Strategies whose weights any parameter can be; those of e4m3 ones belong to a module (test_fp8.py).
+BARE = {name: strategy for name, strategy in STRATEGIES.items() if strategy.beside is strategy}
 ONES = 0xFFFF  # the largest random bits
 NUMBERS = {"betas": (0.9, 0.999), "eps": (1e-8,), "weight_decay": (0.1,), "momentum": (0.9,), "dampening": (0.3,)}
 NUMBERS |= {"decay": (0.99,), "weight": (0.25,)}  # the usual settings

@@ -53,9 +53,11 @@ def as_rank(task: Callable[..., None], *arguments: Any) -> None:
 
 
 def whole(tensor: Any) -> torch.Tensor:
-    """The unsharded tensor, of 16-bit integers too, which gloo does not gather."""
+    """The unsharded tensor, of 16-bit integers and of float8 too, which gloo does not gather."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.float().full_tensor().to(tensor.dtype)
     return from_bytes(as_bytes(tensor).full_tensor()) if tensor.dtype == torch.int16 else tensor.full_tensor()
 
 

@@ -126,7 +126,9 @@ def specs() -> list[Strategy]:
 def test_combinations_of_formats(rule, every, kernels):
     """Those without a fused kernel go block by block. A quick run takes one in some, of all formats in every slot."""
     known = specs()
-    weights = sum(fmt.elementwise for fmt in FORMATS.values()) - 1  # one has a meaning in bfloat16 arithmetic only
+    weights = (
+        sum(fmt.dtypes[0].is_floating_point for fmt in FORMATS.values()) - 1
+    )  # one has a meaning in bfloat16 arithmetic only
     moments = sum("+" not in name for name in FORMATS) - 2  # codes, nearest and stochastic, are for one of two roles
     assert len(known) == weights * moments**2 + 3 * 2 * 2
     for k, strategy in enumerate(known[::every]):
@@ -261,7 +263,7 @@ def test_only_thetas_own_memory_is_read_for_broken_planes(name, instructions):
 def test_versions_are_counted(rule, kernels):
     """As by any in-place operation: autograd must notice weights that changed between forward and backward."""
     case = next(case for case in cases() if case.rule.name == rule)
-    row = row_of(case, "normal", 10)
+    row = copy_of(row_of(case, "normal", 10), device_of(kernels))
     looked_at = [planes for slot, planes in zip(case.rule.slots, row.slots, strict=True) if not slot.written]
     before = row.slots[0][0]._version, [p._version for planes in looked_at for p in planes]
     kernels.step(batch_of(case, [row]))

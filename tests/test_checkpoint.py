@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_bits, assert_same_planes, refused
+from helpers import BARE, assert_same_bits, assert_same_planes, refused
 from torch import nn
 
 import collage
@@ -44,7 +44,7 @@ import sys
 folder, tests = sys.argv[1:]
 sys.path.insert(0, tests)
 from test_checkpoint import *
-for strategy in STRATEGIES:
+for strategy in BARE:
     model = model_of(strategy)
     opt = collage.AdamW(model.named_parameters(), lr=1e-2, strategy=strategy)
     saved = torch.load(f"{folder}/{strategy}.pt", weights_only=True)
@@ -58,7 +58,7 @@ for strategy in STRATEGIES:
 def test_a_run_resumed_in_another_process_is_the_run(tmp_path):
     """Every strategy: 4 steps, save, a new process, load, 3 steps; bit for bit the run of 7."""
     straight = {}
-    for strategy in STRATEGIES:
+    for strategy in BARE:
         model = model_of(strategy)
         opt = collage.AdamW(model.named_parameters(), lr=1e-2, strategy=strategy)
         run(model, opt, 0, 4)
@@ -113,7 +113,7 @@ def test_a_damaged_state_is_refused(damage, message):
         opt.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BARE)
 def test_the_optimizer_may_be_loaded_before_the_model(strategy):
     """As torch.distributed.checkpoint.state_dict.set_state_dict does: bit for bit the run, and nothing is said."""
     model = model_of(strategy)
@@ -143,7 +143,7 @@ def test_a_state_of_other_weights_gives_way_to_them_with_a_warning():
     assert (model[0].weight - before).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BARE)
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_torch_adamw_state_is_taken_over(strategy, fused):
     """Switch in midway: the moments are split into the strategy's planes, hyper-parameters come along."""

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import REGIMES, numbers
-from torch import nn
+from torch import Tensor, nn
 
 import collage
+from collage.fp8 import convert
 from collage.strategies import STRATEGIES
 
 TABLE = Path(__file__).with_name("digests.json")
@@ -23,18 +24,29 @@ ROWS = (11, 400)  # of a parameter that is large enough for blocks with scales, 
 
 def digest(strategy: str, regime: str) -> str:
     """Of theta and every plane of its state, NaNs all alike."""
-    dtype = STRATEGIES[strategy].dtype
     shape = torch.Size(ROWS if STRATEGIES[strategy].exception else (N,))
-    w = nn.Parameter(numbers(regime, shape.numel(), 1).view(shape).to(dtype))
+    layer = layer_of(numbers(regime, shape.numel(), 1).view(shape), STRATEGIES[strategy].dtype)
+    w = layer.weight
     opt = collage.AdamW([("w", w)], lr=1e-3, weight_decay=0.1, strategy=strategy, seed=3)
     for step in range(STEPS):
-        w.grad = numbers(regime, shape.numel(), 100 + step).view(shape).to(dtype)
+        w.grad = numbers(regime, shape.numel(), 100 + step).view(shape).to(w.grad_dtype)
         opt.step()
     hashed = hashlib.sha256()
     for x in (w.detach(), *(opt.state[w][key] for key in sorted(opt.state[w]))):
-        x = x.masked_fill(x.isnan(), torch.nan) if x.is_floating_point() else x
+        x = x.masked_fill(x.isnan(), torch.nan) if x.is_floating_point() and x.dtype.itemsize > 1 else x
         hashed.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()[:16]
+
+
+def layer_of(x: Tensor, dtype: torch.dtype) -> nn.Module:
+    """A module whose weight these numbers are; e4m3 ones belong to a linear layer, which has their scales."""
+    if dtype.itemsize > 1:
+        layer = nn.Module()
+        layer.weight = nn.Parameter(x.to(dtype))
+        return layer
+    layer = nn.Linear(x.shape[1], x.shape[0], bias=False)
+    layer.weight = nn.Parameter(x.nan_to_num(0.0, 0.0, 0.0))
+    return convert(nn.ModuleDict({"layer": layer}))["layer"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

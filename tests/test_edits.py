@@ -5,14 +5,14 @@ import logging
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import BARE, assert_same_bits
 from torch import nn
 
 import collage
 from collage.formats import fitted, format_of
 from collage.strategies import STRATEGIES
 
-PLANES = [name for name, s in STRATEGIES.items() if len(format_of(s.param).planes) > 1]
+PLANES = [name for name, s in BARE.items() if len(format_of(s.param).planes) > 1]
 
 
 def setup(strategy, n=300, lr=1e-3, steps=3, **settings):

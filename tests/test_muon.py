@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits, assert_same_planes, planes_of, refused
+from helpers import BARE, assert_same_bits, assert_same_planes, planes_of, refused
 from torch import Tensor, nn
 
 import collage
@@ -339,7 +339,7 @@ def test_settings_out_of_range_are_refused(settings, error, message):
 # Around a step
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BARE)
 def test_the_reference_has_the_bits_of_the_kernels(strategy):
     """Large enough for blocks with scales, and not; monitored and not."""
     shapes, ends = ((64, 160), (33, 40)), []

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_same_bits, assert_same_planes, refused
+from helpers import BARE, assert_same_bits, assert_same_planes, refused
 from torch import nn
 
 import collage
@@ -47,7 +47,7 @@ def bits_of(model, opt):
     return planes
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BARE)
 def test_names_groups_views_and_chunks_do_not_change_a_bit(strategy):
     """The same tensors, given by name or not, in one group or two: names matter to stochastic rounding alone."""
     dtype = STRATEGIES[strategy].dtype
@@ -65,7 +65,7 @@ def test_names_groups_views_and_chunks_do_not_change_a_bit(strategy):
     assert_same_planes(bits_of(models[0], optimizers[0]), bits_of(models[2], optimizers[2]))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BARE)
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0), (1023,), (1025,), (7, 5), (70_001,)])
 def test_every_size(strategy, shape):
     """A tensor of any size is updated as its elements are: the first k of n are the k of a smaller one."""
@@ -280,7 +280,7 @@ def test_a_wrong_gradient_is_refused_before_anything_changes(kind):
         opt.step()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BARE)
 @pytest.mark.parametrize("how", ["pickle", "deepcopy"])
 def test_a_copied_optimizer_goes_on_bit_for_bit(strategy, how):
     model = model_of(STRATEGIES[strategy].dtype)
@@ -293,7 +293,7 @@ def test_a_copied_optimizer_goes_on_bit_for_bit(strategy, how):
     assert_same_planes(bits_of(model, opt), bits_of(copied, opt2))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BARE)
 def test_extreme_gradients_stay_extreme_and_never_break_the_planes(strategy):
     """Subnormal, huge, zero, Inf and NaN gradients on such weights: neighbours are not touched by a NaN."""
     values = torch.tensor([0.0, -0.0, 1.0, 1e-38, 1e-45, 3e38, -3e38, float("inf"), float("nan")])

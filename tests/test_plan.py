@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from helpers import BARE
 from ranks import as_rank, launch
 from safetensors.torch import save_file
 from torch import nn
@@ -64,7 +65,7 @@ def trained(name, strategy, work):
     return model, opt, sum(saved.values())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BARE)
 def test_bytes_are_those_of_live_tensors(strategy):
     """Equal, for every strategy: small parameters with formats of their own, scales, counters, tied weights once."""
     model, opt, saved = trained("tiny-gpt", strategy, Work(1, 16))

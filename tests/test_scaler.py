@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_same_bits, assert_same_planes, planes_of, refused
+from helpers import BARE, assert_same_bits, assert_same_planes, planes_of, refused
 from test_rules import KINDS, make
 from torch import Tensor, nn
 
 import collage
-from collage.strategies import STRATEGIES
 
-every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+every_strategy = pytest.mark.parametrize("strategy", BARE)
 
 
 def scaler_of(scale: float) -> torch.amp.GradScaler:

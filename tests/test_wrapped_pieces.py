@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import BARE, assert_same_bits
 from torch import nn
 
 import collage
@@ -11,7 +11,7 @@ from collage.optimizers.wrapping.pieces import ELEMENTWISE
 from collage.strategies import STRATEGIES
 
 SHAPES = [(130, 96), (5, 1000), (7001,), (3, 40, 40), (6,), ()]
-FLOAT32 = [name for name, strategy in STRATEGIES.items() if strategy.register == torch.float32]
+FLOAT32 = [name for name, strategy in BARE.items() if strategy.register == torch.float32]
 SETTINGS = {
     torch.optim.Adagrad: {"initial_accumulator_value": 0.1},
     torch.optim.Adam: {"amsgrad": True, "weight_decay": 0.1},

@@ -64,6 +64,7 @@ struct Wide {
   static constexpr int BITS = 8 * Lo::BYTES, FULL = Hi::SIGNIFICAND + BITS;  // significand bits, without the hidden one
   static constexpr int FIRST = 127 + Hi::EMIN;  // exponent field, in float32, of the smallest normal number
   static constexpr int MAGNITUDE = (1 << (8 * Hi::BYTES - 1)) - 1;
+  static constexpr int TOP = ((FIRST - 1) << 23) + (Hi::MAX_CODE << (23 - Hi::SIGNIFICAND));  // float32, the largest that shows
   static constexpr int LARGEST = (Hi::MAX_CODE << BITS) + (1 << (BITS - 1)) - 1;
 
   // The number that both stand for, times a power of two.
@@ -83,6 +84,22 @@ struct Wide {
     const Mask hi = (word + (1 << (BITS - 1))) >> BITS, code = overflows ? Mask{} + Hi::INF_CODE : hi;
     const Mask sign = ((Mask)x >> 31) & ~MAGNITUDE;
     return {{(F32)(nan ? Mask{} + Hi::NAN_CODE : code | sign), (F32)((word - (hi << BITS)) & ~(nan | overflows))}};
+  }
+
+  // The same codes of sizes up to the largest that shows; stochastically, only of 0 and normal numbers. To nearest, an
+  // addition rounds them, to the ulp of a sum that is so many binades above.
+  template <bool stochastic>
+  static Lanes<2> usual_codes(F32 x, F32 size, U32 random) {
+    constexpr int dropped = 23 - FULL;
+    U32 word;  // of whatever else, anything: integers without a sign may overflow
+    if constexpr (stochastic) {
+      const U32 rounded = ((U32)size + (random >> (16 - dropped))) >> dropped;
+      word = (rounded - ((FIRST - 1) << FULL)) & (U32)((U32)size != 0);
+    } else {
+      const U32 binade = (U32)larger((Mask)size & 0x7F800000, FIRST << 23), above = binade + (dropped << 23);
+      word = (U32)(size + (F32)above) - above + (binade >> dropped) - (FIRST << FULL);
+    }
+    return {{(F32)(((word + (1 << (BITS - 1))) >> BITS) | ((U32)((Mask)x >> 31) & ~MAGNITUDE)), (F32)word}};
   }
 
   static Mask broken(Mask hi, Mask lo) {
@@ -130,12 +147,14 @@ struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, E8M0, PER_ROW, Int8, L
   static constexpr Format format = described(E4M3::name + "+" + Lo::name + suffix(stochastic), stochastic, 3,
                                              plane_of<Int8>, plane_of<Lo>, {1, PER_ROW});
   static constexpr Kind kind = Kind::one;
+  static constexpr int LEAST = 26;   // scale with which the smallest word is a normal float32
+  static constexpr int TRIED = 128;  // elements that are encoded as if they were usual, until they turn out not to be
 
   static Register<F32> number(const Lanes<3>& x) { return {W8::value((Mask)x.x[0], (Mask)x.x[1], x.x[2])}; }
-  static F32 visible(const Lanes<3>& x) { return W8::visible((Mask)x.x[0]); }
+  static F32 visible(const Lanes<3>& x) { return W8::value((Mask)x.x[0], Mask{}, x.x[2]); }
 
   static uint8_t scale_of(uint32_t largest) {
-    return uint8_t(std::clamp(int(largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000), 26, 246));
+    return uint8_t(std::clamp(int(largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000), LEAST, 246));
   }
 
   static Lanes<2> codes(F32 x, U32 random, uint8_t scale) {
@@ -143,8 +162,64 @@ struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, E8M0, PER_ROW, Int8, L
     return W8::template codes<stochastic>(x, size * E8M0::inverse(scale), random, size == __builtin_inff());
   }
 
-  static Mask moved(const Lanes<3>& from, const Lanes<3>& to) { return words_differ<ScaledWord>(from, to); }
+  template <class Bits>
+  static void encode_block(PlanesAt planes, int first, int end, const float* x, Bits bits) {
+    for (int i = first; i < end; i += TRIED)
+      if (const int stop = std::min(end, i + TRIED); !encode_usual(planes, i, stop, x + i - first, bits))
+        ScaledWord::Base::encode_block(planes, i, stop, x + i - first, bits);
+  }
+
+  static Mask moved(const Lanes<3>& from, const Lanes<3>& to) {  // not by a scale alone, under which words differ
+    return number(from).x != number(to).x;
+  }
+
   static Mask broken(const Lanes<3>& x) { return W8::broken((Mask)x.x[0], (Mask)x.x[1]); }
+
+  // A part of a row in a loop that decodes it, under a usual scale, which goes into the constant.
+  class OfRow {
+   public:
+    static bool fits(PlanesAt planes) { return scale_in(planes) >= LEAST && scale_in(planes) <= 255 - W8::FIRST; }
+
+    explicit OfRow(PlanesAt planes) : factor_((F32)(U32{} + ((scale_in(planes) + W8::FIRST - 1) << 23))) {}
+
+    // The word's bits are those of a float32 whose exponents begin elsewhere.
+    template <int half>
+    Register<F32> read(PlanesAt planes, int i) {
+      const Mask hi = (Mask)Int8::template read<half>(planes[0], i), lo = (Mask)Lo::template read<half>(planes[1], i);
+      const Mask word = ((hi & W8::MAGNITUDE) << W8::BITS) + lo;
+      most_ = larger(most_, (U32)word);
+      const F32 size = (F32)(word << (23 - W8::FULL)) * factor_;
+      return {(F32)((U32)size | ((U32)hi & 0x80000000))};
+    }
+
+    bool usual() const { return collage::largest_of(most_) <= uint32_t(W8::LARGEST); }  // neither NaN nor broken was read
+
+   private:
+    static uint32_t scale_in(PlanesAt planes) { return uint8_t(planes[2][0]); }
+
+    F32 factor_;
+    U32 most_{};
+  };
+
+ private:
+  // Whether they were: if not, what is written is of no use.
+  template <class Bits>
+  static bool encode_usual(PlanesAt planes, int first, int end, const float* x, Bits bits) {
+    const F32 inverse = E8M0::inverse(ScaledWord::scale_at(planes, first));
+    U32 most{}, least = ~U32{};  // of sizes, and of what is not 0
+    const auto codes = [&](int at) {
+      const F32 number = load<F32>(x + at - first), size = magnitude(number) * inverse;
+      most = larger(most, (U32)size);
+      if (stochastic) least = min_unsigned(least, (U32)size - 1);
+      return W8::template usual_codes<stochastic>(number, size, bits(at));
+    };
+    for (int i = first; i < end; i += LANES) {
+      const Lanes<2> even = codes(i), odd = codes(i + W);
+      Int8::write(planes[0], i, even.x[0], odd.x[0]);
+      Lo::write(planes[1], i, even.x[1], odd.x[1]);
+    }
+    return all((Mask)((most <= uint32_t(W8::TOP)) & (least >= uint32_t(W8::FIRST << 23) - 1)));
+  }
 };
 
 }  // namespace

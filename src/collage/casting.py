@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from collage.optimizers.planes import require_finite
+from collage.layout import pieces
 from collage.sharding import any_dtensor, local
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -38,7 +39,8 @@ def to_bf16(model: nn.Module) -> nn.Module:
     >>> model.weight.dtype, model.running_mean.dtype
     (torch.bfloat16, torch.float32)
     """
-    return _cast(model, torch.bfloat16)
+    casting(model, torch.bfloat16)()
+    return model
 
 
 def to_fp16(model: nn.Module) -> nn.Module:
@@ -50,18 +52,25 @@ def to_fp16(model: nn.Module) -> nn.Module:
     >>> to_fp16(nn.Linear(2, 1)).weight.dtype
     torch.float16
     """
-    return _cast(model, torch.float16)
+    casting(model, torch.float16)()
+    return model
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def casting(model: nn.Module, dtype: torch.dtype, but: Collection[Tensor] = ()) -> Callable[[], None]:
+    """What casts a model's parameters, all `but` some, in place. Raises ValueError at once for what cannot be cast."""
+    left = set(but)
     params = {name: p for name, p in model.named_parameters() if p.dtype in _FLOATS - {dtype} and _is_plain(p)}
+    params = {name: p for name, p in params.items() if p not in left}
     for name, param in params.items():
         if not is_lazy(param):
             require_finite(name, local(param.detach()), dtype)
     views = _views(model, params, dtype)
-    for param in params.values():
+    return lambda: _cast(model, set(params.values()), views, dtype)
+
+
+def _cast(model: nn.Module, chosen: set[nn.Parameter], views: dict[Tensor, Tensor], dtype: torch.dtype) -> None:
+    for param in chosen:
         param.grad = None
-    chosen = set(params.values())
 
     def cast(tensor: Tensor) -> Tensor:
         return views[tensor] if tensor in views else tensor.to(dtype) if tensor in chosen else tensor
@@ -74,7 +83,20 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         vars(param).update(
             {name: x for name, x in own.items() if name not in vars(param)}
         )  # swapped away with the rest
-    return model
+
+
+def require_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError, naming the parameter, for a finite number that would become infinite in dtype."""
+    wide = dtype.itemsize >= values.dtype.itemsize and dtype != torch.float16
+    if values.is_meta or wide or dtype.itemsize == 1:  # e4m3 has a scale for as far as float32 goes
+        return
+    for (part,) in pieces([values]):
+        broken = part[part.to(dtype).isinf() & part.isfinite()]
+        if broken.numel():
+            raise ValueError(
+                f"param '{name}': {broken[0].item():.6g} is beyond {torch.finfo(dtype).dtype}'s largest number, "
+                f"{torch.finfo(dtype).max:g}" + ("; use bfloat16" if dtype == torch.float16 else "")
+            )
 
 
 def _is_plain(param: nn.Parameter) -> bool:

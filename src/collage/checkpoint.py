@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from collage.backends import choose
+from collage.casting import require_finite
 from collage.collectives import together
 from collage.formats import format_of
+from collage.fp8.owning import is_scale, scale_of
 from collage.layout import pieces
 from collage.optimizers import edits
 from collage.optimizers.parameters import dtype_of
-from collage.optimizers.planes import require_finite
 from collage.owners import Optimizers, Owner, number_of, owners
 from collage.saying import several
 from collage.sharding import any_dtensor, local, placed, reshard
@@ -27,6 +28,8 @@ log = logging.getLogger("collage")
 @torch.no_grad()
 def high_precision_state_dict(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
     """Every key of ``model.state_dict()``; low-precision weights as float32 with all that their components hold.
+
+    (The row scales of e4m3 weights are part of their numbers, and have no key.)
 
     Inside `EMA.averaged` it is the average that is exported. Cast to bfloat16, about one value in 1,000 becomes the
     neighbour of the visible weight hi: where lo is exactly half an ulp, the cast ties to even. Nothing is wrong then.
@@ -52,7 +55,7 @@ def high_precision_state_dict(model: nn.Module, optimizer: Optimizers) -> dict[s
     """
     reshard(model)
     owned = owners(model, optimizer)
-    shown = model.state_dict(keep_vars=True)
+    shown = _numbers(model)
     _require_shown(model, owned, [p for p, owner in owned.items() if owner.optimizer.state.get(p)], shown)
     alone = [name for name, p in model.named_parameters() if _may_lose(p) and p not in owned]
     if alone:
@@ -152,9 +155,9 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
     reshard(model)
     owned = {p: owner for p, owner in owners(model, optimizer).items() if _is_split(owner)}
     edits.require_own([*owned, *model.parameters()], "load_high_precision_state_dict()")
-    own = model.state_dict(keep_vars=True)
+    own = _numbers(model)
     _require_shown(model, owned, owned, own)
-    whole = _with_tied(own, state_dict)
+    whole = _with_tied(own, {key: x for key, x in state_dict.items() if key in own or key not in model.state_dict()})
     _require_same(own, whole)
     values = OrderedDict((key, _at(tensor, whole[key])) for key, tensor in own.items())
     with together(own.values(), "state_dict: this rank's part of the weights"):
@@ -162,13 +165,28 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
         for key, tensor in own.items():
             if isinstance(tensor, Tensor) and tensor in owned:
                 require_finite(key, local(values[key]), tensor.dtype)
-    _copy_versions(state_dict, values)
-    model.load_state_dict(values, strict=True)
+    others = OrderedDict(model.state_dict(), **{key: x for key, x in values.items() if not _is_scaled(own[key])})
+    _copy_versions(state_dict, others)
+    model.load_state_dict(others, strict=True)
     for key, tensor in own.items():
-        if isinstance(tensor, Tensor) and tensor in owned:
-            planes = owned[tensor].optimizer.theta(owned[tensor].parameter)
+        if isinstance(tensor, Tensor) and (tensor in owned or _is_scaled(tensor)):
+            if tensor in owned:
+                owned[tensor].optimizer.theta(owned[tensor].parameter)  # begins its state
+            format, planes = number_of(tensor, owned.get(tensor))
             value = local(values[key]).to(planes[0].device, torch.float32)
-            choose("auto", value.device).encode(owned[tensor].format, [value], [planes])
+            choose("auto", value.device).encode(format, [value], [planes])
+
+
+def _numbers(model: nn.Module) -> dict[str, Any]:
+    """What a model's state_dict has, but for what is a part of another entry's number."""
+    shown: dict[str, Any] = model.state_dict(keep_vars=True)
+    for key in [key for key in shown if is_scale(key, shown)]:
+        del shown[key]
+    return shown
+
+
+def _is_scaled(tensor: Any) -> bool:
+    return isinstance(tensor, nn.Parameter) and scale_of(tensor) is not None
 
 
 def _at(tensor: Any, value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from collage.accumulators import Expanded
 from collage.backends import choose
 from collage.formats import Compensated, Expansion, Format, Single, fitted, format_of
-from collage.layout import Planes, aligned, pieces
+from collage.layout import Planes, aligned
 
 F32 = torch.float32
 PIECE = 1 << 16  # elements: no temporary is as large as a parameter
@@ -116,7 +116,7 @@ def joined(visible: Tensor, source: str, lows: Planes) -> tuple[str, Planes, int
     """
     fmt = format_of(source)
     whole, misfits = [visible.to(fmt.dtypes[0]), *(plane.clone() for plane in lows)], 0
-    for piece in pieces(whole):
+    for piece in aligned([fmt], [whole], [], PIECE):
         fresh, broken = fitted(fmt, piece)
         misfits += int(broken.sum())
         _write(piece[1:], fresh[1:])

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from collage.backends import Batch, choose
+from collage.casting import require_finite
 from collage.checkpoint import exported, require_keys
 from collage.formats import fitted, format_of
 from collage.layout import Planes, pieces, zeros
 from collage.lending import lent
 from collage.optimizers import edits
 from collage.optimizers.parameters import dtype_of
-from collage.optimizers.planes import require_finite, write
+from collage.optimizers.planes import write
 from collage.owners import Optimizers, Owner, number_of, owners
 from collage.rng import key_of
 from collage.rules.average import AVERAGE

@@ -6,10 +6,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from collage.backends import choose
+from collage.fp8.owning import scale_of
 from collage.optimizers.edits import LENT, LENT_AT
 from collage.saying import warn
 from collage.sharding import any_dtensor, local, reshard, versions_of
@@ -24,6 +27,7 @@ class _Loan:
 
     def __init__(self, name: str, param: nn.Parameter) -> None:
         self.name, self.param, self.own = name, param, local(param.detach()).clone()
+        self.scale = None if self._scale() is None else self._scale().clone()
         self.lenders: dict[object, Write] = {}
         self.address, self.versions = 0, [0]  # of what was written last
 
@@ -36,6 +40,19 @@ class _Loan:
         result = torch.empty_like(self.own, dtype=torch.float32)
         self.last(result)
         return result
+
+    def _scale(self) -> Any:
+        """What an e4m3 parameter has for each of this rank's rows."""
+        scale = scale_of(self.param)
+        return None if scale is None else local(scale)
+
+    def _write(self, part: Tensor, scale: Tensor | None) -> None:
+        """What the model has now, into a tensor like the parameter."""
+        if scale is None:
+            self.last(part)
+        else:
+            planes = part, torch.empty_like(part, dtype=torch.int8), scale
+            choose("auto", part.device).encode("e4m3+int8", [self.value()], [planes])
 
     def enter(self, lender: object, write: Write) -> None:
         self.lenders[lender] = write
@@ -59,11 +76,13 @@ class _Loan:
         if self.lenders:
             LENT[id(self.param)] = self.value
             LENT_AT.update({self.address} - {0})  # an empty part lies nowhere
-            self.last(part)
+            self._write(part, self._scale())
         else:
             del LENT[id(self.param)], _LOANS[id(self.param)]
             if part.shape == self.own.shape:
                 part.copy_(self.own)
+                if self.scale is not None:
+                    self._scale().copy_(self.scale)
         self.versions = self.count()
 
     def count(self) -> list[int]:
@@ -76,7 +95,7 @@ class _Loan:
         if (self.address, self.versions) == (part.data_ptr(), self.count()):
             return
         expected = torch.empty_like(self.own)
-        self.last(expected)
+        self._write(expected, None if self.scale is None else torch.empty_like(self.scale))
         count = int((part != expected).sum()) if part.shape == expected.shape else part.numel()
         whose = "this rank's" if any_dtensor([self.param]) else "its"
         text = f"param '{self.name}': {count} of {whose} {part.numel()} weights were written to inside averaged()"

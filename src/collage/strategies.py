@@ -91,16 +91,18 @@ class Strategy:
         """
         return self.small if is_small(shape) else self
 
-    def on(self, dtype: torch.dtype) -> Strategy | None:
-        """The strategy of parameters of that dtype beside this one's own: 16-bit ones beside e4m3's; None: it has none.
+    @property
+    def beside(self) -> Strategy:
+        """That of the 16-bit parameters of a model whose linear layers have 8-bit ones; of 16-bit strategies itself.
 
-        >>> STRATEGIES["collage-fp8"].on(torch.bfloat16).param
+        >>> STRATEGIES["collage-fp8"].beside.param
         'bf16x2:sr'
         """
-        if dtype == self.dtype:
-            return self
-        beside = format_of(self.param).beside
-        return replace(self, param=beside) if beside and format_of(beside).dtypes[0] == dtype else None
+        return _beside(self)
+
+    def on(self, dtype: torch.dtype) -> Strategy | None:
+        """Itself or `beside`, whichever takes parameters of that dtype; None: neither does."""
+        return next((known for known in (self, self.beside) if known.dtype == dtype), None)
 
     @property
     def small(self) -> Strategy:
@@ -109,14 +111,15 @@ class Strategy:
 
     @property
     def exception(self) -> str:
-        """What small parameters take instead, in words; "" where it is the same.
+        """What 16-bit and small parameters take instead, in words; "" where it is the same.
 
         >>> STRATEGIES["collage-8bit"].exception
         'parameters of one dimension, of fewer than 4,096 elements or with rows below 32 keep bf16:sr, bf16x2:sr'
         """
         twins = [format_of(name).twin for name in self.formats() if format_of(name).twin]
         small = f"of one dimension, of fewer than {SMALL:,} elements or with rows below {SHORT}"
-        return f"parameters {small} keep {', '.join(twins)}" if twins else ""
+        beside = "" if self.beside is self else f"bfloat16 parameters keep {self.beside.param}; "
+        return beside + (f"parameters {small} keep {', '.join(twins)}" if twins else "")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,11 +137,11 @@ class Strategy:
         return any(format_of(name).stochastic for name in self.formats())
 
     def bytes_per_param(self, gradient_bytes: int | None = None, roles: Iterable[str] = ROLES) -> float:
-        """Bytes of weights, optimizer state and gradient for one parameter; the gradient in the parameter's dtype.
+        """Bytes of weights, optimizer state and gradient for one parameter; its gradient as wide as it, 2 at least.
 
         roles: of the rule's slots; by default Adam's.
         """
-        gradient = self.dtype.itemsize if gradient_bytes is None else gradient_bytes
+        gradient = self.beside.dtype.itemsize if gradient_bytes is None else gradient_bytes
         return gradient + sum(bytes_per_value(format_of(name)) for name in self.formats(roles))
 
     def __str__(self) -> str:
@@ -197,6 +200,26 @@ def _twin(strategy: Strategy) -> Strategy:
     twins = {role: format_of(getattr(strategy, role)).twin for role in ROLES}
     found = {role: twin for role, twin in twins.items() if twin}
     return replace(strategy, **found) if found else strategy
+
+
+@cache
+def _beside(strategy: Strategy) -> Strategy:
+    name = format_of(strategy.param).beside
+    return replace(strategy, param=name) if name else strategy
+
+
+# Those that take a model's weights as they are; the others those that `collage.fp8.convert` makes of them.
+UNCONVERTED = tuple(name for name, strategy in STRATEGIES.items() if strategy.beside is strategy)
+
+
+def require_unconverted(what: str, strategies: Iterable[Strategy]) -> None:
+    """Raise ValueError, naming the parameter, for strategies of weights that have to be converted first."""
+    for strategy in strategies:
+        if strategy.beside is not strategy:
+            raise ValueError(
+                f"{what}: '{strategy}' trains what collage.fp8.convert(model) makes of linear layers, of which this "
+                f"knows nothing; leave it out. Known: {', '.join(UNCONVERTED)}"
+            )
 
 
 @cache

@@ -9,7 +9,7 @@ import re
 from contextlib import contextmanager
 
 import torch
-from helpers import assert_same_bits
+from helpers import BARE, assert_same_bits
 from oracle import codes
 from torch import nn
 
@@ -58,7 +58,7 @@ class World:
 
     def new_group(self, wide=False):
         """A group of one to three parameters, laid out in one of several ways, as the constructor takes it."""
-        name = self.rng.choice(list(STRATEGIES))
+        name = self.rng.choice(list(BARE))
         shapes = [self.rng.choice(SHAPES) for _ in range(self.rng.randint(1, 3))]
         shapes += [LARGE] * (self.rng.random() < 0.05)
         scale = self.rng.choice([1.0, 1.0, 0.02, 1e-4, 100.0, 0.0])

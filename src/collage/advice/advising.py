@@ -19,7 +19,7 @@ from collage.advised.advice import Advice
 from collage.advised.choosing import chosen
 from collage.advised.tuned import Tuned
 from collage.numerals import listed
-from collage.strategies import STRATEGIES, Strategy
+from collage.strategies import UNCONVERTED, Strategy, require_unconverted
 
 
 def advise(
@@ -35,7 +35,7 @@ def advise(
     tuned_under: str | Strategy | None = None,
     arrived: float | None = None,
     bandwidth: float | None = None,
-    strategies: Iterable[str | Strategy] = tuple(STRATEGIES),
+    strategies: Iterable[str | Strategy] = UNCONVERTED,
 ) -> Advice:
     """Which precision strategy to take under AdamW, and why: measured on the model's own weights, without training.
 
@@ -72,6 +72,8 @@ def advise(
         raise ValueError("strategies: name at least one to choose from")
     names = {str(known): known for known in map(Strategy.parse, chosen_from)}
     lossy = None if tuned_under is None else Strategy.parse(tuned_under)
+    require_unconverted("strategies", names.values())
+    require_unconverted("tuned_under", [] if lossy is None else [lossy])
     _require_share(arrived, lossy)
     with one_thread(), torch.inference_mode(False), torch.device("cpu"):  # whatever the caller has set
         looked = weights.of(model)

@@ -42,9 +42,9 @@ def planes_bytes(rule: Rule, strategy: Strategy, shapes: Sequence[Shape], ranks:
 
 
 def total_bytes(rule: Rule, strategy: Strategy, shapes: Sequence[Shape], ranks: int = 1) -> int:
-    """Bytes of weights, gradients (in the weights' dtype) and state, on the first of so many ranks."""
-    weights = strategy.dtype.itemsize * sum(math.prod(share(shape, ranks)) for shape in shapes)
-    return 2 * weights + state_bytes(rule, strategy, shapes, ranks)
+    """Bytes of weights, gradients (in the weights' dtype, of 8-bit ones 2) and state, on the first of so many ranks."""
+    each = strategy.dtype.itemsize + strategy.beside.dtype.itemsize
+    return each * sum(math.prod(share(shape, ranks)) for shape in shapes) + state_bytes(rule, strategy, shapes, ranks)
 
 
 def moved_bytes(strategy: Strategy, planes: int, count: int) -> int:
@@ -53,7 +53,7 @@ def moved_bytes(strategy: Strategy, planes: int, count: int) -> int:
     Planes are read and written, gradients read; of a master's 16-bit copy it only writes.
     """
     unread = 2 * count if isinstance(format_of(strategy.param), Master) else 0
-    return 2 * planes - unread + strategy.dtype.itemsize * count
+    return 2 * planes - unread + strategy.beside.dtype.itemsize * count
 
 
 def amount(size: float | str) -> int:

@@ -132,15 +132,11 @@ def measure(
     arrived = torch.zeros_like(intended)
     for before, after in reversed(list(zip(fmt.components(old), fmt.components(new), strict=True))):
         arrived += after.double() - before.double()
-    visible = new[0].double() - old[0].double()
+    visible = fmt.visible(new).double() - fmt.visible(old).double()
     for k, terms in enumerate((intended * arrived, intended * visible, intended * intended)):
         _add_in_blocks(terms.reshape(*in_rows), sums, k)
-    moved = torch.zeros_like(delta, dtype=torch.bool)
-    for plane, before, after in zip(fmt.planes, old, new, strict=True):
-        if plane.per == 1:
-            moved |= before != after
     sums[3] += (delta != 0).sum().item()
-    sums[4] += ((delta != 0) & ~moved).sum().item()
+    sums[4] += ((delta != 0) & ~fmt.moved(old, new)).sum().item()
 
 
 def _add_in_blocks(terms: Tensor, sums: Tensor, k: int) -> None:

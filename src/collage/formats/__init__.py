@@ -75,6 +75,9 @@ def fitted(fmt: Format, planes: Planes) -> tuple[tuple[Tensor, ...], Tensor]:
     derived from it as it is now; everywhere else they stay.
     """
     broken = fmt.broken(planes)
-    fresh = split(fmt, planes[0].float()) if planes[1:] else ()
-    others = (torch.where(broken, new, old) for new, old in zip(fresh[1:], planes[1:], strict=True))
+    fresh = fmt.shown(planes) if planes[1:] else ()
+    others = (
+        torch.where(broken, new, old) if plane.per == 1 else new
+        for plane, new, old in zip(fmt.planes[1:], fresh[1:], planes[1:], strict=True)
+    )
     return (planes[0], *others), broken

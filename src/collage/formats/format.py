@@ -40,9 +40,22 @@ class Format:
         """What EDQ differences: numbers whose sum is the number, largest first."""
         raise NotImplementedError
 
+    def visible(self, planes: Planes) -> Tensor:
+        """The number that a forward pass sees."""
+        return planes[0]
+
+    def moved(self, old: Planes, new: Planes) -> Tensor:
+        """bool per element: whether a step changed it. A NaN is always another."""
+        moved = [x != y for plane, x, y in zip(self.planes, old, new, strict=True) if plane.per == 1]
+        return torch.stack(moved).any(0)
+
     def broken(self, planes: Planes) -> Tensor:
         """bool per element: planes that no `encode` could have left, because plane 0 was changed alone."""
         raise NotImplementedError
+
+    def shown(self, planes: Planes) -> tuple[Tensor, ...]:
+        """Planes of the number that plane 0 shows alone."""
+        return self.encode(Register(planes[0].float()))
 
     def spacing(self, planes: Planes) -> Tensor:
         """float64 per element: an ulp, of the digits that the format vouches for; of 0 the smallest."""

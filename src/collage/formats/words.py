@@ -123,6 +123,17 @@ class Word(Remainder):
         planes = (hi | sign).to(f.storage).view(self.dtype), lo.to(INTEGERS[b])
         return planes if scale is None else (*planes, scale)
 
+    def visible(self, planes: Planes) -> Tensor:
+        return planes[0].float() * factors(planes[2])[:, None] if self.scaled else planes[0]
+
+    def shown(self, planes: Planes) -> tuple[Tensor, ...]:
+        hi, lo, *scale = planes
+        return hi, torch.zeros_like(lo), *scale  # a scale belongs to what shows
+
+    def moved(self, old: Planes, new: Planes) -> Tensor:
+        """A scale that moves by a power of two changes words, but numbers only where it cuts some."""
+        return self.value(old) != self.value(new) if self.scaled else super().moved(old, new)
+
     def spacing(self, planes: Planes) -> Tensor:
         f = FLOATS[self.dtype]
         apart = ulp(planes[0].float(), f.precision + self.bits, 2.0 ** (f.emin - self._wide))

@@ -15,7 +15,7 @@ from transformers.trainer_callback import CallbackHandler
 from collage.monitor import Monitor, monitor
 from collage.monitor.quality import Quality, Report, Tally
 from collage.optimizers.base import PrecisionOptimizer
-from collage.optimizers.named import ADAMW, Named, find
+from collage.optimizers.named import ADAMW, Named, find, probe
 from collage.strategies import Strategy
 from collage.unwrapping import unwrapped
 
@@ -48,8 +48,8 @@ def by_name(
     >>> optimizer = by_name("collage-plus", seed=1)  # Trainer(model, args, optimizer_cls_and_kwargs=optimizer)
     """
     named = find(optimizer)
-    weight = nn.Parameter(torch.zeros(2, 2, dtype=Strategy.parse(strategy).dtype, device="cpu"))
-    named.make([weight], **{**settings, "strategy": strategy, "backend": "reference"})
+    model = probe(Strategy.parse(strategy))
+    named.make(model.parameters(), **{**settings, "strategy": strategy, "backend": "reference"})
     return _ByName((_Named, {**settings, "strategy": strategy, "name": optimizer}))
 
 

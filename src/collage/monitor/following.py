@@ -37,8 +37,8 @@ class Following:
         self._joined: dict[tuple[str, ...], list[Tensor]] = {}
 
     def formats(self, name: str, rule: Rule) -> tuple[str, ...]:
-        """Those of a parameter's slots; without blocks where its sample has none."""
-        return (self.strategy.small if self._met[name][1].flat else self.strategy).formats(rule.roles)
+        """Those of a parameter's slots; where its sample has no rows, those without blocks or scales."""
+        return (self.strategy.small.beside if self._met[name][1].flat else self.strategy).formats(rule.roles)
 
     def meet(self, name: str, key: int, sampling: Sampling, rule: Rule, values: Sequence[Tensor]) -> None:
         """Start a parameter at these numbers of theta and the rule's other slots, sampled."""

@@ -55,7 +55,8 @@ class Sampling:
                 return plane.view(-1, self._length)[first :: self.stride]
         if (per, plane.device) not in self._indices:
             self._indices[per, plane.device] = self._index(per).to(plane.device)
-        return plane.take(self._indices[per, plane.device])
+        words = plane.view(torch.uint8) if plane.dtype == torch.float8_e4m3fn else plane  # which torch does not take
+        return words.take(self._indices[per, plane.device]).view(plane.dtype)
 
     def drawn(self, shape: Sequence[int]) -> Region:
         """Where this rank's sample, of that shape, lies in that of the whole, so that it draws the same random bits.

@@ -130,12 +130,14 @@ class Shadow:
     def _value(self, names: Sequence[str], format: str, slots: Sequence[Planes]) -> Tensor:
         """The numbers that a slot's planes stand for, float32, sampled, of all these parameters in one."""
         fmt = format_of(format)
-        return fmt.value(self._planes(names, fmt, slots))
+        planes = self._planes(names, fmt, slots)
+        return fmt.value(_as_rows(fmt, planes)).view(planes[0].shape)
 
     def _components(self, parameters: Sequence[Placed], batch: Batch) -> Planes:
         """Theta's components as the optimizer has them, sampled, of all parameters of a batch in one."""
         fmt, names = format_of(batch.formats[0]), [parameter.name for parameter in parameters]
-        return fmt.components(self._planes(names, fmt, [row.slots[0] for row in batch.rows()]))
+        planes = self._planes(names, fmt, [row.slots[0] for row in batch.rows()])
+        return [x.view(planes[0].shape) for x in fmt.components(_as_rows(fmt, planes))]
 
     def after(self, stepping: Sequence[Stepping], due: bool) -> tuple[dict[str, Sampled], Beside]:
         """Follow the step. Returns, if it is measured, each parameter's sums and each other strategy's."""
@@ -200,3 +202,10 @@ class Shadow:
                 kinds.setdefault((step, theta.device, met.sampling.run, met.spread), []).append(k)
             found += [([parameters[k] for k in positions], batch.take(positions)) for positions in kinds.values()]
         return found
+
+
+def _as_rows(fmt: Format, planes: Planes) -> Planes:
+    """Elements that stand for themselves, each as a row, where a format has a word for each row."""
+    if fmt.elementwise or planes[0].dim() > 1:
+        return planes
+    return [own[:, None] if plane.per == 1 else own for plane, own in zip(fmt.planes, planes, strict=True)]

@@ -39,7 +39,8 @@ class Moments(PrecisionOptimizer):
 
     def rule_of(self, group: Group) -> Rule:
         """The rule that a group's settings ask for."""
-        return self.rules[bool(group.get("amsgrad"))]
+        plain, with_maximum = self.rules
+        return with_maximum if group.get("amsgrad") else plain
 
     def _validate(self, group: Group) -> None:
         super()._validate(group)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from collage import backends
+from collage.casting import require_finite
 from collage.formats import format_of
+from collage.fp8.owning import scale_of
 from collage.optimizers import planes
 from collage.optimizers.parameters import Group, Parameter, State, name_of
 from collage.rules import Rule
@@ -24,7 +26,7 @@ _stepped_last: dict[int, Callable[[], object]] = {}  # by seed: the optimizer wi
 
 
 def strategy_of(parameter: Parameter) -> Strategy:
-    """The group's strategy, as its dtype and shape have it; float32 ones step in float32. TypeError for any other dtype."""
+    """The group's strategy, as dtype and shape have it; float32 ones step in float32. TypeError for any other dtype."""
     strategy = Strategy.parse(parameter.group["strategy"])
     own = strategy.on(parameter.tensor.dtype)
     if own is not None:
@@ -39,6 +41,8 @@ def _wrong_dtype(parameter: Parameter, strategy: Strategy) -> TypeError:
     cast = f"cast it, p.data = p.data.to(torch.{wanted})"
     if found.is_complex:
         fix = "no strategy takes complex numbers; leave it to an optimizer of torch"
+    elif found == torch.float8_e4m3fn and scale_of(parameter.tensor) is not None:
+        fix = "collage.fp8.convert made it: use strategy='collage-fp8' or 'collage-fp8-lean'"
     elif found.itemsize == 1:
         fix = "is it a quantised weight? Then freeze it, p.requires_grad_(False), and train adapters"
     elif found == torch.float64:
@@ -61,7 +65,7 @@ def require_low_precision(parameters: Sequence[Parameter], before: int | None) -
     full = [
         parameter
         for parameter in trained
-        if strategy_of(parameter).dtype != Strategy.parse(parameter.group["strategy"]).dtype
+        if strategy_of(parameter).dtype == torch.float32 != Strategy.parse(parameter.group["strategy"]).dtype
     ]
     if full and len(full) == len(trained):
         _refuse_float32(
@@ -83,7 +87,7 @@ def tell_of_float32(now: int, before: int | None) -> None:
 
 def _refuse_float32(full: Sequence[Parameter], frozen: set[torch.dtype], later: bool) -> None:
     strategy = Strategy.parse(full[0].group["strategy"])
-    low = name_of(strategy.dtype)
+    low = name_of(strategy.beside.dtype)
     what = f"all {len(full)} trainable parameters are float32, and strategy '{strategy}' trains {low} ones"
     if frozen - {torch.float32}:
         warn_once(
@@ -101,6 +105,32 @@ def _refuse_float32(full: Sequence[Parameter], frozen: set[torch.dtype], later: 
             f"(from_pretrained(..., dtype=torch.{low}); PEFT's adapters: autocast_adapter_dtype=False), or use "
             "strategy='fp32'"
         )
+
+
+def require_converted(parameters: Sequence[Parameter]) -> None:
+    """Raise ValueError where a strategy of e4m3 weights finds none, or one whose row scales no module has."""
+    converted, bare = False, None
+    for parameter in parameters:
+        strategy = Strategy.parse(parameter.group["strategy"])
+        if strategy.beside is strategy:
+            continue
+        if parameter.tensor.dtype == strategy.dtype:
+            converted = True
+            if parameter.tensor.requires_grad and scale_of(parameter.tensor) is None:
+                raise ValueError(
+                    f"param '{parameter.name}': it is {name_of(strategy.dtype)}, and no module has its row scales; "
+                    f"collage.fp8.convert(model) makes both out of wider weights. {_LAST}"
+                )
+        elif not converted:
+            bare = strategy
+    if bare is not None and not converted:
+        raise ValueError(
+            f"params: strategy '{bare}' trains {name_of(bare.dtype)} weights, and there are none; call "
+            f"collage.fp8.convert(model) first. {_LAST}"
+        )
+
+
+_LAST = "Make the optimizer last, of model.named_parameters()"
 
 
 def to_be_cast(parameters: Sequence[Parameter]) -> list[Parameter]:
@@ -130,14 +160,14 @@ def to_be_cast(parameters: Sequence[Parameter]) -> list[Parameter]:
                 f"param '{name}': cast=True would part it from '{other.name}', with which it shares memory; give them "
                 "memory of their own, p.data = p.data.clone(), or use collage.to_bf16(model)"
             )
-        planes.require_finite(name, param.detach(), Strategy.parse(group["strategy"]).dtype)
+        require_finite(name, param.detach(), Strategy.parse(group["strategy"]).beside.dtype)
     return wide
 
 
 def cast(rule_of: Callable[[Group], Rule], wide: Sequence[Parameter], states: MutableMapping[Tensor, State]) -> None:
     """Cast these parameters, one at a time."""
     for parameter in wide:
-        strategy = Strategy.parse(parameter.group["strategy"]).of(parameter.tensor.shape)
+        strategy = Strategy.parse(parameter.group["strategy"]).beside.of(parameter.tensor.shape)
         planes.cast(
             rule_of(parameter.group),
             strategy,

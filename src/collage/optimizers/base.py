@@ -17,11 +17,12 @@ from collage.monitor.shadow import Follower, Shadow
 from collage.optimizers import admission, edits, loading, planes
 from collage.optimizers.converting import Converting
 from collage.optimizers.guarded import Guarded
+from collage.optimizers.memory import has_memory
 from collage.optimizers.parameters import Group, Parameter, named, require_unique
 from collage.optimizers.plan import require_whole_blocks
 from collage.optimizers.settings import checked_seed, without_foreign
 from collage.rules import Setting
-from collage.sharding import as_bytes, placed
+from collage.sharding import as_bytes, local, placed
 from collage.strategies import Strategy, is_small
 
 ROUNDED = 1e-12  # what a schedule may end below 0 (LinearLR to end_factor=0, by its recursion): it moves nothing
@@ -49,8 +50,20 @@ class PrecisionOptimizer(Guarded):
         if cast:
             admission.cast(self.rule_of, admission.to_be_cast(list(self.parameters())), self.state)
             self._cast = True
+        admission.require_converted(list(self.parameters()))
+        self._begin()
         self._count_float32(admission.require_low_precision(list(self.parameters()), before=None))
         self._warn_of_fallback()
+
+    def _begin(self) -> None:
+        """Make the states of a model with e4m3 weights at once, where others' are made at their first step.
+
+        torch.distributed.checkpoint would make them by a step with gradients of the weights' own dtype.
+        """
+        own = list(self.parameters())
+        for parameter in own if any(parameter.tensor.dtype == torch.float8_e4m3fn for parameter in own) else ():
+            if parameter.tensor.requires_grad and has_memory(local(parameter.tensor)):
+                self.planes(parameter)
 
     def _warn_of_fallback(self) -> None:
         if self.backend == "auto":
@@ -68,7 +81,8 @@ class PrecisionOptimizer(Guarded):
         lines = [super().__repr__()]
         for index, group in enumerate(self.param_groups):
             strategy = Strategy.parse(group["strategy"])
-            small = sum(1 for param in group["params"] if param.dtype == strategy.dtype and is_small(param.shape))
+            dtypes = strategy.dtype, strategy.beside.dtype
+            small = sum(1 for param in group["params"] if param.dtype in dtypes and is_small(param.shape))
             if strategy.exception:
                 kept = f"{', '.join(strategy.formats())}; {strategy.exception}"
                 lines.append(f"group {index}: {kept}; so do {small} of its {len(group['params'])}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collage.optimizers import edits
 from collage.optimizers.parameters import Group
-from collage.optimizers.plan import OWN, WIDE, Columns, chosen
+from collage.optimizers.plan import KINDS, OWN, Columns, chosen
 from collage.rng import signed
 from collage.rules import Rule
 from collage.sharding import any_dtensor, local_gradients
@@ -81,7 +81,7 @@ class Traced(torch.optim.Optimizer):
                 loss = closure()
         first = 0
         for group in self.param_groups:
-            for kind in range(WIDE + 1):
+            for kind in KINDS:
                 tensors: list[Tensor] = []
                 grads: list[Tensor] = []
                 steps: list[Tensor] = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from collage.backends.batch import cut
 from collage.conversion import Conversion, Rounded, carry, joined
 from collage.formats import format_of
+from collage.fp8.owning import scale_of
 from collage.layout import Plane, Planes
 from collage.optimizers import planes
 from collage.optimizers.parameters import Parameter, State, name_of
@@ -85,7 +86,7 @@ class Converting:
     """A load that converts: the weights as they will show, not written yet, and what was rounded."""
 
     def __init__(self) -> None:
-        self.visible: dict[Tensor, Tensor] = {}  # parameter -> its local part
+        self.visible: dict[Tensor, list[Tensor]] = {}  # parameter -> its local part, and that of its scales
         self.report = Conversion()
         self._cut: list[str] = []  # whose low bits were lost before
         self._misfits = self._numbers = 0
@@ -102,19 +103,20 @@ class Converting:
         """The state of a parameter under its strategy here, out of the saved one. Changes nothing.
 
         Theta is the weight as it shows now, with the saved low components where they fit; where the saved format has
-        none, those that are here stay.
+        none, or they are those of e4m3 weights and these are not, or the other way round, what is here stays.
         """
         param, fresh = parameter.tensor, State()
         theirs = planes.in_words(rule, saved, {key: placed(x.to(param.device), param) for key, x in theirs.items()})
         planes.initialise(rule, strategy, param, fresh, capturable=False)
+        planes.unshare(fresh)
         visible = torch.empty_like(local(param.detach()))
         own = planes.kept(rule, strategy)
         slots = cut(own.formats, planes.planes_of(rule, strategy, visible, fresh))
         for slot, source, target, out in zip(rule.slots, saved.formats(rule.roles), own.formats, slots, strict=True):
             found = [local(theirs[key]) for key in _keys(slot.prefix, source) if key in theirs]
-            if slot.prefix == "param" and found:
+            if slot.prefix == "param" and found and _is_scaled(source) == _is_scaled(target):
                 self._theta(source, found, target, parameter, out)
-                self.visible[param] = visible
+                self.visible[param] = [visible, *(local(fresh[key]) for key in fresh if key == planes.SHARED)]
             elif slot.prefix == "param":
                 here = planes.theta_among(strategy, live)
                 if format_of(source).dtypes[0] != visible.dtype and planes.of_theta(strategy).keys() != here.keys():
@@ -142,9 +144,11 @@ class Converting:
 
     def finish(self) -> None:
         """Write the weights that show otherwise now, and say what was rounded."""
-        for param, value in self.visible.items():
-            if not torch.equal(local(param.detach()), value):
-                local(param.detach()).copy_(value)
+        for param, values in self.visible.items():
+            here = [param.detach(), *(scale for scale in [scale_of(param)] if scale is not None)]
+            for own, value in zip(map(local, here), values, strict=True):
+                if not torch.equal(own, value):
+                    own.copy_(value)
         log.info("state_dict: converted: %s", self.report)
         if self._cut:
             log.info(
@@ -165,3 +169,7 @@ class Converting:
 def _keys(prefix: str, fmt: str) -> list[str]:
     """Of a saved state's planes in a format; the parameter itself is in none."""
     return [prefix + suffix for suffix in format_of(fmt).suffixes if prefix + suffix != "param"]
+
+
+def _is_scaled(fmt: str) -> bool:
+    return any(plane.per is None for plane in format_of(fmt).planes)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from collage.backends import choose
 from collage.formats import fitted, format_of
-from collage.layout import Plane, Planes, pieces
+from collage.layout import PIECE, Plane, Planes, aligned
 from collage.optimizers.planes import kept
 from collage.rules import RULES
 from collage.saying import several, warn
@@ -80,7 +80,7 @@ def adopt(
     looked = range(len(thetas)) if every else sorted(changed)
     counts = {k: count for k, count in _misfits(format, backend, thetas, looked).items() if count or k in changed}
     for k, count in counts.items():
-        for piece in pieces(thetas[k]) if count else ():
+        for piece in aligned([fmt], [thetas[k]], [], PIECE) if count else ():
             for plane, value in zip(piece[1:], fitted(fmt, piece)[0][1:], strict=True):
                 plane.copy_(value)
     new = [k for k, count in counts.items() if count and not seen[TOLD, k]]
@@ -179,8 +179,9 @@ def decode(format: str, planes: Planes, out: Tensor) -> int:
     misfits = backend.broken(format, [planes])
     if not misfits:
         backend.decode(format, [planes], [out])
-    for part, *piece in pieces([out, *planes]) if misfits else ():
-        part.copy_(format_of(format).value(fitted(format_of(format), piece)[0]))
+    fmt = format_of(format)
+    for *piece, part in aligned([fmt], [planes], [out], PIECE) if misfits else ():
+        part.copy_(fmt.value(fitted(fmt, piece)[0]))
     return misfits
 
 

@@ -43,6 +43,7 @@ class Guarded(InParts):
         super()._prepare()
         if self.skips_nonfinite and self._device().type != "cpu":
             self._count_on_device()
+            self._skipped = torch.as_tensor(self._skipped, dtype=torch.int64, device=self._device())
 
     def _whole(self) -> None:
         self._answered = False
@@ -62,7 +63,7 @@ class Guarded(InParts):
         self._answered = True
         found = on_any_rank(_any(broken, self._device()))
         if self._looks_in_the_step(found):
-            self._skipped = self._skipped + (found > 0).long()
+            self._skipped += found > 0  # in place: a captured graph counts at every replay
             super()._make([(columns, replace(batch, skip=_either(batch.skip, found))) for columns, batch in todo])
         elif int(found) == REFUSED:
             self._drop_fresh()
@@ -93,7 +94,7 @@ class Guarded(InParts):
 
         A collective where parameters are sharded, since another rank may have seen it.
         """
-        self._skipped = self._skipped + 1
+        self._skipped += 1
         if not self.monitors:
             return
         ids = set[int]()

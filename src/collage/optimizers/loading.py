@@ -149,7 +149,8 @@ def _converted(
     own: State,
 ) -> State:
     """A saved state under the strategy that its parameter has here. What cannot be told is left for the check."""
-    candidates = (Strategy.parse(group["strategy"]).of(parameter.tensor.shape), STRATEGIES["fp32"])
+    there, shape = Strategy.parse(group["strategy"]), parameter.tensor.shape
+    candidates = (there.of(shape), there.beside.of(shape), STRATEGIES["fp32"])
     saved = kept_under(rule, candidates, theirs)
     if saved in (None, strategy):
         return theirs

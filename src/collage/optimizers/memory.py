@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter as TorchParameter
 
-from collage.optimizers.parameters import Parameter, dtype_of
+from collage.optimizers.parameters import Parameter, dtype_of, name_of
 from collage.sharding import local
 
 _layout, _dtype, _shape, _device, _nbytes = map(attrgetter, ("layout", "dtype", "shape", "device", "nbytes"))
@@ -23,11 +23,16 @@ def accept(params: Sequence[Tensor], grads: Sequence[Tensor], dtype: torch.dtype
     return (
         set(map(type, grads)) <= {Tensor, TorchParameter}
         and set(map(_layout, grads)) <= {torch.strided}
-        and set(map(_dtype, grads)) <= {dtype, torch.float32}
+        and set(map(_dtype, grads)) <= set(readable(dtype))
         and list(map(_shape, grads)) == list(map(_shape, params))
         and list(map(_device, grads)) == list(map(_device, params))
         and _all_in_memory(grads)
     )
+
+
+def readable(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """dtypes of the gradients that parameters of a dtype can have: their own, of e4m3 ones bfloat16, or float32."""
+    return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype, torch.float32
 
 
 def _all_in_memory(grads: Sequence[Tensor]) -> bool:
@@ -49,8 +54,8 @@ def check_gradient(parameter: Parameter, grad: Tensor) -> None:
             f"param '{parameter.name}': its gradient is sparse ({grad.layout}); use a dense one "
             "(Embedding(sparse=False))"
         )
-    if grad.dtype not in (parameter.tensor.dtype, torch.float32):
-        wanted = dict.fromkeys((dtype_of(parameter.tensor), "float32"))
+    if grad.dtype not in readable(parameter.tensor.dtype):
+        wanted = dict.fromkeys(map(name_of, readable(parameter.tensor.dtype)))
         raise TypeError(
             f"param '{parameter.name}': it is {dtype_of(parameter.tensor)} and its gradient {dtype_of(grad)}; use "
             f"{' or '.join(wanted)} for the gradient (param.grad_dtype, or cast it before the step)"

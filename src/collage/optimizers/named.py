@@ -12,7 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
+from collage import fp8
 from collage.optimizers.adam import Adam
 from collage.optimizers.adamw import AdamW
 from collage.optimizers.base import PrecisionOptimizer
@@ -27,6 +29,19 @@ OURS: dict[str, type[PrecisionOptimizer]] = {"adamw": AdamW, "adam": Adam, "sgd"
 KNOWN = f"{', '.join(OURS)}, or '{WRAP}' and the full name of any other, as {WRAP}torch.optim.NAdam"
 
 _FORMS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def probe(strategy: Strategy) -> nn.Module:
+    """A module with one small weight for a strategy, to try an optimizer's settings on."""
+    layer = nn.Linear(2, 2, bias=False, device="cpu", dtype=torch.float32)
+    return layer.to(strategy.dtype) if strategy.beside is strategy else fp8.convert(nn.Sequential(layer, _Head()))
+
+
+class _Head(nn.Linear):
+    """What is not converted."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 1, bias=False, device="cpu", dtype=torch.float32)
 
 
 @dataclass(frozen=True)

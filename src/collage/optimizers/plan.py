@@ -24,34 +24,42 @@ from collage.strategies import STRATEGIES, Strategy, is_small
 _dtype = attrgetter("dtype")
 
 
-OWN, SMALL, WIDE = range(3)  # kinds of a group's parameters: those of its strategy, small ones, and float32 ones among
-# its narrower ones. Each kind has a strategy, and steps by itself.
+# Kinds of a group's parameters: those of its strategy, small ones, float32 ones among its narrower ones, 16-bit ones
+# beside its 8-bit ones, some of them small again. Each kind has a strategy, and steps by itself.
+KINDS = OWN, SMALL, WIDE, BESIDE, BESIDE_SMALL = range(5)
 
 
-def strategies_for(group: Group) -> tuple[Strategy, Strategy, Strategy]:
+def strategies_for(group: Group) -> tuple[Strategy, ...]:
     """The strategy of each kind of a group's parameters."""
     own = Strategy.parse(group["strategy"])
-    return own, own.small, STRATEGIES["fp32"]
+    return own, own.small, STRATEGIES["fp32"], own.beside, own.beside.small
 
 
 Chosen = tuple[list[Tensor], list[Tensor]]  # parameters, and their gradients
 
 
-def chosen(group: Group, params: Sequence[Tensor] | None = None) -> tuple[Chosen, Chosen, Chosen]:
+def chosen(group: Group, params: Sequence[Tensor] | None = None) -> Sequence[Chosen]:
     """The group's parameters of each kind that have a gradient; or of some of its parameters."""
     params = [param for param in (group["params"] if params is None else params) if param.grad is not None]
     grads: list[Any] = [param.grad for param in params]
-    own, small, _ = strategies_for(group)
-    mixed, parted = own.dtype != torch.float32 and torch.float32 in set(map(_dtype, params)), own is not small
-    if not mixed and not parted:
-        return (params, grads), ([], []), ([], [])
-    found: tuple[Chosen, Chosen, Chosen] = ([], []), ([], []), ([], [])
+    own, small, *_ = strategies_for(group)
+    found: list[Chosen] = [([], []) for _ in KINDS]
+    if own is small and set(map(_dtype, params)) <= {own.dtype}:
+        found[OWN] = params, grads
+        return found
     for param, grad in zip(params, grads, strict=True):
-        wide = mixed and param.dtype == torch.float32
-        some, theirs = found[WIDE if wide else SMALL if parted and is_small(param.shape) else OWN]
+        some, theirs = found[_kind(param, own)]
         some.append(param)
         theirs.append(grad)
     return found
+
+
+def _kind(param: Tensor, own: Strategy) -> int:
+    if param.dtype == torch.float32 != own.dtype:
+        return WIDE
+    beside = own.beside is not own and param.dtype == own.beside.dtype
+    small = own is not own.small and is_small(param.shape)
+    return (BESIDE_SMALL if small else BESIDE) if beside else SMALL if small else OWN
 
 
 @dataclass(slots=True)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from collage.backends import Backend, choose
 from collage.formats import Format, format_of
-from collage.layout import Plane, Planes, pieces
+from collage.fp8.owning import scale_of, taken_remainder
+from collage.layout import Plane, Planes, aligned, pieces
 from collage.optimizers.memory import in_memory
 from collage.optimizers.parameters import State, dtype_of, name_of
 from collage.rules import Rule
@@ -72,8 +73,30 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     fresh: State = {"step": torch.zeros((), dtype=torch.int64, device=param.device if capturable else "cpu")}
     own = kept(rule, strategy)
     fresh |= {key: _zeros(plane, param.detach()) for key, plane in zip(own.keys, own.planes[1:], strict=True)}
+    _share(param, fresh)
     resync(rule, strategy, param, fresh)
+    if SHARED in fresh:
+        low = taken_remainder(param, 8 * fresh["param_lo"].dtype.itemsize)
+        local(fresh["param_lo"]).copy_(low if low is not None else local(fresh["param_lo"]))
     state |= fresh
+
+
+SHARED = "param_scale"  # the forward pass multiplies with it too: it lies in the memory of the parameter's module
+
+
+def unshare(state: State) -> None:
+    """Have a state hold scales of its own, for a while."""
+    state.update((key, x.clone()) for key, x in state.items() if key == SHARED)
+
+
+def _share(param: Tensor, state: State) -> None:
+    """Have a state hold the scales of the parameter's module instead of some of its own."""
+    held = state.get(SHARED)
+    if held is None:
+        return
+    scale = scale_of(param)
+    if scale is not None and local(scale).data_ptr() != local(held).data_ptr():
+        state[SHARED] = scale
 
 
 def _zeros(plane: Plane, param: Tensor) -> Any:
@@ -99,10 +122,11 @@ def cut_of(planes: Iterable[Plane], strategy: Strategy, param: Tensor) -> str:
     for plane in planes:
         dim = None if plane.per == 1 else cut_rows(param, plane.per)
         if dim is not None:
-            blocks = f"{plane.per} neighbours of a row, so shards need multiples of these" if plane.per else "a row"
+            blocks = f"{plane.per} neighbours of a row, so shards need multiples of these" if plane.per else "row"
+            other = ", or use a strategy whose moments have 16 bits" if plane.per else ""
             return (
                 f"it is sharded along dimension {dim}, and strategy '{strategy}' has a scale for every {blocks}; shard "
-                "it along dimension 0, as fully_shard does, or use a strategy whose moments have 16 bits"
+                f"it along dimension 0, as fully_shard does{other}"
             )
     return ""
 
@@ -117,6 +141,7 @@ def complete(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> Non
     """
     own = kept(rule, strategy)
     state.update(in_words(rule, strategy, state))
+    _share(param, state)
     if "step" not in state or own.keys == tuple(key for key in state if key != "step"):
         return
     for slot, name in zip(rule.slots, own.formats, strict=True):
@@ -165,19 +190,6 @@ def _is_bytes(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.int8 and value.shape[-1:] == (2,)
 
 
-def require_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError, naming the parameter, for a finite number that would become infinite in dtype."""
-    if values.is_meta or (dtype.itemsize >= values.dtype.itemsize and dtype != torch.float16):
-        return
-    for (part,) in pieces([values]):
-        broken = part[part.to(dtype).isinf() & part.isfinite()]
-        if broken.numel():
-            raise ValueError(
-                f"param '{name}': {broken[0].item():.6g} is beyond {name_of(dtype)}'s largest number, "
-                f"{torch.finfo(dtype).max:g}" + ("; use bfloat16" if dtype == torch.float16 else "")
-            )
-
-
 def backend_of(planes: Planes) -> Backend:
     """The fastest backend for planes, whatever the optimizer steps with: all have the same bits."""
     return choose("auto", planes[0].device)
@@ -197,6 +209,8 @@ def cast(rule: Rule, strategy: Strategy, param: Tensor, state: State, capturable
 def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> int:
     """Derive theta's other planes from the parameter as it is now. Returns how many elements that changed."""
     theta, changed = theta_of(rule, strategy, param, state), 0
+    if not format_of(strategy.param).elementwise:
+        return _drop_lows(format_of(strategy.param), theta)
     for planes in pieces(theta, CHUNK) if len(theta) > 1 else ():
         before = [plane.clone() for plane in planes[1:]]
         visible = torch.empty_like(planes[0])  # written to instead of the parameter, which has it already
@@ -205,6 +219,14 @@ def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> int:
         for old, new in zip(before, planes[1:], strict=True):
             moved |= old != new
         changed += int(moved.sum())
+    return changed
+
+
+def _drop_lows(fmt: Format, theta: Planes) -> int:
+    """Leave what shows, and the scales that it has. Returns how many elements that changed."""
+    changed = int((theta[1] != 0).sum())
+    for piece in aligned([fmt], [theta], [], CHUNK) if changed else ():
+        write(piece, fmt.shown(piece))
     return changed
 
 

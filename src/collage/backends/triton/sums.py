@@ -9,15 +9,19 @@ def measure(out, mask, delta, old, codes, FORMAT: tl.constexpr):
     """The monitor's sums over one block (reference.measure): intended, arrived and visible update, in float64."""
     new = decoded(codes, FORMAT)
     intended = tl.where(mask, delta, 0.0).to(tl.float64)
-    visible = difference(mask, new[0], old[0])
     before, after = FORMAT.components(old, FORMAT), FORMAT.components(new, FORMAT)
     arrived = tl.zeros_like(intended)
     for k in tl.static_range(1, len(before) + 1):
         arrived += difference(mask, after[len(before) - k], before[len(before) - k])
-    moved = new[0] != old[0]
-    for p in tl.static_range(1, len(old)):
-        if FORMAT.per[p] == 1:
-            moved = moved | (new[p] != old[p])
+    if FORMAT.whole_rows:  # words differ under another scale, numbers only where it cut some
+        visible = difference(mask, new[0] * new[len(new) - 1], old[0] * old[len(old) - 1])
+        moved = after[0] != before[0]
+    else:
+        visible = difference(mask, new[0], old[0])
+        moved = new[0] != old[0]
+        for p in tl.static_range(1, len(old)):
+            if FORMAT.per[p] == 1:
+                moved = moved | (new[p] != old[p])
     tl.store(out, halved(intended * arrived))
     tl.store(out + 1, halved(intended * visible))
     tl.store(out + 2, halved(intended * intended))
@@ -48,6 +52,9 @@ def decoded(codes, FORMAT: tl.constexpr):
     return planes
 
 
+AT_ONCE = tl.constexpr(32)
+
+
 @triton.jit
 def add_up(sums, first, totals):
     """totals[tensor] += the sums of its blocks, one after another. first: [tensors + 1], number of its first block."""
@@ -55,7 +62,15 @@ def add_up(sums, first, totals):
     lane = tl.arange(0, 8)
     total = tl.load(totals + tensor * 5 + lane, mask=lane < 5, other=0.0)
     at = sums + tl.load(first + tensor) * 5 + lane
-    for _ in range(tl.load(first + tensor + 1) - tl.load(first + tensor)):
+    count = tl.load(first + tensor + 1) - tl.load(first + tensor)
+    for _ in range(count // AT_ONCE):
+        some = ()
+        for k in tl.static_range(AT_ONCE):  # all under way before the first is waited for
+            some = some + (tl.load(at + 5 * k, mask=lane < 5, other=0.0),)
+        for k in tl.static_range(AT_ONCE):
+            total += some[k]
+        at += 5 * AT_ONCE
+    for _ in range(count % AT_ONCE):
         total += tl.load(at, mask=lane < 5, other=0.0)
         at += 5
     tl.store(totals + tensor * 5 + lane, total, mask=lane < 5)

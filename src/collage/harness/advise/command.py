@@ -13,7 +13,7 @@ from collage.harness import options
 from collage.harness.advise import models, runs
 from collage.harness.console import say
 from collage.harness.text import to_json
-from collage.strategies import STRATEGIES
+from collage.strategies import UNCONVERTED
 
 FLAGS = ("lr", "final_lr", "weight_decay", "betas", "steps", "memory", "ranks", "bandwidth")
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "much of its updates arrived (default: as rehearsed)",
     )  # fmt: skip
     add("--bandwidth", type=float, metavar="GB/s", help="of the memory (default: measured here, in a second)")
-    add("--strategies", default=",".join(STRATEGIES), metavar="A,B,...", help="to choose from (default: all)")
+    add("--strategies", default=",".join(UNCONVERTED), metavar="A,B,...", help="to choose from (default: all)")
     add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
 
 

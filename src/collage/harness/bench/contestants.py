@@ -58,7 +58,7 @@ class Kind(NamedTuple):
 
     def kept(self, strategy: Strategy, shapes: Shapes) -> float:
         """Bytes of weights, state and gradients."""
-        return self.planes(strategy, shapes) + strategy.dtype.itemsize * count(shapes)
+        return self.planes(strategy, shapes) + strategy.beside.dtype.itemsize * count(shapes)
 
     def planes(self, strategy: Strategy, shapes: Shapes) -> int:
         """Bytes of all planes of parameters of these shapes, of which small ones have others."""
@@ -180,6 +180,6 @@ def limit(kind: Kind, name: str) -> Row:
         return Contestant([parameter.tensor for parameter in opt.parameters()], step, list)
 
     def moved(shapes: Shapes) -> float:
-        return 2 * kind.planes(strategy, shapes) + strategy.dtype.itemsize * count(shapes)
+        return 2 * kind.planes(strategy, shapes) + strategy.beside.dtype.itemsize * count(shapes)
 
     return Row(f"limit of {name}", build, moved, partial(kind.kept, strategy))

@@ -20,7 +20,7 @@ from collage.harness.plan.simulation import Work
 from collage.harness.tasks.recipes import RECIPES
 from collage.harness.text import to_json
 from collage.harness.train.trainer import quiet
-from collage.strategies import STRATEGIES
+from collage.strategies import UNCONVERTED, Strategy, require_unconverted
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -70,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
     """Predict, measure if asked, print, write the JSON file. Returns the exit status."""
     require_file("--json", args.json)
     _require_positive(args)
-    names = list(STRATEGIES) if args.strategies is None else split(args.strategies)
+    names = list(UNCONVERTED) if args.strategies is None else split(args.strategies)
     names = list(dict.fromkeys(strategy("--strategies", name) for name in names))
+    require_unconverted("--strategies", map(Strategy.parse, names))
     screen = Console(width=max(110, Console().width))
     with quiet():
         found = find(args.model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
+from collage import fp8
 from collage.harness.tasks import recipes, weights
 from collage.harness.tasks.data import Corpus, Tokens
 from collage.harness.tasks.examples import Examples, Rows
@@ -29,14 +30,17 @@ Samples: TypeAlias = "Rows | CausalBlocks | MaskedBlocks"
 def model_of(config: RunConfig, corpus: Data, init: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
     """The recipe's model, its parameters rounded to bf16 and held in the strategy's dtype; its buffers as they are.
 
-    Every strategy starts from the same rounded weights, those in float32 too. `init` replaces the random weights.
+    Every strategy starts from the same rounded weights, those in float32 too; those of linear layers that are e4m3 keep
+    what that cuts off for the optimizer to begin with. `init` replaces the random weights.
     """
     model = _fresh(config, corpus.tokens if isinstance(corpus, Corpus) else None)
     if init is not None:
         _take(model, init)
-    dtype = Strategy.parse(config.strategy).dtype
+    strategy = Strategy.parse(config.strategy)
     for p in model.parameters():
-        p.data = p.data.bfloat16().to(dtype)
+        p.data = p.data.bfloat16().to(strategy.beside.dtype)
+    if strategy.beside is not strategy:
+        fp8.convert(model)
     return model
 
 

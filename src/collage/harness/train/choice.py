@@ -6,11 +6,8 @@ import ast
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
-
 from collage.optimizers.base import PrecisionOptimizer
-from collage.optimizers.named import ADAMW, OURS, WRAP, Named, find
+from collage.optimizers.named import ADAMW, OURS, WRAP, Named, find, probe
 from collage.strategies import Strategy
 
 OPTIMIZERS = f"{', '.join(OURS)}, or {WRAP}package.module.Class, such as {WRAP}torch.optim.NAdam"
@@ -142,5 +139,5 @@ def made(run: Mapping[str, Any], params: Iterable[Any], **more: Any) -> Precisio
 
 def require_makeable(run: Mapping[str, Any]) -> None:
     """Raise ValueError, before anything is built, for settings that a run's optimizer refuses."""
-    weight = nn.Parameter(torch.zeros(2, 2, dtype=Strategy.parse(run["strategy"]).dtype, device="cpu"))
-    made(run, [("weight", weight)], backend="reference")
+    model = probe(Strategy.parse(run["strategy"]))
+    made(run, model.named_parameters(), backend="reference")

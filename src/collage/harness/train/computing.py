@@ -15,10 +15,12 @@ def computed(
 ) -> Any:
     """What the model returns if its parameters are cast. A tied parameter is cast once, and stays tied.
 
+    e4m3 weights are what their layers multiply with, and stay.
+
     Buffers are never cast: rotary frequencies in bf16 are off by radians. `weights` are used instead of the parameters.
     """
     chosen = model.named_parameters() if weights is None else weights.items()
-    parameters = {name: p.to(dtype) for name, p in chosen}
+    parameters = {name: p.to(dtype) for name, p in chosen if p.dtype != torch.float8_e4m3fn}
     return functional_call(model, parameters, args=(), kwargs=dict(inputs), tie_weights=True)
 
 
