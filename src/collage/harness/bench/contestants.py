@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import collage
+from collage import fp8
 from collage.advice.memory import moved_bytes
 from collage.backends import choose
 from collage.formats import format_of
@@ -125,18 +126,32 @@ class Row(NamedTuple):
 
 
 def parameters(shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """Weights N(0, 0.05) rounded to bfloat16, and gradients N(0, 1e-3); the same numbers for every row."""
+    """Weights N(0, 0.05) rounded to bfloat16, and gradients N(0, 1e-3); the same numbers for every row.
+
+    Of e4m3 ones matrices are converted, and keep their layers alive; others stay bfloat16.
+    """
+    wide = torch.bfloat16 if dtype.itemsize == 1 else dtype
     normal = torch.empty(1 << 16).normal_(generator=torch.Generator().manual_seed(0)).to(device)
 
     def tensor(shape: tuple[int, ...], std: float) -> Tensor:
         n = math.prod(shape)
-        return (normal * std).bfloat16().to(dtype).repeat(n // len(normal) + 1)[:n].view(shape).clone()
+        return (normal * std).bfloat16().to(wide).repeat(n // len(normal) + 1)[:n].view(shape).clone()
 
     params: list[Tensor] = []
     for shape in shapes:
-        params.append(nn.Parameter(tensor(shape, 0.05)))
+        weight = nn.Parameter(tensor(shape, 0.05))
+        params.append(_converted(weight) if dtype.itemsize == 1 and len(shape) == 2 else weight)
         params[-1].grad = tensor(shape, 1e-3)
     return params
+
+
+def _converted(weight: nn.Parameter) -> Tensor:
+    layer, head = (nn.Linear(1, 1, bias=False, device=weight.device) for _ in range(2))
+    layer.weight = weight
+    fp8.convert(nn.Sequential(layer, head))
+    param = layer.weight
+    vars(param)["layer"] = layer
+    return param
 
 
 def ours(kind: Kind, name: str, monitored: int | None = None) -> Row:
@@ -170,7 +185,7 @@ def limit(kind: Kind, name: str) -> Row:
             formats = kind.formats(opt.strategy_of(parameter), parameter.tensor.shape)
             planes, grads = streams.setdefault(formats, ([], []))
             planes += [plane for slot in opt.planes(parameter) for plane in slot]
-            grads.append(torch.zeros_like(parameter.tensor))
+            grads.append(torch.zeros_like(parameter.tensor, dtype=strategy.beside.dtype))
         backend = choose("auto", device)
 
         def step() -> None:

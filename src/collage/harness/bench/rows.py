@@ -45,7 +45,7 @@ def arrived(optimizer: str, row: Row, device: torch.device, steps: int = 50, lr:
     if kind.torch is None:
         return None
     contestant = row.build([shape], lr, device)
-    exact = torch.nn.Parameter(contestant.params[0].detach().double())
+    exact = torch.nn.Parameter(contestant.values()[0].detach().double())
     start = exact.detach().clone()
     opt = kind.torch([exact], lr=lr, **kind.settings)  # type: ignore[call-arg]
     g = torch.Generator().manual_seed(1)
