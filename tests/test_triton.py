@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    BARE,
     REGIMES,
     Case,
     assert_same_bits,
@@ -429,6 +430,9 @@ def test_the_check_for_contraction_can_fail():
 
 @pytest.mark.slow
 def test_compiled_code_of_every_strategy_measured_and_strided():
-    check(compiled(TARGETS, STRATEGIES, "others"))
-    check(compiled(("sm_90", "gfx942"), STRATEGIES, "strided"))
-    check(compiled(("sm_90", "gfx942"), STRATEGIES, "measured"), widths=False)
+    """But for whole rows on AMD's, where they need more scalar registers than there are (docs/gpu.md)."""
+    check(compiled(TARGETS, BARE, "others"))
+    check(compiled(("sm_90", "gfx942"), BARE, "strided"))
+    check(compiled(("sm_90", "gfx942"), BARE, "measured"), widths=False)
+    check(compiled(("sm_90",), ("collage-fp8", "collage-fp8-lean"), "strided"))
+    check(compiled(("sm_90",), ("collage-fp8", "collage-fp8-lean"), "measured"), widths=False)
