@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from helpers import BARE
 
 import collage
 from collage.advice import evidence
@@ -125,7 +126,7 @@ def test_tuned_under_says_how_steps_grow_and_where_to_start():
 
 
 def test_bytes_are_those_of_live_tensors():
-    for name, strategy in STRATEGIES.items():
+    for name, strategy in BARE.items():
         live = model().to(strategy.dtype)
         opt = collage.AdamW(live.named_parameters(), strategy=name)
         planes = [plane for p in opt.parameters() for slot in opt.planes(p) for plane in slot]
@@ -188,7 +189,7 @@ def test_weights_of_every_shape():
                "empty": torch.zeros(0, 4), "ids": torch.arange(4), "half": torch.randn(64).half(),
                "step": 3}  # fmt: skip
     advice = collage.advise(tensors, 1e-4, steps=3, bandwidth=20)
-    assert len(advice.rows) == len(STRATEGIES)
+    assert len(advice.rows) == len(BARE)
     assert all(0 <= r["cannot_move"] <= 1 for r in advice.rows)
     assert of(tensors).count == 5 * 27 + 1 + 300 + 64
 

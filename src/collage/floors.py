@@ -28,7 +28,8 @@ from collage.formats import Format, format_of, split
 from collage.layout import Planes
 from collage.strategies import ARITHMETICS, STRATEGIES
 
-THETA_FORMATS = tuple(dict.fromkeys(s.param for s in STRATEGIES.values()))  # those that hold weights in some strategy
+# Those that hold weights in some strategy; with a scale of its row a weight's floor is not a function of the weight.
+THETA_FORMATS = tuple(dict.fromkeys(s.param for s in STRATEGIES.values() if format_of(s.param).elementwise))
 MANTISSAS = 128  # bf16 numbers in a binade: where in a binade a weight lies decides what share of it is half an ulp
 
 _TAIL_BINADES = 3  # of a component, from half an ulp of the one before down; below, an increment is dropped no sooner

@@ -111,7 +111,7 @@ def _scaled_backward(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The weight's powers of two go to the gradient's columns, exactly; the weight is transposed for this one call."""
     codes, own = quantised(dy * factors(scale).to(dy.dtype))
     across = weight.view(torch.uint8).t().contiguous().view(E4M3).t()
-    return _scaled_mm(codes, own, across, torch.ones(weight.shape[1], device=dy.device), None)
+    return _scaled_mm(codes, own, across, torch.ones(weight.shape[1], dtype=torch.float32, device=dy.device), None)
 
 
 def _scaled_mm(a: Tensor, scale: Tensor, b: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
