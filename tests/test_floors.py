@@ -11,12 +11,11 @@ import collage
 from collage import floors
 from collage.floors import THETA_FORMATS, DecayFloor, Floor, decay_floor, decay_floors, floor, floors_table
 from collage.formats import FORMATS, Expansion, format_of, split
-from collage.strategies import STRATEGIES
 
 NEAREST = [
     pytest.param(name, arithmetic, id=f"{name}-{arithmetic}")
     for name, arithmetic in sorted(
-        {(s.param, s.arithmetic) for s in STRATEGIES.values()}
+        {(s.param, s.arithmetic) for s in BARE.values()}
         | {(name, "float32") for name in ("fp16", "fp16+fp32", "bf16+int8", "fp16+int8")}
     )
     if not FORMATS[name].stochastic
