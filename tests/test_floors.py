@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import BARE, assert_same_bits
 from torch import Tensor
 
 import collage
