@@ -157,7 +157,8 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
     edits.require_own([*owned, *model.parameters()], "load_high_precision_state_dict()")
     own = _numbers(model)
     _require_shown(model, owned, owned, own)
-    whole = _with_tied(own, {key: x for key, x in state_dict.items() if key in own or key not in model.state_dict()})
+    parts = model.state_dict().keys() - own.keys()
+    whole = _with_tied(own, {key: x for key, x in state_dict.items() if key not in parts})
     _require_same(own, whole)
     values = OrderedDict((key, _at(tensor, whole[key])) for key, tensor in own.items())
     with together(own.values(), "state_dict: this rank's part of the weights"):

@@ -71,7 +71,11 @@ def number_of(param: Tensor, owner: Owner | None) -> tuple[str, Planes]:
         visible, scale = local(param.detach()), scale_of(param)
         if scale is not None:
             low = remainder_of(param) if param.requires_grad else None  # of a frozen one hi is all there is
-            return "e4m3+int16", (visible, _no_remainder(visible) if low is None else low, local(scale))
+            return "e4m3+int16", (
+                visible,
+                torch.zeros_like(visible, dtype=torch.int16) if low is None else low,
+                local(scale),
+            )
         return _VISIBLE.get(param.dtype, "fp32"), (visible if param.dtype in _VISIBLE else visible.float(),)
     kept = {key for key in owner.optimizer.state[param] if key.startswith("param")}
     if kept != {"param" + suffix for suffix in format_of(owner.format).suffixes[1:]}:
@@ -80,7 +84,3 @@ def number_of(param: Tensor, owner: Owner | None) -> tuple[str, Planes]:
             "beside it: was it cast after the optimizer was made? Cast it back first, p.data = p.data.to(...)"
         )
     return owner.format, owner.optimizer.theta(owner.parameter)
-
-
-def _no_remainder(hi: Tensor) -> Tensor:
-    return torch.zeros_like(hi, dtype=torch.int16)

@@ -34,14 +34,7 @@ _FORMS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 def probe(strategy: Strategy) -> nn.Module:
     """A module with one small weight for a strategy, to try an optimizer's settings on."""
     layer = nn.Linear(2, 2, bias=False, device="cpu", dtype=torch.float32)
-    return layer.to(strategy.dtype) if strategy.beside is strategy else fp8.convert(nn.Sequential(layer, _Head()))
-
-
-class _Head(nn.Linear):
-    """What is not converted."""
-
-    def __init__(self) -> None:
-        super().__init__(2, 1, bias=False, device="cpu", dtype=torch.float32)
+    return layer.to(strategy.dtype) if strategy.beside is strategy else fp8.convert(layer)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     resync(rule, strategy, param, fresh)
     if SHARED in fresh:
         low = taken_remainder(param, 8 * fresh["param_lo"].dtype.itemsize)
-        local(fresh["param_lo"]).copy_(low if low is not None else local(fresh["param_lo"]))
+        if low is not None:
+            local(fresh["param_lo"]).copy_(low)
     state |= fresh
 
 

@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "much of its updates arrived (default: as rehearsed)",
     )  # fmt: skip
     add("--bandwidth", type=float, metavar="GB/s", help="of the memory (default: measured here, in a second)")
-    add("--strategies", default=",".join(UNCONVERTED), metavar="A,B,...", help="to choose from (default: all)")
+    add(
+        "--strategies",
+        default=",".join(UNCONVERTED),
+        metavar="A,B,...",
+        help="to choose from (default: all but those of converted models)",
+    )
     add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
 
 

@@ -146,9 +146,9 @@ def parameters(shapes: Shapes, device: torch.device, dtype: torch.dtype = torch.
 
 
 def _converted(weight: nn.Parameter) -> Tensor:
-    layer, head = (nn.Linear(1, 1, bias=False, device=weight.device) for _ in range(2))
+    layer = nn.Linear(1, 1, bias=False, device=weight.device)
     layer.weight = weight
-    fp8.convert(nn.Sequential(layer, head))
+    fp8.convert(layer)
     param = layer.weight
     vars(param)["layer"] = layer
     return param

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"a name ({', '.join((*RECIPES, *KNOWN))}), a config.json or folder of transformers, or a file of weights",
     )
-    add("--strategies", metavar="NAMES", help="comma-separated (default: all that `collage info` lists)")
+    add("--strategies", metavar="NAMES", help="comma-separated (default: all but those of converted models)")
     # What Muon orthogonalises has temporaries of its size, which nothing here predicts
     known = tuple(name for name, kind in KINDS.items() if not kind.hidden)
     add("--optimizer", choices=known, default="adamw", help="which rule (default: %(default)s)")
