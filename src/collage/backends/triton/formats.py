@@ -11,7 +11,17 @@ import triton.language as tl
 
 from collage.backends.triton import blocks
 from collage.backends.triton.arithmetic import Real, bits_of, float_of, is_finite, same
-from collage.backends.triton.format import BF16, E4M3, FP16, FP32, INT8, INT16, Format
+from collage.backends.triton.format import (
+    BF16,
+    E4M3,
+    FP16,
+    FP32,
+    INT8,
+    INT16,
+    Format,
+    decoded_components,
+    decoded_number,
+)
 from collage.backends.triton.numbers import Expanded, Kahan, Paper, Register, total
 from collage.backends.triton.words import cut, extended
 
@@ -107,11 +117,6 @@ def expansion(word: Any, n: int, stochastic: bool = False) -> Format:
 
 
 @triton.jit
-def master_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
-    return Register(Real(planes[1], ROUND))
-
-
-@triton.jit
 def master_encode(number, random, largest, F: tl.constexpr):
     x = number.value().x
     return F.words[0].encode(x), x
@@ -123,19 +128,18 @@ def master_decode(planes, F: tl.constexpr):
 
 
 @triton.jit
-def master_components(planes, F: tl.constexpr):
-    return (planes[1],)
+def master_broken(planes, F: tl.constexpr):
+    return alike(planes[0], F.words[0].decode(F.words[0].encode(planes[1]))) == 0
 
 
 @triton.jit
-def master_broken(planes, F: tl.constexpr):
-    hi = planes[0]
-    cast = F.words[0].decode(F.words[0].encode(planes[1]))
-    return ((hi == cast) | ((hi != hi) & (cast != cast))) == 0
+def alike(a, b):
+    """Whether they are one number, or both none."""
+    return (a == b) | ((a != a) & (b != b))
 
 
 def master(word: Any) -> Format:
-    return Format((word, FP32), master_number, master_encode, master_decode, master_components, master_broken)
+    return Format((word, FP32), decoded_number, master_encode, master_decode, decoded_components, master_broken)
 
 
 @triton.jit
