@@ -14,16 +14,18 @@ from collage.backends.triton.arithmetic import Real, bits_of, float_of, is_finit
 from collage.backends.triton.format import (
     BF16,
     E4M3,
+    E8M0,
     FP16,
     FP32,
     INT8,
     INT16,
+    PER_ROW,
     Format,
     decoded_components,
     decoded_number,
 )
 from collage.backends.triton.numbers import Expanded, Kahan, Paper, Register, total
-from collage.backends.triton.words import cut, extended
+from collage.backends.triton.words import cut, extended, row_scale, scaled_size, split
 
 
 @triton.jit
@@ -143,6 +145,33 @@ def master(word: Any) -> Format:
 
 
 @triton.jit
+def scaled_master_encode(number, random, largest, F: tl.constexpr):
+    x, scale = number.value().x, row_scale(largest[0])
+    return shown(x, scale, F), x, scale
+
+
+@triton.jit
+def scaled_master_broken(planes, F: tl.constexpr):
+    code = shown(planes[1], bits_of(planes[2]) >> 23, F)
+    return alike(planes[0], F.words[0].decode(code)) == 0
+
+
+@triton.jit
+def shown(x, scale, F: tl.constexpr):
+    """The visible plane of a word with 16 bits more, under these scales."""
+    hi, _ = split(x, scaled_size(x, scale), x, 16, F)
+    return hi
+
+
+def scaled_master(word: Any) -> Format:
+    """Under a power of two per row."""
+    return Format(
+        (word, FP32, E8M0), decoded_number, scaled_master_encode, master_decode, decoded_components,
+        scaled_master_broken, shared=(1, 1, PER_ROW.value),
+    )  # fmt: skip
+
+
+@triton.jit
 def kahan_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
     if ROUND is same:  # it is only looked at: the recurrence is one in bfloat16
         return Register(Real(total(planes), same))
@@ -171,6 +200,7 @@ FORMATS = {
     "uint8/128": blocks.unsigned(),
     "bf16+fp32": master(BF16),
     "fp16+fp32": master(FP16),
+    "e4m3+fp32": scaled_master(E4M3),
     "bf16+kahan": Format((BF16, BF16), kahan_number, expansion_encode, expansion_decode, every, kahan_broken),
     "bf16:sr": single(BF16, stochastic=True),
     "fp16:sr": single(FP16, stochastic=True),
