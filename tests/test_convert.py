@@ -500,7 +500,7 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "strategy": (lambda f: [str(f / "in"), "out", "--to", "collage"], "--to: unknown 'collage'; .* te, apex"),
     "to fp8": (
         lambda f: [str(f / "in"), "out", "--to", "collage-fp8"],
-        r"--to: 'collage-fp8' trains .*call that .*convert=True",
+        r"--to: 'collage-fp8' trains .*call it .*convert=True",
     ),
     "of fp8": (of_fp8, r"is of strategy 'collage-fp8', .* save collage.high_precision_state_dict\(model, opt\)"),
     "nowhere": (lambda f: ["nowhere", "out", "--to", "fp32"], "nowhere: no such file or folder; want"),
