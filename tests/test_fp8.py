@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, refused
 from torch import Tensor, nn
 
 import collage
@@ -284,6 +284,40 @@ def test_an_average_follows_the_numbers():
     inside = net(X)
     with ema.averaged():
         assert ((net(X) - inside).abs() <= 2.0**-4 * inside.abs().max()).all()  # what e4m3 rounds
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
+def test_torch_refuses_to_compile_a_step():
+    """Of a weight whose gradient has another dtype (2.13 forgets grad_dtype in what it traces); no bit is changed."""
+    net = model()
+    backward(net, 0)
+    opt = collage.AdamW(net.named_parameters(), strategy="collage-fp8")
+    torch._dynamo.reset()
+    with refused(opt, RuntimeError, "grad_dtype"):
+        torch.compile(opt.step, backend="eager", fullgraph=True)()
+    opt.step()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_capturable_step_has_the_same_bits(strategy):
+    """And one that is skipped because of a gradient changes nothing, scales included."""
+    ends = []
+    for settings in ({}, {"capturable": True}, {"skip_nonfinite": True, "capturable": True}):
+        net, lr = model(), torch.tensor(1e-2)
+        opt = collage.AdamW(net.named_parameters(), lr=lr, strategy=strategy, **settings)
+        for k in range(3):
+            lr.fill_(1e-2 / (k + 1))
+            train(net, opt, range(k, k + 1))
+            if "skip_nonfinite" in settings:
+                backward(net, 0)
+                net[3].weight.grad[1, 2] = torch.nan
+                opt.step()
+                opt.zero_grad()
+        ends.append((net, opt))
+    assert ends[2][1].skipped_steps == 3
+    for other in ends[1:]:
+        for (name, x), (_, y) in zip(tensors(*other), tensors(*ends[0]), strict=True):
+            assert_same_bits(name, x.to(y.dtype) if name.endswith("step") else x, y)
 
 
 def test_gradients_accumulate_clip_and_release():

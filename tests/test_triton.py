@@ -300,6 +300,35 @@ def test_a_capturable_step_has_the_same_bits(name, triton):
             assert_same_bits(f"{settings}, tensor {k}", got, want)
 
 
+def converted(name: str, **settings) -> list[torch.Tensor]:
+    """What a converted layer and its states hold after some steps, of which one is skipped."""
+    torch.manual_seed(3)
+    net = collage.fp8.convert(torch.nn.Sequential(torch.nn.Linear(160, 26), torch.nn.Linear(26, 2)).bfloat16())
+    lr, g = torch.tensor(1e-3), torch.Generator().manual_seed(1)
+    opt = collage.AdamW(net.named_parameters(), lr=lr, strategy=name, skip_nonfinite=True, **settings)
+    for t in range(3):
+        lr.fill_(1e-2 / (t + 1))
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape, generator=g).bfloat16()
+            p.grad.view(-1)[1] = torch.inf if t == 1 else 0.5
+        opt.step()
+    assert opt.skipped_steps == 1
+    return [*net.state_dict().values(), *(x for p in net.parameters() for x in opt.state[p].values())]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["collage-fp8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("collage-fp8-lean", "fp8-master"))],
+)
+def test_steps_of_a_converted_layer(name, triton):
+    """Its scales are the module's. Capturable, and skipped because of a gradient."""
+    wanted = converted(name, backend="reference")
+    for capturable in (False, True):
+        found = converted(name, backend="triton", capturable=capturable)
+        for k, (got, want) in enumerate(zip(found, wanted, strict=True)):
+            assert_same_bits(f"capturable {capturable}, tensor {k}", got, want)
+
+
 def test_states_move_between_capturable_and_not():
     """The loading optimizer's own setting holds; a checkpoint of before there was one loads."""
     w = torch.nn.Parameter(torch.ones(8).bfloat16())
@@ -444,5 +473,7 @@ def test_compiled_code_of_every_strategy_measured_and_strided():
     check(compiled(TARGETS, BARE, "others"))
     check(compiled(("sm_90", "gfx942"), BARE, "strided"))
     check(compiled(("sm_90", "gfx942"), BARE, "measured"), widths=False)
-    check(compiled(("sm_90",), IN_ROWS, "strided"))
-    check(compiled(("sm_90",), IN_ROWS, "measured"), widths=False)
+    check(compiled(("sm_80", "sm_90"), IN_ROWS, "strided"))
+    check(compiled(("gfx942",), IN_ROWS, "strided"), widths=False)  # 2 elements a thread
+    check(compiled(("sm_80", "sm_90", "gfx942"), IN_ROWS, "measured"), widths=False)
+    check(compiled(("sm_80", "sm_90", "gfx942"), IN_ROWS, "measured", "strided"), widths=False)

@@ -23,7 +23,7 @@ from collage import formats
 from collage.backends.triton import FORMATS, _plan, _plan_of_all, _plan_of_gradients, _plan_of_one, rules, sums, walk
 from collage.backends.triton import planes as of_planes
 from collage.backends.triton.fold import fold
-from collage.backends.triton.launching import unit_of, warps
+from collage.backends.triton.launching import registers, unit_of, warps
 from collage.backends.triton.memory import ADDRESSES, MASKED, STRIDED
 from collage.backends.triton.tables import BLOCK
 from collage.rules import RULES
@@ -39,8 +39,8 @@ RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def compiled(function, pointers: dict[str, str], constants: dict, warps: int = 0, *, target: GPUTarget):
-    """warps: of a program; 0: as many as 8 elements a thread make."""
+def compiled(function, pointers: dict[str, str], constants: dict, warps: int = 0, *, target: GPUTarget, **more: int):
+    """warps: of a program; 0: as many as 8 elements a thread make. more: options."""
     source = ASTSource(
         fn=function,
         signature={name: pointers.get(name, "constexpr") for name in function.arg_names},
@@ -48,7 +48,7 @@ def compiled(function, pointers: dict[str, str], constants: dict, warps: int = 0
         attrs={(k,): [["tt.divisibility", 16]] for k in range(len(pointers))},
     )
     options = {"num_warps": warps or BLOCK // target.warp_size // 8, "enable_fp_fusion": "contract" in sys.argv}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=options | more)
 
 
 class Case(NamedTuple):
@@ -93,7 +93,8 @@ TABLES = {"table": "*i64", "owners": "*i32", "shapes": "*i64"}
 def step(case: Case, target: GPUTarget, flags: Sequence[str]):
     others = {"constants": "*fp32", "streams": "*i64", "scale": "*fp32", "skip": "*fp32", "sums": "*fp64"}
     number = warps(case.formats, not {"measured", "strided"} & set(flags), target.warp_size)
-    return compiled(walk.step, TABLES | others, {"PLAN": case.plan(flags)}, number, target=target)
+    more = registers(case.formats, target.arch // 10) if target.backend == "cuda" else {}
+    return compiled(walk.step, TABLES | others, {"PLAN": case.plan(flags)}, number, target=target, **more)
 
 
 def others(case: Case, target: GPUTarget) -> dict:

@@ -28,7 +28,9 @@ from collage.backends.triton.launching import (
     current,
     folded_on_device,
     folded_on_host,
+    generation_of,
     launch_of,
+    registers,
     scalar,
     to_device,
     unit_of,
@@ -68,6 +70,7 @@ def step(batch: Batch) -> None:
         maximize=batch.maximize, scaled=_scaled(batch), skips=batch.skip is not None, measured=measured,
     )  # fmt: skip
     options = OPTIONS | {"num_warps": warps(batch.formats, launch.in_order and not measured)}
+    options |= registers(batch.formats, generation_of(device))
     with current(device):
         walk.step[(launch.blocks,)](*tables, constants, streams, scale, skip, sums, PLAN=plan, **options)
     if measured:

@@ -29,13 +29,32 @@ def warps(formats: tuple[str, ...], plain: bool, warp: int = WARP) -> int:
     """Of a step's program. A thread has 8 elements, or 16 where planes of one byte prevail and registers suffice.
 
     They do not where a step is not plain, but measured or strided, nor with AMD's 64 threads to a warp; there a thread
-    has 4 where rows are walked whole.
+    has 4 where rows are walked whole, or 2.
     """
     if warp == 64 and any(FORMATS[name].whole_rows for name in formats):
-        return BLOCK // warp // 4
+        return BLOCK // warp // (4 if plain else 2)
+    return BLOCK // warp // (16 if plain and warp == 32 and narrow(formats) else 8)
+
+
+def narrow(formats: tuple[str, ...]) -> bool:
+    """Whether planes of one byte prevail."""
     sizes = [plane.dtype.itemsize for name in formats for plane in format_of(name).planes if plane.per == 1]
-    many = plain and warp == 32 and 2 * sizes.count(1) >= len(sizes)
-    return BLOCK // warp // (16 if many else 8)
+    return 2 * sizes.count(1) >= len(sizes)
+
+
+@cache
+def registers(formats: tuple[str, ...], generation: int) -> dict[str, int]:
+    """The most that a thread may have, as an option, where NVIDIA's compiler is to be told.
+
+    For sm_8x it aims at 168 for rows of e4m3 weights and their moments, and spills some; told to, it finds room.
+    """
+    rows = len(formats) > 2 and narrow(formats) and any(FORMATS[name].whole_rows for name in formats)
+    return {"maxnreg": 168} if generation == 8 and rows else {}
+
+
+def generation_of(device: torch.device) -> int:
+    """8 for sm_80, say; 0 where it is not NVIDIA's."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
 
 
 class Launch(NamedTuple):
