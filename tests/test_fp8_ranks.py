@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     get_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 import collage
 from collage.fp8.owning import scale_of
@@ -202,7 +203,7 @@ def replicated(strategy: str) -> None:
     wanted = train(alone, other, 0, 4)
     for settings in ({}, {"gradient_as_bucket_view": True, "static_graph": True}):
         ours = made(seed=dist.get_rank())
-        parallel = collage.fp8.replicate(ours, **settings)
+        parallel = DistributedDataParallel(ours, **settings)
         opt = optimizer(ours, strategy)
         assert train(parallel, opt, 0, 4) == wanted
         assert_same_as_alone(f"{settings}", ours, opt, alone, other)
@@ -210,9 +211,11 @@ def replicated(strategy: str) -> None:
     mixed = made()
     mixed[5].float()
     with pytest.raises(ValueError, match=r"bfloat16 \('0.weight'\), float32 \('5.weight'\); cast the others"):
-        collage.fp8.replicate(mixed)
-    with pytest.raises(ValueError, match=r"needs static_graph=True"):
-        collage.fp8.replicate(made(), find_unused_parameters=True)
+        DistributedDataParallel(mixed)
+    with pytest.raises(
+        ValueError, match=r"find_unused_parameters: needs static_graph=True .*ddp_find_unused_parameters=False"
+    ):
+        DistributedDataParallel(made(), find_unused_parameters=True)
 
 
 def some(folder: str) -> None:
