@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same_bits
 from ranks import assert_same_as_alone, launch, perform, whole
+from reports import assert_same_report
 from test_dcp import optimizer_first, through_flat, through_parts
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import collage
 from collage.fp8.owning import scale_of
 
+BESIDE = "bf16", "collage-fp8-lean"
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -99,6 +101,7 @@ def hold(strategy: str, steps: str) -> None:
     """A model alone and sharded, in one group and in many, stepped by either backend."""
     alone = made()
     other = optimizer(alone, strategy)
+    of_one = collage.monitor(other, every=1, shadow=16, strategies=BESIDE)
     wanted = train(alone, other, 0, int(steps))
     for parted, param_dtype, backend in (
         ("together", None, "auto"),
@@ -108,7 +111,10 @@ def hold(strategy: str, steps: str) -> None:
         label = f"{strategy} {parted} {param_dtype} {backend}"
         ours = sharded(made(), parted, param_dtype)
         opt = optimizer(ours, strategy, backend)
+        monitor = collage.monitor(opt, every=1, shadow=16, strategies=BESIDE)
         assert train(ours, opt, 0, int(steps)) == wanted, label
+        assert_same_report(label, monitor.report(), of_one.report())
+        assert of_one.report().total.rescaled > 0
         assert_same_as_alone(label, ours, opt, alone, other)
         assert_scales_alike(label, ours, opt, alone)
         assert_loads_numbers(label, ours, opt, alone, other)
@@ -196,6 +202,28 @@ def refused() -> None:
         model(torch.zeros(1, 160, dtype=torch.bfloat16))
 
 
+def saturated(strategy: str) -> None:
+    """Rows of either rank go beyond the largest scale, one moves below it: counted once, the same on all ranks."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = nn.Sequential(nn.Linear(40, 5, bias=False))
+    nn.init.constant_(model[0].weight, 2.0**126)
+    sharded(collage.fp8.convert(model))
+    opt = collage.SGD(model.named_parameters(), lr=1.0, strategy=strategy)
+    monitor = collage.monitor(opt, every=1)
+    grad = torch.zeros(5, 40).bfloat16()
+    grad[0, :3] = grad[4, 7] = -(2.0**127)
+    grad[3, 0] = -(2.0**126)
+    model[0].weight.grad = distribute_tensor(grad, line(), [Shard(0)])
+    opt.step()
+    total = monitor.report().total
+    assert (total.scales, total.rescaled, total.saturated) == (5, 3 / 5, 0)  # 1.5 * 2**127 still shows
+    model[0].weight.grad = distribute_tensor(grad * 0.375, line(), [Shard(0)])
+    opt.step()
+    window = monitor.window().total
+    assert (window.scales, window.rescaled, window.saturated) == (10, 3 / 10, 4)
+
+
 def replicated(strategy: str) -> None:
     """Halves of equal gradients add up to them. Ranks begin with the first one's weights."""
     alone = made()
@@ -227,6 +255,7 @@ def others(folder: str) -> None:
     load(folder, "collage-fp8")
     replicated("collage-fp8")
     accumulated("collage-fp8")
+    saturated("collage-fp8")
     refused()
 
 
