@@ -32,7 +32,9 @@ def adopt(module: nn.Module, param: Tensor) -> None:
 
 def forget(module: nn.Module) -> None:
     """Let go of a module's weight until it is asked for again: torch moves no DTensor that anything refers to."""
-    _FOUND.pop(module._parameters["weight"], None)
+    weight = module._parameters["weight"]
+    if weight is not None:
+        _FOUND.pop(weight, None)
 
 
 def module_of(param: Tensor) -> nn.Module | None:
