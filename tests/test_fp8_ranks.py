@@ -25,6 +25,7 @@ import collage
 from collage.fp8.owning import scale_of
 
 BESIDE = "bf16", "collage-fp8-lean"
+E4M3 = 0, 1, 3, 4  # layers of `made`
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -223,6 +224,31 @@ def saturated(strategy: str) -> None:
     assert (window.scales, window.rescaled, window.saturated) == (10, 3 / 10, 4)
 
 
+def remainders(strategy: str) -> None:
+    """Of what e4m3 cut off, too: the first rank's, and none where any rank has written to the weight since."""
+
+    def loads(net: nn.Module) -> None:
+        net.load_state_dict(made(seed=5).state_dict())
+
+    def writes(net: nn.Module) -> None:
+        net[1].weight.detach().view(torch.uint8)[0, 0] ^= 1
+
+    for doing, who in ((None, 0), (loads, 0), (loads, 1), (writes, 0), (writes, 1)):
+        alone, ours = made(seed=0), made(seed=dist.get_rank())
+        if doing and who == 0:
+            doing(alone)
+        if doing and who == dist.get_rank():
+            doing(ours)
+        known = [doing is None or (doing is writes and k != 1) for k in E4M3]
+        parallel = collage.fp8.replicate(ours)
+        assert [ours[k].remainder is not None for k in E4M3] == known
+        for k in E4M3:
+            alone[k].remainder = alone[k].remainder if ours[k].remainder is not None else None
+        opt, other = optimizer(ours, strategy), optimizer(alone, strategy)
+        assert train(parallel, opt, 0, 1) == train(alone, other, 0, 1)
+        assert_same_as_alone(f"{doing} {who}", ours, opt, alone, other)
+
+
 def replicated(strategy: str) -> None:
     """Halves of equal gradients add up to them. Ranks begin with the first one's weights."""
     alone = made()
@@ -235,6 +261,7 @@ def replicated(strategy: str) -> None:
         assert train(parallel, opt, 0, 4) == wanted
         assert_same_as_alone(f"{settings}", ours, opt, alone, other)
         assert list(map(id, ours.buffers())) == [id(scale_of(p)) for p in ours.parameters() if scale_of(p) is not None]
+    remainders(strategy)
     mixed = made()
     mixed[5].float()
     with pytest.raises(ValueError, match=r"bfloat16 \('0.weight'\), float32 \('5.weight'\); cast the others"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from collage.fp8.linear import Float8Linear
+from collage.fp8.owning import remainder_of
 
 
 def replicate(model: nn.Module, **settings: Any) -> nn.Module:
@@ -61,14 +62,31 @@ def _send(model: nn.Module, group: Any) -> None:
     from torch import distributed
 
     first = distributed.get_global_rank(group, 0) if group is not None else 0
+    _keep_common_remainders(model, group)
     for tensor in _states(model):
         distributed.broadcast(tensor, first, group=group)
 
 
+def _keep_common_remainders(model: nn.Module, group: Any) -> None:
+    """Let go of what e4m3 cut off of a weight that any rank has loaded or written to since."""
+    from torch import distributed
+
+    layers = _layers(model)
+    if layers:
+        known = torch.tensor([remainder_of(layer.weight) is not None for layer in layers], dtype=torch.uint8)
+        known = known.to(layers[0].weight.device)
+        distributed.all_reduce(known, distributed.ReduceOp.MIN, group=group)
+        for layer, common in zip(layers, known.tolist(), strict=True):
+            layer.remainder = layer.remainder if common else None
+
+
+def _layers(model: nn.Module) -> list[Float8Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, Float8Linear)]
+
+
 def _states(model: nn.Module) -> Iterator[Tensor]:
     """Weights, buffers, and what e4m3 cut off of the weights; as bytes what is float8 or int16."""
-    held: list[Tensor | None] = [*model.parameters(), *model.buffers()]
-    held += [layer.remainder for layer in model.modules() if isinstance(layer, Float8Linear)]
+    held: list[Tensor | None] = [*model.parameters(), *model.buffers(), *(layer.remainder for layer in _layers(model))]
     for own in (tensor.detach() for tensor in held if tensor is not None):
         yield own.view(torch.uint8) if own.dtype in (torch.float8_e4m3fn, torch.int16) else own
 
