@@ -39,9 +39,13 @@ def line():
 def made(seed: int = 0) -> nn.Module:
     """Rows that no two or three ranks share evenly, and two, of which a third rank has none."""
     torch.manual_seed(seed)
+    return collage.fp8.convert(unconverted())
+
+
+def unconverted() -> nn.Module:
     wide = nn.Linear(160, 33), nn.Linear(33, 128, bias=False), nn.GELU()
     narrow = nn.Linear(128, 2), nn.Linear(2, 5), nn.LayerNorm(5), nn.Linear(5, 3)
-    return collage.fp8.convert(nn.Sequential(*wide, *narrow).bfloat16())
+    return nn.Sequential(*wide, *narrow).bfloat16()
 
 
 def sharded(model: nn.Module, parted: str = "together", param_dtype: torch.dtype | None = None) -> nn.Module:
@@ -85,6 +89,19 @@ def assert_scales_alike(label: str, ours: nn.Module, opt: torch.optim.Optimizer,
         assert_same_bits(f"{label} {name}", mine, theirs)
 
 
+def assert_exports_alike(label: str, ours: nn.Module, alone: nn.Module) -> None:
+    """What shows, sharded as the model is: gathered, and loaded into a sharded model that was not converted."""
+    from torch.distributed.fsdp import fully_shard
+
+    exported, wanted = collage.fp8.export(ours), collage.fp8.export(alone)
+    assert exported.keys() == wanted.keys()
+    plain = fully_shard(unconverted(), mesh=line())
+    plain.load_state_dict(exported)
+    for key, tensor in wanted.items():
+        assert_same_bits(f"{label} {key} exported", exported[key].full_tensor(), tensor)
+        assert_same_bits(f"{label} {key} loaded", plain.state_dict()[key].full_tensor(), tensor)
+
+
 def assert_loads_numbers(label: str, ours: nn.Module, opt: Any, alone: nn.Module, other: Any) -> None:
     """Full precision, exported and loaded into a sharded model by itself: each rank converts its rows."""
     exported, wanted = (collage.high_precision_state_dict(*pair) for pair in ((ours, opt), (alone, other)))
@@ -118,6 +135,7 @@ def hold(strategy: str, steps: str) -> None:
         assert_same_as_alone(label, ours, opt, alone, other)
         assert_scales_alike(label, ours, opt, alone)
         assert_loads_numbers(label, ours, opt, alone, other)
+        assert_exports_alike(label, ours, alone)
 
 
 def save(folder: str, strategy: str) -> None:
@@ -181,6 +199,40 @@ def accumulated(strategy: str) -> None:
         run(alone, other, summing, False)
         run(ours, opt, summing, waits)
         assert_same_as_alone(f"{summing} {waits}", ours, opt, alone, other)
+
+
+class Inside(nn.Module):
+    """With a forward pass of its own, which a compiler looks into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = made()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.inner:
+            x = layer(x)
+        return x
+
+
+def compiled(strategy: str) -> None:
+    """A sharded model whose forward and backward are compiled, before it was sharded or after."""
+    alone, graphs = Inside(), torch._dynamo.utils.counters["stats"]
+    other = optimizer(alone, strategy)
+    wanted = train(alone, other, 0, 3)
+    for parted, first in (("together", True), ("apart", False), ("together", False)):
+        torch._dynamo.reset()
+        graphs.clear()
+        ours = Inside()
+        if first:
+            ours.compile(backend="aot_eager")
+        sharded(ours.inner, parted) if parted == "apart" else None
+        sharded(ours)
+        if not first:
+            ours.compile(backend="aot_eager")
+        opt = optimizer(ours, strategy)
+        assert train(ours, opt, 0, 3) == wanted
+        assert graphs["unique_graphs"] > 0
+        assert_same_as_alone(f"compiled {parted} {first}", ours, opt, alone, other)
 
 
 def refused() -> None:
@@ -280,6 +332,7 @@ def others(folder: str) -> None:
     replicated("collage-fp8")
     accumulated("collage-fp8")
     saturated("collage-fp8")
+    compiled("collage-fp8")
     refused()
 
 
