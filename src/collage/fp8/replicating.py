@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from collage.fp8.owning import remainder_of
+
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks for names
 
 
@@ -89,8 +91,20 @@ def _send(model: nn.Module, layers: dict[str, Any], group: Any) -> None:
     from torch import distributed
 
     first = distributed.get_global_rank(group, 0) if group is not None else 0
+    _keep_common_remainders(list(layers.values()), group)
     for tensor in _states(model, layers):
         distributed.broadcast(tensor, first, group=group)
+
+
+def _keep_common_remainders(layers: list[Any], group: Any) -> None:
+    """Let go of what e4m3 cut off of a weight that any rank has loaded or written to since."""
+    from torch import distributed
+
+    known = torch.tensor([remainder_of(layer.weight) is not None for layer in layers], dtype=torch.uint8)
+    known = known.to(layers[0].weight.device)
+    distributed.all_reduce(known, distributed.ReduceOp.MIN, group=group)
+    for layer, common in zip(layers, known.tolist(), strict=True):
+        layer.remainder = layer.remainder if common else None
 
 
 def _states(model: nn.Module, layers: dict[str, Any]) -> Iterator[Tensor]:
