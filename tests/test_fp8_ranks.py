@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     get_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 import collage
 from collage.fp8.owning import scale_of
@@ -292,7 +293,7 @@ def remainders(strategy: str) -> None:
         if doing and who == dist.get_rank():
             doing(ours)
         known = [doing is None or (doing is writes and k != 1) for k in E4M3]
-        parallel = collage.fp8.replicate(ours)
+        parallel = DistributedDataParallel(ours)
         assert [ours[k].remainder is not None for k in E4M3] == known
         for k in E4M3:
             alone[k].remainder = alone[k].remainder if ours[k].remainder is not None else None
@@ -308,7 +309,7 @@ def replicated(strategy: str) -> None:
     wanted = train(alone, other, 0, 4)
     for settings in ({}, {"gradient_as_bucket_view": True, "static_graph": True}):
         ours = made(seed=dist.get_rank())
-        parallel = collage.fp8.replicate(ours, **settings)
+        parallel = DistributedDataParallel(ours, **settings)
         opt = optimizer(ours, strategy)
         assert train(parallel, opt, 0, 4) == wanted
         assert_same_as_alone(f"{settings}", ours, opt, alone, other)
@@ -317,9 +318,11 @@ def replicated(strategy: str) -> None:
     mixed = made()
     mixed[5].float()
     with pytest.raises(ValueError, match=r"bfloat16 \('0.weight'\), float32 \('5.weight'\); cast the others"):
-        collage.fp8.replicate(mixed)
-    with pytest.raises(ValueError, match=r"needs static_graph=True"):
-        collage.fp8.replicate(made(), find_unused_parameters=True)
+        DistributedDataParallel(mixed)
+    with pytest.raises(
+        ValueError, match=r"find_unused_parameters: needs static_graph=True .*ddp_find_unused_parameters=False"
+    ):
+        DistributedDataParallel(made(), find_unused_parameters=True)
 
 
 def some(folder: str) -> None:

@@ -27,6 +27,7 @@ USE_WHEN = {
     "paper-plus": "reproducing the paper's option C",
     "fp32-states": "reproducing the paper's option D-MW",
     "fp32-master": "the reference that others are measured against",
+    "fp8-master": "the reference for FP8 weights: e4m3 cut from float32 masters",
     "fp32": "full precision, no bf16 weights",
     "kahan": "comparing with Kahan summation",
     "stochastic": "comparing with stochastic rounding alone",
@@ -34,7 +35,7 @@ USE_WHEN = {
     "collage-exact": "weights with the bits of a float32 master, in 4 bytes",
     "collage-exact-lean": "the same weights, moments of 16 bits",
     "collage-8bit-plus": "8-bit moments",
-    "collage-8bit": "the least memory of bf16 weights: 8-bit moments, weights in 3 bytes",
+    "collage-8bit": "least memory of bf16 weights: 3 bytes, and 8-bit moments",
     "collage-fp8": "weights in FP8, after collage.fp8.convert(model)",
     "collage-fp8-lean": "the same in a byte less; tiny learning rates become noise",
 }
