@@ -91,20 +91,19 @@ def _send(model: nn.Module, layers: dict[str, Any], group: Any) -> None:
     from torch import distributed
 
     first = distributed.get_global_rank(group, 0) if group is not None else 0
-    _keep_common_remainders(layers, group)
+    _keep_common_remainders(list(layers.values()), group)
     for tensor in _states(model, layers):
         distributed.broadcast(tensor, first, group=group)
 
 
-def _keep_common_remainders(layers: dict[str, Any], group: Any) -> None:
+def _keep_common_remainders(layers: list[Any], group: Any) -> None:
     """Let go of what e4m3 cut off of a weight that any rank has loaded or written to since."""
     from torch import distributed
 
-    held = [remainder_of(layer.weight) is not None for layer in layers.values()]
-    device = next(iter(layers.values())).weight.device
-    known = torch.tensor(held, dtype=torch.uint8, device=device)
+    known = torch.tensor([remainder_of(layer.weight) is not None for layer in layers], dtype=torch.uint8)
+    known = known.to(layers[0].weight.device)
     distributed.all_reduce(known, distributed.ReduceOp.MIN, group=group)
-    for layer, common in zip(layers.values(), known.tolist(), strict=True):
+    for layer, common in zip(layers, known.tolist(), strict=True):
         layer.remainder = layer.remainder if common else None
 
 
