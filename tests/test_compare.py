@@ -301,6 +301,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "reference" in out
     assert all(name in out for name in STRATEGIES)
+    told = [line.split()[0] for line in out.split("Use it when you want\n")[1].splitlines()]
+    assert sorted(told) == sorted(STRATEGIES)
 
 
 def test_info_tells_the_floor_that_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
