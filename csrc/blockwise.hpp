@@ -11,6 +11,10 @@ struct E8M0 {
   using Word = uint8_t;
   static F32 number(uint8_t e) { return (F32)(U32{} + (uint32_t(e) << 23)); }
   static F32 inverse(uint8_t e) { return (F32)(U32{} + (e == 254 ? 0x00400000 : (254u - e) << 23)); }
+  static F32 inverse_of(F32 number) {  // the same
+    const U32 bits = (U32)number, last = U32{} + (254u << 23);
+    return (F32)(bits == last ? U32{} + 0x00400000 : last - bits);
+  }
 };
 
 template <class Own, class Scale, int per, class Places, class... C>

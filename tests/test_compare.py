@@ -186,6 +186,7 @@ def runs(losses: dict[str, list[float]], **fields: dict[str, float]) -> list[dic
     return [
         {
             **dict.fromkeys(("edq_visible", "edq", "m_error", "edq_shadow", "optimizer_ms", "tokens_per_s")),
+            "rescaled": None, "saturated": None,
             **usual, "strategy": strategy, "seed": seed, "val_loss": loss, "initial_loss": 3.0,
             "score": None, "initial_score": None, "mismatch": None, "frozen": [],
             "bytes_per_param": float(STRATEGIES[strategy].bytes_per_param()), "state_bytes": 1, "peak_rss_bytes": 7,

@@ -43,7 +43,7 @@ def run(model: nn.Module, opt: Any, steps: int, seed: int = 0) -> None:
     g = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+            p.grad = torch.randn(p.shape, generator=g).to(p.grad_dtype)
         opt.step()
 
 
@@ -488,8 +488,21 @@ def no_state(folder: Path) -> list[str]:
     return [str(folder / "in"), "out", "--to", "fp32"]
 
 
+def of_fp8(folder: Path) -> list[str]:
+    model = Net().bfloat16()
+    opt = collage.AdamW(collage.fp8.convert(model).named_parameters(), strategy="collage-fp8")
+    run(model, opt, 1)
+    torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, folder / "fp8.pt")
+    return [str(folder / "fp8.pt"), "out", "--to", "collage-plus"]
+
+
 BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "strategy": (lambda f: [str(f / "in"), "out", "--to", "collage"], "--to: unknown 'collage'; .* te, apex"),
+    "to fp8": (
+        lambda f: [str(f / "in"), "out", "--to", "collage-fp8"],
+        r"--to: 'collage-fp8' trains .*call it .*convert=True",
+    ),
+    "of fp8": (of_fp8, r"is of strategy 'collage-fp8', .* save collage.high_precision_state_dict\(model, opt\)"),
     "nowhere": (lambda f: ["nowhere", "out", "--to", "fp32"], "nowhere: no such file or folder; want"),
     "no model": (nothing, "no model in this folder; looked for checkpoint-N folders, model.safetensors,"),
     "state alone": (

@@ -532,12 +532,13 @@ def test_kahans_compensation_does_reach_an_ulp():
 def test_broken_notices_other_weights(name):
     """One element may look right by chance; a tensor can't."""
     fmt, g = FORMATS[name], torch.Generator().manual_seed(0)
-    planes = split(fmt, torch.randn(10_000, generator=g))
-    other = torch.randn(10_000, generator=g).to(fmt.dtypes[0])
+    planes = split(fmt, torch.randn(100, 100, generator=g))
+    other = split(fmt, torch.randn(100, 100, generator=g))[0]
     share = fmt.broken((other, *planes[1:])).float().mean().item()
     assert share > (0.98 if FP32 in fmt.dtypes else 0.1)
-    for changed in (planes[0] * 0.1, torch.zeros_like(planes[0]), planes[0].clamp(-0.01, 0.01), planes[0] * INF):
-        assert fmt.broken((changed, *planes[1:])).any()
+    hi = planes[0].float()
+    for changed in (hi * 0.1, torch.zeros_like(hi), hi.clamp(-0.01, 0.01), hi * INF):
+        assert fmt.broken((changed.to(fmt.dtypes[0]), *planes[1:])).any()
     assert not fmt.broken(planes).any()
 
 

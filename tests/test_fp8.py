@@ -15,7 +15,7 @@ from collage.formats import fitted, format_of
 from collage.fp8.owning import scale_of
 from collage.optimizers.planes import theta_of
 
-STRATEGIES = ("collage-fp8", "collage-fp8-lean")
+STRATEGIES = ("collage-fp8", "collage-fp8-lean", "fp8-master")
 OPTIMIZERS = {
     "adamw": lambda params, **own: collage.AdamW(params, lr=1e-2, **own),
     "adam": lambda params, **own: collage.Adam(params, lr=1e-2, **own),
@@ -67,7 +67,8 @@ def test_a_converted_model_is_taken_whole_on_every_backend(strategy, kind):
         monitor = collage.monitor(opt, every=1)
         train(net, opt, range(4))
         assert opt.state[net[0].weight]["param_scale"] is net[0].weight_scale
-        assert opt.state[net[4].weight]["param_lo"].dtype == torch.bfloat16
+        low = opt.state[net[4].weight][f"param_{'master' if strategy == 'fp8-master' else 'lo'}"]
+        assert low.dtype == (torch.float32 if strategy == "fp8-master" else torch.bfloat16)
         assert opt.state[net[3].weight].keys() & {"exp_avg_scale", "momentum_buffer_scale"} == set()
         ends.append((net, opt, monitor.report().total))
     (ours, opt, quality), (theirs, other, wanted) = ends

@@ -547,11 +547,11 @@ def test_the_remainder_is_taken_once(bits, name):
     plain = nn.Linear(64, 32)
     weight = plain.weight.detach().clone()
     own = copy.deepcopy(fp8.convert(plain))
-    lo = taken_remainder(own.weight, bits)
-    value = format_of(name).value([own.weight.detach(), lo, own.weight_scale])
+    low, planes = taken_remainder(own.weight), (own.weight.detach(), torch.empty(0), own.weight_scale)
+    value = format_of(name).value(format_of(name).continued(planes, low))
     step = torch.exp2(own.weight_scale.float() - 127)[:, None] * 2.0 ** (-9 - bits)  # of a row's smallest numbers
     assert bool(((value - weight).abs() <= (weight.abs() * 2.0 ** (-3 - bits)).clamp(min=step)).all())
-    assert taken_remainder(own.weight, bits) is None
+    assert taken_remainder(own.weight) is None
     assert own.remainder is None
 
 
@@ -559,10 +559,10 @@ def test_the_remainder_is_taken_once(bits, name):
 def test_a_remainder_of_other_weights_is_not_taken(change):
     own = layer(16, 16)
     change(own.weight)
-    assert (taken_remainder(own.weight, 16) is None) == (own.weight._version > 0)
+    assert (taken_remainder(own.weight) is None) == (own.weight._version > 0)
 
 
-@pytest.mark.parametrize(("strategy", "bits"), [("collage-fp8", 16), ("collage-fp8-lean", 8)])
+@pytest.mark.parametrize(("strategy", "bits"), [("collage-fp8", 16), ("collage-fp8-lean", 8), ("fp8-master", 16)])
 def test_an_optimizer_begins_with_the_weights_that_were_converted(strategy, bits):
     """And not with what e4m3 shows of them: its first step is of no size here, so that it only makes its state."""
     torch.manual_seed(0)

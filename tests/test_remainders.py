@@ -375,3 +375,29 @@ def test_collage_exact_is_a_float32_master_bit_for_bit(backend, steps):
     assert_same_bits("value", value, masters[1])
     tie = (codes(value) & 0xFFFF) == 0x8000  # where hi is rounded up in magnitude, and a cast to even
     assert_same_bits("hi", w.detach()[~tie], other.detach()[~tie])
+
+
+def test_a_master_shows_what_a_word_of_16_more_bits_does():
+    """e4m3+fp32: the same codes and scales by the definition of e4m3+int16, and every bit of the master."""
+    fmt, form = FORMATS["e4m3+fp32"], form_of("e4m3+int16")
+    x = torch.cat([numbers("e4m3+int16")[::7], spread(20, 300, 4)])
+    shown, _, scales = form.encode(x, None)
+    planes = fmt.encode(Register(x))
+    assert_each("e4m3+fp32", planes, (shown, x, scales))
+    assert_same_bits("its number", fmt.value(planes), x)
+    assert not fmt.broken(planes).any()
+
+
+def test_a_master_beside_other_codes_is_broken():
+    """Each of the 256 beside each of some masters: broken where it is another number than what the master shows."""
+    fmt, form = FORMATS["e4m3+fp32"], form_of("e4m3+int16")
+    rows, lows = torch.tensor([448.0, 3.0, -(2.0**-9), 2.0**-10, 0.0, torch.nan])[:, None], torch.zeros(6, 1).short()
+    scales, edited = torch.full((6,), 127).byte(), every(torch.float8_e4m3fn).expand(6, 256)
+    own = from_codes([form.planes_of(int(code), 0, None)[0] for code in codes(rows)], torch.float8_e4m3fn)[:, None]
+    seen, shows = edited.float(), form.decode((own, lows, scales))
+    wanted = ~((seen == shows) | (seen.isnan() & shows.isnan()))
+    assert torch.equal(fmt.broken((edited, rows.expand(6, 256), scales)), wanted)
+    assert (wanted.sum(1) >= 254).all()
+    fresh, broken = fitted(fmt, (edited, rows.expand(6, 256).contiguous(), scales))
+    assert torch.equal(broken, wanted)
+    assert_same_bits("master", fresh[1][wanted & ~seen.isnan()], seen[wanted & ~seen.isnan()])

@@ -27,7 +27,7 @@ from collage.strategies import Strategy
 BLOCKS = [case_of("collage-8bit"), case_of("collage-8bit-plus"), case_of(Strategy("bf16x2", "int8/128", "uint8/128"))]
 BLOCKS += [case_of("collage-8bit", rule) for rule in ("adamw_amsgrad", "adam", "sgd_momentum", "lion")]
 BLOCKS += [case_of("collage-8bit", gradient=torch.float32), case_of(Strategy("fp32", "int8/128:sr", "fp32"))]
-BLOCKS += [case_of("collage-fp8"), case_of("collage-fp8-lean")]
+BLOCKS += [case_of("collage-fp8"), case_of("collage-fp8-lean"), case_of("fp8-master")]
 BLOCKS += [case_of(Strategy("e4m3+int16:sr", "bf16", "bf16x2"), "sgd_momentum", torch.float32)]
 BLOCKS += [Case(RULES["momentum"], ("int8/128:sr", "bf16"), torch.float32, torch.bfloat16)]
 SHAPES = [(7, 1), (5, 127), (4, 128), (3, 129), (5, 300), (3, 5, 7), (2, 3, 5, 10), (0, 5), (3, 0), (6,), (), (2, 1000)]

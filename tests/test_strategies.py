@@ -14,6 +14,7 @@ from collage.strategies import ALIASES, STRATEGIES, Strategy
 BYTES = {
     "bf16": 8, "collage-light": 10, "collage-plus": 12, "collage-plus-sr": 12, "paper-bf16": 8, "paper-light": 10,
     "paper-plus": 12, "fp32-states": 12, "fp32-master": 16, "fp32": 16, "kahan": 10, "stochastic": 8,
+    "fp8-master": 15 + 1 / 1024,
     "collage-fp16": 10, "collage-exact": 12, "collage-exact-lean": 10, "collage-8bit-plus": 8 + 2 / 128,
     "collage-8bit": 7 + 2 / 128, "collage-fp8": 7 + 2 / 128 + 1 / 1024, "collage-fp8-lean": 6 + 2 / 128 + 1 / 1024,
 }  # fmt: skip

@@ -46,7 +46,16 @@ from collage.strategies import STRATEGIES, Strategy
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TABLE = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", "collage-exact", "collage-exact-lean")
-TABLE += ("collage-8bit-plus", "collage-8bit", "collage-fp8", "fp32-master", "paper-plus")
+TABLE += (
+    "collage-8bit-plus",
+    "collage-8bit",
+    "collage-fp8",
+    "collage-fp8-lean",
+    "fp8-master",
+    "fp32-master",
+    "paper-plus",
+)
+IN_ROWS = tuple(name for name in STRATEGIES if name not in BARE)
 OTHERS = ("collage-plus-sr", "lion:collage-fp16", "adam_amsgrad:(fp16+fp32 bf16x3:sr fp16x2:sr fp16:sr)", "apply:(toy)")
 OTHERS += ("average:(bf16x2:sr bf16+kahan)", "momentum_nesterov:(bf16:sr fp32)", "sgd_momentum:paper-plus")
 OTHERS += ("adamw_amsgrad:collage-8bit-plus", "momentum:(int8/128:sr fp32)", "apply:(fp16+int8:sr)")
@@ -135,7 +144,7 @@ def test_encoding_rows(name, columns, triton):
     check_broken_rows(name, columns, triton)
 
 
-@pytest.mark.parametrize("name", ["e4m3+int16", "e4m3+int8:sr"])
+@pytest.mark.parametrize("name", ["e4m3+int16", "e4m3+int8:sr", "e4m3+fp32"])
 def test_rows_longer_than_a_block(name, triton):
     """Their scale is that of the largest of all blocks."""
     x = rows_of(case_of("fp32"), "spread", (2, 2100)).slots[0][0]
@@ -148,6 +157,7 @@ def test_rows_longer_than_a_block(name, triton):
 
 
 WHOLE_ROWS = [case_of("collage-fp8"), case_of("collage-fp8-lean", "sgd"), case_of("collage-fp8-lean", "lion")]
+WHOLE_ROWS += [case_of("fp8-master"), case_of("fp8-master", "sgd_momentum")]
 WHOLE_ROWS += [Case(RULES["average"], ("e4m3+int16", "e4m3+int8"), torch.float32, torch.bfloat16)]
 
 
@@ -353,13 +363,13 @@ def compiled(targets, strategies, *flags):
 def least_accesses(strategy: Strategy, elements: int) -> tuple[int, int, int]:
     """(loads, stores) of 16 bytes by a thread that has so many elements, and stores of 8.
 
-    Of a master's bf16 copy only writes. Scales come in bytes: a word for many elements. Whole rows are read twice.
+    Of a master's narrow copy only writes. Scales come in bytes: a word for many elements. Whole rows are read twice.
     """
     planes = [plane for name in strategy.formats() for plane in format_of(name).planes if plane.per == 1]
     sizes = [plane.dtype.itemsize * elements for plane in planes]
-    unread = isinstance(format_of(strategy.param), Master)
+    unread = sizes[0] if isinstance(format_of(strategy.param), Master) else 0
     stores = sum(size // 16 for size in sizes)
-    loads = stores - unread + gradient_bytes(strategy) * elements // 16
+    loads = stores - unread // 16 + gradient_bytes(strategy) * elements // 16
     return loads * (2 if in_whole_rows(strategy) else 1), stores, sizes.count(8)
 
 
@@ -374,7 +384,7 @@ def in_whole_rows(strategy: Strategy) -> bool:
 
 def bytes_moved(strategy: Strategy) -> float:
     """Of a step, for each parameter: every plane is read and written once, but a master's copy is not read."""
-    unread = 2 if isinstance(format_of(strategy.param), Master) else 0
+    unread = strategy.dtype.itemsize if isinstance(format_of(strategy.param), Master) else 0
     planes = strategy.bytes_per_param(gradient_bytes=0)
     return round(2 * planes - unread + gradient_bytes(strategy), 2)
 
@@ -434,5 +444,5 @@ def test_compiled_code_of_every_strategy_measured_and_strided():
     check(compiled(TARGETS, BARE, "others"))
     check(compiled(("sm_90", "gfx942"), BARE, "strided"))
     check(compiled(("sm_90", "gfx942"), BARE, "measured"), widths=False)
-    check(compiled(("sm_90",), ("collage-fp8", "collage-fp8-lean"), "strided"))
-    check(compiled(("sm_90",), ("collage-fp8", "collage-fp8-lean"), "measured"), widths=False)
+    check(compiled(("sm_90",), IN_ROWS, "strided"))
+    check(compiled(("sm_90",), IN_ROWS, "measured"), widths=False)

@@ -68,10 +68,14 @@ class Case(NamedTuple):
         known = Strategy.parse(strategy)
         return Case(rule, known.formats(RULES[rule].roles), known.register, known.dtype)
 
+    @property
+    def gradient(self) -> torch.dtype:
+        """dtype of the gradient."""
+        return torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+
     def plan(self, flags: Sequence[str]) -> walk.Plan:
-        gradient = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
         return _plan(
-            RULES[self.rule], self.formats, self.register, gradient if RULES[self.rule].gradient else None,
+            RULES[self.rule], self.formats, self.register, self.gradient if RULES[self.rule].gradient else None,
             **self.shape("strided" in flags), maximize=False, scaled="scaled" in flags, skips="scaled" in flags,
             measured="measured" in flags,
         )  # fmt: skip
@@ -107,7 +111,7 @@ def others(case: Case, target: GPUTarget) -> dict:
     one = {"PLAN": _plan_of_one(case.formats[0], True, 0, 0, **shape)}
     all_of_them = {"PLAN": _plan_of_all(case.formats, torch.bfloat16, **case.shape(False) | {"by_rows": False})}
     known, streamed = FORMATS[case.formats[0]], warps(case.formats, True, target.warp_size)
-    gradients = {"PLAN": _plan_of_gradients(case.dtype, **case._replace(formats=("bf16",)).shape(True))}
+    gradients = {"PLAN": _plan_of_gradients(case.gradient, **case._replace(formats=("bf16",)).shape(True))}
     counting = {"broken": (of_planes.broken, TABLES | {"counts": "*i32"}, one)}
     in_rows = {"maxima": (of_planes.maxima, TABLES | {"tops": "*i32"}, one)}
     kernels = {

@@ -229,5 +229,32 @@ struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, E8M0, PER_ROW, Int8, L
   }
 };
 
+// What a word with 16 more bits shows, and the float32 master weight that it is cut from: the number is that alone.
+struct ScaledMaster : Blockwise<ScaledMaster, E8M0, PER_ROW, Int8, FP32> {
+  using W8 = Wide<E4M3, Int16>;
+  static constexpr Format format =
+      described(E4M3::name + "+fp32", false, 3, plane_of<Int8>, plane_of<FP32>, {1, PER_ROW});
+  static constexpr Kind kind = Kind::one;
+
+  static Register<F32> number(const Lanes<3>& x) { return {x.x[1]}; }
+  static F32 visible(const Lanes<3>& x) { return W8::value((Mask)x.x[0], Mask{}, x.x[2]); }
+  static uint8_t scale_of(uint32_t largest) { return ScaledWord<Int16>::scale_of(largest); }
+
+  static Lanes<2> codes(F32 x, U32, uint8_t scale) { return {{shown(x, E8M0::inverse(scale)), x}}; }
+
+  static Mask moved(const Lanes<3>& from, const Lanes<3>& to) { return from.x[1] != to.x[1]; }
+
+  static Mask broken(const Lanes<3>& x) {
+    const F32 hi = W8::visible((Mask)x.x[0]), cast = W8::visible((Mask)shown(x.x[1], E8M0::inverse_of(x.x[2])));
+    return ~((hi == cast) | ((hi != hi) & (cast != cast)));
+  }
+
+ private:
+  static F32 shown(F32 x, F32 inverse) {
+    const F32 size = magnitude(x);
+    return W8::codes<false>(x, size * inverse, U32{}, size == __builtin_inff()).x[0];
+  }
+};
+
 }  // namespace
 }  // namespace collage

@@ -173,6 +173,7 @@ STRATEGIES: dict[str, Strategy] = {
     "paper-plus": Strategy("bf16x2", "bf16", "bf16x2", "bfloat16"),
     "fp32-states": Strategy("bf16", "fp32", "fp32"),
     "fp32-master": Strategy("bf16+fp32", "fp32", "fp32"),
+    "fp8-master": Strategy("e4m3+fp32", "fp32", "fp32"),
     "fp32": Strategy("fp32", "fp32", "fp32"),
     "kahan": Strategy("bf16+kahan", "bf16", "bf16", "bfloat16"),
     "stochastic": Strategy("bf16:sr", "bf16:sr", "bf16:sr"),

@@ -15,12 +15,12 @@ from collage.accumulators import Register
 from collage.formats.blocks import Companded
 from collage.formats.floats import Compensated, Expansion, Master, Single
 from collage.formats.format import Format
-from collage.formats.words import Cut, Word
+from collage.formats.words import Cut, ScaledMaster, Word
 from collage.layout import Planes
 
 __all__ = [
-    "FORMATS", "Companded", "Compensated", "Cut", "Expansion", "Format", "Master", "Single", "Word", "fitted",
-    "format_of", "split",
+    "FORMATS", "Companded", "Compensated", "Cut", "Expansion", "Format", "Master", "ScaledMaster", "Single", "Word",
+    "fitted", "format_of", "split",
 ]  # fmt: skip
 
 F32, BF16, FP16, E4M3 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn
@@ -41,6 +41,7 @@ FORMATS: dict[str, Format] = {
     "uint8/128": Companded(torch.uint8, "bf16x2"),
     "bf16+fp32": Master(BF16),
     "fp16+fp32": Master(FP16),
+    "e4m3+fp32": ScaledMaster(),
     "bf16+kahan": Compensated(),
     "bf16:sr": Single(BF16, stochastic=True),
     "fp16:sr": Single(FP16, stochastic=True),

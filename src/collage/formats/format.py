@@ -57,6 +57,10 @@ class Format:
         """Planes of the number that plane 0 shows alone."""
         return self.encode(Register(planes[0].float()))
 
+    def continued(self, planes: Planes, low: Tensor) -> tuple[Tensor, ...]:
+        """Planes whose first stays as it is. low: int16, the 16 bits below it, of a format with a scale per row."""
+        raise NotImplementedError
+
     def spacing(self, planes: Planes) -> Tensor:
         """float64 per element: an ulp, of the digits that the format vouches for; of 0 the smallest."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""A weight and an integer remainder: the number is one word, and the visible plane is how it shows.
+"""A weight and an integer remainder: the number is one word, and the visible plane is how it shows. (Or its master.)
 
 The word is that of a float with more significand bits than the visible one; splitting and joining it is integer
 arithmetic on the magnitude, which carries into the next binade by itself. hi is the word rounded half up in magnitude,
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from collage.accumulators import Accumulator
+from collage.formats.floats import Master
 from collage.formats.format import InRegister, ulp
-from collage.formats.scales import factors, finite_sizes, inverses, scales
+from collage.formats.scales import LEAST, MOST, factors, finite_sizes, inverses, scales
 from collage.layout import Plane, Planes
 from collage.rounding import FLOATS, code_of
 
@@ -110,8 +111,13 @@ class Word(Remainder):
         return torch.where(code < 0, -x, x)
 
     def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
-        x, f, b = number.value, FLOATS[self.dtype], self.bits
-        scale = self._scales(x) if self.scaled else None
+        scale = self._scales(number.value) if self.scaled else None
+        words = self.words(number.value, scale, random)
+        return words if scale is None else (*words, scale)
+
+    def words(self, x: Tensor, scale: Tensor | None, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(hi, lo) of float32 numbers under these scales."""
+        f, b = FLOATS[self.dtype], self.bits
         a = (x.abs() if scale is None else x.abs() * inverses(scale)[:, None]).view(torch.int32)
         w = code_of(a, self._wide + 1, f.emin, random).clamp(max=(f.max_code << b) + (1 << (b - 1)) - 1)
         hi = (w + (1 << (b - 1))) >> b
@@ -120,8 +126,7 @@ class Word(Remainder):
         hi = torch.where(x.isnan(), f.nan_code, torch.where(inf, f.inf_code, hi))
         sign = ((x.view(torch.int32) >> 31) & ~torch.iinfo(f.storage).max).masked_fill(x.isnan(), 0)
         lo = torch.where(inf | x.isnan(), 0, lo)
-        planes = (hi | sign).to(f.storage).view(self.dtype), lo.to(INTEGERS[b])
-        return planes if scale is None else (*planes, scale)
+        return (hi | sign).to(f.storage).view(self.dtype), lo.to(INTEGERS[b])
 
     def visible(self, planes: Planes) -> Tensor:
         return planes[0].float() * factors(planes[2])[:, None] if self.scaled else planes[0]
@@ -129,6 +134,12 @@ class Word(Remainder):
     def shown(self, planes: Planes) -> tuple[Tensor, ...]:
         hi, lo, *scale = planes
         return hi, torch.zeros_like(lo), *scale  # a scale belongs to what shows
+
+    def continued(self, planes: Planes, low: Tensor) -> tuple[Tensor, ...]:
+        hi, _, *scale = planes
+        if self.bits == 8:  # to nearest; what shows stays as it is, so that the largest is 127 at most
+            low = ((low.int() + 128) >> 8).clamp_(max=127).to(torch.int8)
+        return hi, low, *scale
 
     def moved(self, old: Planes, new: Planes) -> Tensor:
         """A scale that moves by a power of two changes words, but numbers only where it cuts some."""
@@ -149,7 +160,47 @@ class Word(Remainder):
         """uint8 per row."""
         sizes = finite_sizes(x)
         largest = sizes.amax(1) if x.shape[1] else sizes.new_zeros(len(x))
-        return scales(largest, 8, 0x600000, 26, 246)
+        return scales(largest, 8, 0x600000, LEAST, MOST)
+
+
+@dataclass(frozen=True)
+class ScaledMaster(Master):
+    """What a word's first plane shows, and the float32 master weight that it is cut from. The number is the master."""
+
+    dtype: torch.dtype = torch.float8_e4m3fn
+    beside: str = "bf16+fp32"
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:  # type: ignore[override]
+        return (*super().planes, Plane("_scale", torch.uint8, per=None))
+
+    @property
+    def _word(self) -> Word:
+        return Word(self.dtype, 16, scaled=True)
+
+    def encode(self, number: Accumulator, random: Tensor | None = None) -> tuple[Tensor, ...]:
+        hi, _, scale = self._word.encode(number)
+        return hi, number.value, scale
+
+    def components(self, planes: Planes) -> Planes:
+        return planes[1:2]
+
+    def visible(self, planes: Planes) -> Tensor:
+        return self._word.visible(planes)
+
+    def shown(self, planes: Planes) -> tuple[Tensor, ...]:
+        return planes[0], self.visible(planes), planes[2]
+
+    def continued(self, planes: Planes, low: Tensor) -> tuple[Tensor, ...]:
+        hi, _, scale = planes
+        return hi, self._word.value((hi, low, scale)), scale
+
+    def moved(self, old: Planes, new: Planes) -> Tensor:
+        return old[1] != new[1]
+
+    def broken(self, planes: Planes) -> Tensor:
+        hi, cast = planes[0].float(), self._word.words(planes[1], planes[2])[0].float()
+        return ~((hi == cast) | (hi.isnan() & cast.isnan()))
 
 
 _OVERFLOW = {torch.float16: 65520.0}  # what rounding to nearest sends to Inf

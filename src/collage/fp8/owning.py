@@ -30,6 +30,13 @@ def adopt(module: nn.Module, param: Tensor) -> None:
     _FOUND[param] = ref(module)
 
 
+def forget(module: nn.Module) -> None:
+    """Let go of a module's weight until it is asked for again: torch moves no DTensor that anything refers to."""
+    weight = module._parameters["weight"]
+    if weight is not None:
+        _FOUND.pop(weight, None)
+
+
 def module_of(param: Tensor) -> nn.Module | None:
     """The live module whose weight this very parameter is, or was when it was first asked."""
     known = _FOUND.get(param)
@@ -75,8 +82,8 @@ def gradient_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.grad_dtype == torch.float32 else torch.bfloat16
 
 
-def taken_remainder(param: Tensor, bits: int) -> Tensor | None:
-    """What e4m3 cut off of a weight when it was converted, int16 or int8 like its local part; the module lets go of it.
+def taken_remainder(param: Tensor) -> Tensor | None:
+    """What e4m3 cut off of a weight when it was converted, int16 like its local part; the module lets go of it.
 
     None: nothing is known of it. It was taken before, or the weight was written to since, so that it may be another's.
     """
@@ -84,7 +91,7 @@ def taken_remainder(param: Tensor, bits: int) -> Tensor | None:
     module = module_of(param)
     if module is not None:
         module.__dict__["remainder"] = None
-    return None if found is None else narrowed(found, bits)
+    return found
 
 
 def remainder_of(param: Tensor) -> Tensor | None:
@@ -97,10 +104,3 @@ def remainder_of(param: Tensor) -> Tensor | None:
         place = region(param)
         whole = whole.narrow(0, place.starts[0], place.sizes[0])
     return whole.to(param.device)
-
-
-def narrowed(remainder: Tensor, bits: int) -> Tensor:
-    """A remainder of 16 bits in so many, to nearest; what shows stays as it is, so that the largest is 127 at most."""
-    if bits == 16:
-        return remainder
-    return ((remainder.int() + 128) >> 8).clamp_(max=127).to(torch.int8)

@@ -27,6 +27,7 @@ USE_WHEN = {
     "paper-plus": "reproducing the paper's option C",
     "fp32-states": "reproducing the paper's option D-MW",
     "fp32-master": "the reference that others are measured against",
+    "fp8-master": "the reference for FP8 weights: e4m3 cut from float32 masters",
     "fp32": "full precision, no bf16 weights",
     "kahan": "comparing with Kahan summation",
     "stochastic": "comparing with stochastic rounding alone",

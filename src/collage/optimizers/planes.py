@@ -75,11 +75,16 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     fresh |= {key: _zeros(plane, param.detach()) for key, plane in zip(own.keys, own.planes[1:], strict=True)}
     _share(param, fresh)
     resync(rule, strategy, param, fresh)
-    if SHARED in fresh:
-        low = taken_remainder(param, 8 * fresh["param_lo"].dtype.itemsize)
-        if low is not None:
-            local(fresh["param_lo"]).copy_(low)
+    low = taken_remainder(param) if SHARED in fresh else None
+    if low is not None:
+        _continue(format_of(strategy.param), theta_of(rule, strategy, param, fresh), low)
     state |= fresh
+
+
+def _continue(fmt: Format, theta: Planes, low: Tensor) -> None:
+    """Have a number of an e4m3 weight go on below what shows."""
+    for *piece, part in aligned([fmt], [theta], [low], CHUNK):
+        piece[1].copy_(fmt.continued(piece, part)[1])
 
 
 SHARED = "param_scale"  # the forward pass multiplies with it too: it lies in the memory of the parameter's module
@@ -225,9 +230,11 @@ def resync(rule: Rule, strategy: Strategy, param: Tensor, state: State) -> int:
 
 def _drop_lows(fmt: Format, theta: Planes) -> int:
     """Leave what shows, and the scales that it has. Returns how many elements that changed."""
-    changed = int((theta[1] != 0).sum())
-    for piece in aligned([fmt], [theta], [], CHUNK) if changed else ():
-        write(piece, fmt.shown(piece))
+    changed = 0
+    for piece in aligned([fmt], [theta], [], CHUNK):
+        low = fmt.shown(piece)[1]
+        changed += int((piece[1] != low).sum())
+        piece[1].copy_(low)
     return changed
 
 

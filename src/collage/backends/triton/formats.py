@@ -11,9 +11,21 @@ import triton.language as tl
 
 from collage.backends.triton import blocks
 from collage.backends.triton.arithmetic import Real, bits_of, float_of, is_finite, same
-from collage.backends.triton.format import BF16, E4M3, FP16, FP32, INT8, INT16, Format
+from collage.backends.triton.format import (
+    BF16,
+    E4M3,
+    E8M0,
+    FP16,
+    FP32,
+    INT8,
+    INT16,
+    PER_ROW,
+    Format,
+    decoded_components,
+    decoded_number,
+)
 from collage.backends.triton.numbers import Expanded, Kahan, Paper, Register, total
-from collage.backends.triton.words import cut, extended
+from collage.backends.triton.words import cut, extended, row_scale, scaled_size, split
 
 
 @triton.jit
@@ -107,11 +119,6 @@ def expansion(word: Any, n: int, stochastic: bool = False) -> Format:
 
 
 @triton.jit
-def master_number(planes, ROUND: tl.constexpr, F: tl.constexpr):
-    return Register(Real(planes[1], ROUND))
-
-
-@triton.jit
 def master_encode(number, random, largest, F: tl.constexpr):
     x = number.value().x
     return F.words[0].encode(x), x
@@ -123,19 +130,45 @@ def master_decode(planes, F: tl.constexpr):
 
 
 @triton.jit
-def master_components(planes, F: tl.constexpr):
-    return (planes[1],)
+def master_broken(planes, F: tl.constexpr):
+    return alike(planes[0], F.words[0].decode(F.words[0].encode(planes[1]))) == 0
 
 
 @triton.jit
-def master_broken(planes, F: tl.constexpr):
-    hi = planes[0]
-    cast = F.words[0].decode(F.words[0].encode(planes[1]))
-    return ((hi == cast) | ((hi != hi) & (cast != cast))) == 0
+def alike(a, b):
+    """Whether they are one number, or both none."""
+    return (a == b) | ((a != a) & (b != b))
 
 
 def master(word: Any) -> Format:
-    return Format((word, FP32), master_number, master_encode, master_decode, master_components, master_broken)
+    return Format((word, FP32), decoded_number, master_encode, master_decode, decoded_components, master_broken)
+
+
+@triton.jit
+def scaled_master_encode(number, random, largest, F: tl.constexpr):
+    x, scale = number.value().x, row_scale(largest[0])
+    return shown(x, scale, F), x, scale
+
+
+@triton.jit
+def scaled_master_broken(planes, F: tl.constexpr):
+    code = shown(planes[1], bits_of(planes[2]) >> 23, F)
+    return alike(planes[0], F.words[0].decode(code)) == 0
+
+
+@triton.jit
+def shown(x, scale, F: tl.constexpr):
+    """The visible plane of a word with 16 bits more, under these scales."""
+    hi, _ = split(x, scaled_size(x, scale), x, 16, F)
+    return hi
+
+
+def scaled_master(word: Any) -> Format:
+    """Under a power of two per row."""
+    return Format(
+        (word, FP32, E8M0), decoded_number, scaled_master_encode, master_decode, decoded_components,
+        scaled_master_broken, shared=(1, 1, PER_ROW.value),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -167,6 +200,7 @@ FORMATS = {
     "uint8/128": blocks.unsigned(),
     "bf16+fp32": master(BF16),
     "fp16+fp32": master(FP16),
+    "e4m3+fp32": scaled_master(E4M3),
     "bf16+kahan": Format((BF16, BF16), kahan_number, expansion_encode, expansion_decode, every, kahan_broken),
     "bf16:sr": single(BF16, stochastic=True),
     "fp16:sr": single(FP16, stochastic=True),

@@ -69,20 +69,42 @@ def extended_decode(planes, F: tl.constexpr):
 @triton.jit
 def extended_encode(number, random, largest, F: tl.constexpr):
     x = number.value().x
-    b: tl.constexpr = F.words[1].precision
-    half: tl.constexpr = 1 << (b - 1)
-    magnitude = bits_of(x) & 0x7FFFFFFF
-    size, scale = magnitude, ()
     if F.whole_rows:
-        scale = (scale_code(largest[0], 8, 0x600000, 26, 246),)  # 448 is 1.75 * 2**8; all codes are normal numbers
-        size = bits_of(float_of(magnitude) * spread(inverse(scale[0]), x))
-    w = word_code(size, random, F.words[0].precision - 1 + b, F.words[0].emin, F.stochastic)
-    w = tl.minimum(w, (F.words[0].max_code << b) + half - 1)
-    hi = (w + half) >> b
-    beyond = magnitude >= F.words[0].overflow
-    lo = tl.where(beyond, 0, w - (hi << b))
+        scale = row_scale(largest[0])
+        return split(x, scaled_size(x, scale), random, F.words[1].precision, F) + (scale,)
+    else:
+        return split(x, size_of(x), random, F.words[1].precision, F)
+
+
+@triton.jit
+def split(x, size, random, BITS: tl.constexpr, F: tl.constexpr):
+    """(hi, remainder of so many bits) of x. size: of `size_of`, or of `scaled_size`."""
+    half: tl.constexpr = 1 << (BITS - 1)
+    w = word_code(size, random, F.words[0].precision - 1 + BITS, F.words[0].emin, F.stochastic)
+    w = tl.minimum(w, (F.words[0].max_code << BITS) + half - 1)
+    hi = (w + half) >> BITS
+    beyond = size_of(x) >= F.words[0].overflow
+    lo = tl.where(beyond, 0, w - (hi << BITS))
     hi = tl.where(beyond, F.words[0].inf_code, hi) | ((bits_of(x) >> 31) << (F.words[0].memory.primitive_bitwidth - 1))
-    return (tl.where(magnitude > 0x7F800000, F.words[0].nan_code, hi), lo) + scale
+    return tl.where(size_of(x) > 0x7F800000, F.words[0].nan_code, hi), lo
+
+
+@triton.jit
+def size_of(x):
+    """A magnitude, as bits."""
+    return bits_of(x) & 0x7FFFFFFF
+
+
+@triton.jit
+def scaled_size(x, scale):
+    """Magnitudes over a power of two per row (a code of E8M0), as bits."""
+    return bits_of(float_of(size_of(x)) * spread(inverse(scale), x))
+
+
+@triton.jit
+def row_scale(largest):
+    """With it 448, which is 1.75 * 2**8, is the largest of a row; all codes are normal numbers."""
+    return scale_code(largest, 8, 0x600000, 26, 246)
 
 
 @triton.jit

@@ -169,6 +169,12 @@ def strategy_of(saved: Saved, parameter: Parameter, dtype: torch.dtype, shape: t
     if saved.dialect != COLLAGE or len(parameter.state) < 2:
         return _plain(parameter.state, prefixes, dtype, what)
     under = Strategy.parse(saved.groups[parameter.group]["strategy"])
+    if under.beside is not under:
+        raise ValueError(
+            f"{what}: is of strategy '{under}', whose weights are read by their layers alone; save "
+            "collage.high_precision_state_dict(model, opt), float32 weights, and load this into an optimizer of them "
+            "with opt.load_state_dict(state, convert=True)"
+        )
     for strategy in (under.of(shape), STRATEGIES["fp32"]):
         wanted = planes(prefixes, strategy)
         found = {key: x.dtype for key, x in parameter.state.items() if prefix_of(key) in prefixes and prefix_of(key)}

@@ -49,6 +49,11 @@ def target_of(name: str) -> Target:
         strategy = Strategy.parse(name)
     except ValueError as error:
         raise ValueError(f"--to: {str(error).removeprefix('strategy: ')}; or {', '.join(FOREIGN)}") from None
+    if strategy.beside is not strategy:
+        raise ValueError(
+            f"--to: '{strategy}' trains what collage.fp8.convert(model) makes of linear layers, which no file tells "
+            "from others; call it on the model with its weights, and opt.load_state_dict(state, convert=True) after it"
+        )
     return Target(str(strategy), strategy, COLLAGE)
 
 
@@ -127,5 +132,8 @@ def torch_defaults(group: Mapping[str, Any], slots: set[str]) -> dict[str, Any]:
 
 def described() -> str:
     """What a target may be, a line for each kind."""
-    lines = {"a strategy": "as `collage info` lists them", **{name: target.says for name, target in FOREIGN.items()}}
+    lines = {
+        "a strategy": "as `collage info` lists them, but for those of FP8 weights",
+        **{name: target.says for name, target in FOREIGN.items()},
+    }
     return "\n".join(f"  {name:<12}{says}" for name, says in lines.items())

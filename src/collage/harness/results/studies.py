@@ -21,6 +21,7 @@ USUAL = ("bf16", "collage-light", "collage-plus", "collage-plus-sr", REFERENCE)
 FEWER = ("bf16", "collage-plus", "collage-plus-sr", REFERENCE)  # where others have said it
 EVERY = ("bf16", "stochastic", *USUAL[1:])
 FEWEST = ("bf16", "collage-plus", REFERENCE)  # where a run takes minutes
+FP8 = ("collage-fp8-lean", "collage-fp8", "fp8-master", REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Evidence:
         name: of its records and its plot.
         title: above it.
         task: a name in TASKS.
-        seeds: how many, from 0 on.
+        seeds: how many, from `first` on.
         says: what to look for.
         model: by default the task's.
         strategies: which are run.
@@ -52,6 +53,7 @@ class Evidence:
     axis: str = ""
     values: tuple[float, ...] = ()
     paper: str = ""
+    first: int = 0
 
     @property
     def of_task(self) -> Task:
@@ -60,7 +62,7 @@ class Evidence:
     def study(self) -> Study:
         """What is run."""
         axis = AXES[self.axis] if self.axis else None
-        return Study(self.plan(), self.strategies, tuple(range(self.seeds)), axis, self.values)
+        return Study(self.plan(), self.strategies, tuple(range(self.first, self.first + self.seeds)), axis, self.values)
 
     def plan(self) -> Plan:
         task = self.of_task
@@ -73,6 +75,7 @@ class Evidence:
         words += ["--model", self.model] if self.model else []
         words += ["--axis", self.axis, "--values", ",".join(short(v, 6) for v in self.values)] if self.axis else []
         words += ["--strategies", ",".join(self.strategies), "--seeds", str(self.seeds)]
+        words += ["--seed", str(self.first)] if self.first else []
         for name, value in self.settings.items():
             words += [flag_of(name), *map(str, value if isinstance(value, tuple) else (value,))]
         return shlex.join(words)
@@ -109,6 +112,22 @@ EVIDENCE = (
         "continue", "Training on, published weights of a Llama", "continue", 3,
         "SmolLM2 (134.5 M parameters) goes on with Python source at lr 1e-5.",
         strategies=FEWEST,
+    ),
+    Evidence(
+        "pretrain-fp8", "FP8 weights, pre-training", "pretrain", 3,
+        "The Llama's linear layers in e4m3. `fp8-master` has the same forward pass with float32 master weights and\n"
+        "moments: what it loses or wins, 8-bit weights do in themselves.",
+        strategies=FP8, first=4,
+    ),
+    Evidence(
+        "finetune-fp8", "FP8 weights, fine-tuning", "finetune", 3,
+        "The same at small steps, from weights of bfloat16, of which a sixteenth are ties of e4m3: see\n"
+        "[fp8.md](fp8.md#what-it-loses).",
+        strategies=FP8, first=4,
+    ),
+    Evidence(
+        "continue-fp8", "FP8 weights, published weights of a Llama", "continue", 3,
+        "SmolLM2 (134.5 M parameters) goes on with its linear layers in e4m3. Ties show most here.", strategies=FP8,
     ),
     Evidence(
         "vision-resnet", "Images, a ResNet", "vision", 5, "Handwritten digits of 8 × 8 pixels in ten classes.",
