@@ -223,12 +223,12 @@ struct Integer {
       save_words(plane + i, ((U32)even & 0xFF) | ((U32)odd << 8));
   }
 
-  // The high halves of `even` and `odd`, with the signs of two numbers.
-  static void write_high(char* plane, int64_t i, Mask even, Mask odd, F32 even_sign, F32 odd_sign) {
+  // The high halves of `even` and `odd`: a sign and a size.
+  static void write_high(char* plane, int64_t i, Mask even, Mask odd) {
     Words k = (Words)blend_high((U32)even >> 16, (U32)odd);
     if constexpr (SIGNED) {
-      const Words sign = (Words)blend_high((U32)even_sign >> 16, (U32)odd_sign) >> 15;
-      k = (k ^ sign) - sign;
+      const Words sign = k >> 15;
+      k = ((k & 0x7FFF) ^ sign) - sign;
     }
     save(plane + i, __builtin_convertvector(k, Bytes));
   }
@@ -237,10 +237,7 @@ struct Integer {
   static bool any(const char* plane, int count, T value) {
     Bytes found{};
     for (int i = 0; i < count; i += LANES) found |= (Bytes)(load<Bytes>(plane + i) == uint8_t(value));
-    uint64_t words[sizeof found / 8], some = 0;
-    std::memcpy(words, &found, sizeof found);
-    for (uint64_t word : words) some |= word;
-    return some;
+    return some(found);
   }
 };
 

@@ -1,9 +1,12 @@
 // The rows that deserve a loop of their own, in which numbers stay in registers from planes to planes: those that most
 // steps are made of. It does the plain part of a step; what is measured, strided, not finite goes through stage.hpp.
-// Formats with blocks are held in cache for the length of one, until its scale is known.
+// Where formats have blocks, the rule runs twice over the length of one: first numbers only grow, which wait in cache until
+// their scale is known; then all else follows, and they are encoded while the processor divides.
 #pragma once
+#include <array>
 #include <tuple>
 
+#include "held.hpp"
 #include "stage.hpp"
 
 namespace collage {
@@ -14,73 +17,6 @@ constexpr int AHEAD = 512;  // elements between what is computed and what is fet
 // Carries out the step of a piece's elements. Returns how many it has done before some that are not finite or not usual.
 // numbers: where those of a row are left, lane by lane, whose scale is not known yet.
 using Fused = int (*)(const Piece&, const float* row, const uint32_t* words, float* numbers);
-
-// A slot in the loop: where every plane has a word per element, they are written at once.
-template <class F, class = void>
-struct InLoop {
-  static constexpr int block = BLOCK;
-  static constexpr bool at_once = true, of_row = false;
-
-  InLoop(PlanesAt, int) {}
-  static bool fits(PlanesAt, int, int) { return true; }
-  static bool usual() { return true; }
-
-  template <int half>
-  static auto read(PlanesAt planes, int i) {
-    return F::number(F::template read<half>(planes, i));
-  }
-
-  template <class Number, class Is>
-  void take(const Number& number, float*, U32 random, Is is_finite, F32& whole, Lanes<F::words>& fresh) {
-    whole += F::whole(number);
-    fresh = F::codes(number, random, is_finite);
-  }
-
-  static void write(PlanesAt planes, int i, const Lanes<F::words>& even, const Lanes<F::words>& odd) {
-    F::write(planes, i, even, odd);
-  }
-
-  template <class Bits>
-  void finish(PlanesAt, int, int, const float*, Bits) const {}
-};
-
-// One with blocks: numbers are held until all of them are there.
-template <class F>
-struct InLoop<F, std::void_t<typename F::OfBlock>> : F::OfBlock {
-  static constexpr int block = F::block;
-  static constexpr bool at_once = false, of_row = false;
-
-  using F::OfBlock::OfBlock;
-  static bool usual() { return true; }
-
-  template <class Is>
-  void take(const Register<F32>& number, float* held, U32, Is, F32&, Lanes<F::words>&) {
-    this->count(number.x);
-    save(held, number.x);
-  }
-
-  static void write(PlanesAt, int, const Lanes<F::words>&, const Lanes<F::words>&) {}
-};
-
-// One with a scale for a row: numbers are only left where all of it will be.
-template <class F>
-struct InLoop<F, std::void_t<typename F::OfRow>> : F::OfRow {
-  static constexpr int block = BLOCK;
-  static constexpr bool at_once = false, of_row = true;
-
-  InLoop(PlanesAt planes, int) : F::OfRow(planes) {}
-  static bool fits(PlanesAt planes, int, int) { return F::OfRow::fits(planes); }
-
-  template <class Is>
-  void take(const Register<F32>& number, float* left, U32, Is, F32&, Lanes<F::words>&) {
-    save(left, number.x);
-  }
-
-  static void write(PlanesAt, int, const Lanes<F::words>&, const Lanes<F::words>&) {}
-
-  template <class Bits>
-  void finish(PlanesAt, int, int, const float*, Bits) const {}
-};
 
 // One half of a chunk once it is computed.
 template <class... F>
@@ -103,25 +39,13 @@ struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
 
   FLATTEN static int run(const Piece& piece, const float* row, const uint32_t* words, float* numbers) {
     const Constants constants{Row<F32>(row)};
-    alignas(64) float held[sizeof...(F)][block];
-    for (int first = 0; first < piece.count; first += block) {
+    alignas(64) Held held;
+    for (int first = 0, done; first < piece.count; first += block) {
       const int end = padded(std::min(piece.count, first + block));
-      if (!(InLoop<F>::fits(piece.planes[K], first, end) && ...)) return first;
+      if (!(InLoop<F>::fits(piece.planes[K], first) && ...)) return first;
       Slots slots(InLoop<F>(piece.planes[K], first)...);
-      for (int i = first; i < end; i += LANES) {
-        (fetch(piece.planes[K], i + AHEAD, F::format), ...);
-        fetch(piece.gradient, i + AHEAD, Gradient::BYTES);
-        float* const at[] = {InLoop<F>::of_row ? numbers + i : held[K] + i - first...};
-        Half<F...> even = compute<0, true>(piece, i, constants, words, slots, at);
-        Half<F...> odd = compute<1, true>(piece, i, constants, words, slots, at);
-        if (__builtin_expect(!all_finite(even.whole + odd.whole), false)) {
-          if (block == BLOCK) return i;  // others have written a part of their block
-          even = compute<0, false>(piece, i, constants, words, slots, at);
-          odd = compute<1, false>(piece, i, constants, words, slots, at);
-        }
-        (std::get<K>(slots).write(piece.planes[K], i, std::get<K>(even.fresh), std::get<K>(odd.fresh)), ...);
-      }
-      if (of_row && !(std::get<K>(slots).usual() && ...)) return first;
+      if (block != BLOCK && !grow(piece, first, end, constants, slots, held)) return first;
+      if ((done = complete(piece, first, end, constants, words, slots, held, numbers)) < end) return done;
       const auto bits = [&](auto k) { return [=](int at) { return bits_of(load<U32>(words + at), k()); }; };
       (std::get<K>(slots).finish(piece.planes[K], first, end, held[K], bits(std::integral_constant<int, K>{})), ...);
     }
@@ -129,24 +53,71 @@ struct FusedLoop<Rule, Gradient, std::index_sequence<K...>, F...> {
   }
 
  private:
+  using Held = float[sizeof...(F)][block];
+  using Places = std::array<float*, sizeof...(F)>;  // of new numbers, slot by slot
+
+  // The part of the rule in which numbers grow that share a scale, which is decided here. Whether it could be.
+  static bool grow(const Piece& piece, int first, int end, const Constants& constants, Slots& slots, Held& held) {
+    for (int i = first; i < end; i += LANES) {
+      grow<0>(piece, i, constants, slots, {held[K] + i - first...});
+      grow<1>(piece, i, constants, slots, {held[K] + i - first + W...});
+    }
+    if (!(std::get<K>(slots).all_known() && ...)) return false;
+    (std::get<K>(slots).decide(piece.planes[K], first), ...);
+    return true;
+  }
+
+  template <int half>
+  static void grow(const Piece& piece, int i, const Constants& constants, Slots& slots, const Places& at) {
+    const auto then = [&](F32, auto... numbers) { (std::get<K>(slots).hold(numbers, at[K]), ...); };
+    Rule::update(Gradient::template read<half>(piece.gradient, i), constants, then,
+                 std::get<K>(slots).template read<half>(piece.planes[K], i)...);
+  }
+
+  // All of the rule. Returns where it stopped before what it has to be careful with.
+  static int complete(const Piece& piece, int first, int end, const Constants& constants, const uint32_t* words,
+                      Slots& slots, Held& held, float* numbers) {
+    const auto half = [&](auto half, int i, auto is_finite) {
+      const int at = i + half * W;
+      return compute<half, is_finite>(piece, i, constants, words, slots,
+                                      {InLoop<F>::of_row ? numbers + at : held[K] + at - first...});
+    };
+    constexpr std::integral_constant<int, 0> even_places;
+    constexpr std::integral_constant<int, 1> odd_places;
+    for (int i = first; i < end; i += LANES) {
+      (fetch<F>(piece.planes[K], i + AHEAD, std::make_index_sequence<F::format.count>{}), ...);
+      fetch(piece.gradient, i + AHEAD, Gradient::BYTES);
+      Half<F...> even = half(even_places, i, Finite<true>{}), odd = half(odd_places, i, Finite<true>{});
+      if (!of_row && __builtin_expect(!all_finite(even.whole + odd.whole), false)) {
+        if (block == BLOCK) return i;  // others have written a part of their block
+        even = half(even_places, i, Finite<false>{}), odd = half(odd_places, i, Finite<false>{});
+      }
+      (std::get<K>(slots).write(piece.planes[K], i, std::get<K>(even.fresh), std::get<K>(odd.fresh)), ...);
+    }
+    if (of_row && !(std::get<K>(slots).usual() && ...))
+      for (int i = first; i < end; i += LANES)
+        half(even_places, i, Finite<false>{}), half(odd_places, i, Finite<false>{});
+    return end;
+  }
+
   template <int half, bool is_finite>
   static Half<F...> compute(const Piece& piece, int i, const Constants& constants, const uint32_t* words, Slots& slots,
-                            float* const* held) {
+                            const Places& at) {
     const U32 word = random ? load<U32>(words + i + half * W) : U32{};
     Half<F...> result;
     const auto then = [&](F32, auto... numbers) {
-      (std::get<K>(slots).take(numbers, held[K] + half * W, bits_of(word, int(K)), Finite<is_finite>{}, result.whole,
+      (std::get<K>(slots).take(numbers, at[K], bits_of(word, int(K)), Finite<is_finite>{}, result.whole,
                                std::get<K>(result.fresh)),
        ...);
     };
     Rule::update(Gradient::template read<half>(piece.gradient, i), constants, then,
-                 std::get<K>(slots).template read<half>(piece.planes[K], i)...);
+                 std::get<K>(slots).template number<half>(piece.planes[K], i, at[K], Finite<is_finite>{})...);
     return result;
   }
 
-  static void fetch(PlanesAt planes, int i, const Format& format) {
-    for (int p = 0; p < format.count; ++p)
-      if (format.planes[p].per == 1) fetch(planes[p], i, format.planes[p].bytes);
+  template <class G, size_t... P>
+  static void fetch(PlanesAt planes, int i, std::index_sequence<P...>) {
+    ((G::format.planes[P].per == 1 ? fetch(planes[P], i, G::format.planes[P].bytes) : void()), ...);
   }
 
   static void fetch(const char* plane, int i, int bytes) {

@@ -89,6 +89,19 @@ inline bool all(Mask mask) {
 #endif
 }
 
+inline bool some(Bytes x) {  // not 0
+#if defined(__AVX512BW__)
+  return !_mm256_testz_si256((__m256i)x, (__m256i)x);
+#elif defined(__AVX2__)
+  return !_mm_testz_si128((__m128i)x, (__m128i)x);
+#else
+  uint64_t word;
+  static_assert(sizeof word == sizeof x);
+  std::memcpy(&word, &x, sizeof word);
+  return word != 0;
+#endif
+}
+
 inline U32 min_signed(U32 a, U32 b) {
 #if defined(__AVX512BW__)
   return (U32)_mm512_min_epi32((__m512i)a, (__m512i)b);

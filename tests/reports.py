@@ -48,7 +48,7 @@ def run(strategy: str, lay, steps: int, parts: int) -> list[Report]:
 def assert_same(where: str, got: Quality, want: Quality) -> None:
     """Counts to the last bit, sums as far as adding them up in another order lets them be the same."""
     mine, theirs = asdict(got), asdict(want)
-    counts = ("steps", "nonzero", "lost", "edited")
+    counts = ("steps", "nonzero", "lost", "edited", "scales", "rescaled", "saturated")
     assert {key: mine[key] for key in counts} == {key: theirs[key] for key in counts}, where
     for key in theirs.keys() - set(counts):
         a, b = mine[key], theirs[key]

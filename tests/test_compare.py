@@ -186,6 +186,7 @@ def runs(losses: dict[str, list[float]], **fields: dict[str, float]) -> list[dic
     return [
         {
             **dict.fromkeys(("edq_visible", "edq", "m_error", "edq_shadow", "optimizer_ms", "tokens_per_s")),
+            "rescaled": None, "saturated": None,
             **usual, "strategy": strategy, "seed": seed, "val_loss": loss, "initial_loss": 3.0,
             "score": None, "initial_score": None, "mismatch": None, "frozen": [],
             "bytes_per_param": float(STRATEGIES[strategy].bytes_per_param()), "state_bytes": 1, "peak_rss_bytes": 7,
@@ -300,6 +301,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "reference" in out
     assert all(name in out for name in STRATEGIES)
+    told = [line.split()[0] for line in out.split("Use it when you want\n")[1].splitlines()]
+    assert sorted(told) == sorted(STRATEGIES)
 
 
 def test_info_tells_the_floor_that_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

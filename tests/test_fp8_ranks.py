@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same_bits
 from ranks import assert_same_as_alone, launch, perform, whole
+from reports import assert_same_report
 from test_dcp import optimizer_first, through_flat, through_parts
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -19,10 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     get_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 import collage
 from collage.fp8.owning import scale_of
 
+BESIDE = "bf16", "collage-fp8-lean"
+E4M3 = 0, 1, 3, 4  # layers of `made`
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -36,9 +40,13 @@ def line():
 def made(seed: int = 0) -> nn.Module:
     """Rows that no two or three ranks share evenly, and two, of which a third rank has none."""
     torch.manual_seed(seed)
+    return collage.fp8.convert(unconverted())
+
+
+def unconverted() -> nn.Module:
     wide = nn.Linear(160, 33), nn.Linear(33, 128, bias=False), nn.GELU()
     narrow = nn.Linear(128, 2), nn.Linear(2, 5), nn.LayerNorm(5), nn.Linear(5, 3)
-    return collage.fp8.convert(nn.Sequential(*wide, *narrow).bfloat16())
+    return nn.Sequential(*wide, *narrow).bfloat16()
 
 
 def sharded(model: nn.Module, parted: str = "together", param_dtype: torch.dtype | None = None) -> nn.Module:
@@ -82,6 +90,19 @@ def assert_scales_alike(label: str, ours: nn.Module, opt: torch.optim.Optimizer,
         assert_same_bits(f"{label} {name}", mine, theirs)
 
 
+def assert_exports_alike(label: str, ours: nn.Module, alone: nn.Module) -> None:
+    """What shows, sharded as the model is: gathered, and loaded into a sharded model that was not converted."""
+    from torch.distributed.fsdp import fully_shard
+
+    exported, wanted = collage.fp8.export(ours), collage.fp8.export(alone)
+    assert exported.keys() == wanted.keys()
+    plain = fully_shard(unconverted(), mesh=line())
+    plain.load_state_dict(exported)
+    for key, tensor in wanted.items():
+        assert_same_bits(f"{label} {key} exported", exported[key].full_tensor(), tensor)
+        assert_same_bits(f"{label} {key} loaded", plain.state_dict()[key].full_tensor(), tensor)
+
+
 def assert_loads_numbers(label: str, ours: nn.Module, opt: Any, alone: nn.Module, other: Any) -> None:
     """Full precision, exported and loaded into a sharded model by itself: each rank converts its rows."""
     exported, wanted = (collage.high_precision_state_dict(*pair) for pair in ((ours, opt), (alone, other)))
@@ -98,6 +119,7 @@ def hold(strategy: str, steps: str) -> None:
     """A model alone and sharded, in one group and in many, stepped by either backend."""
     alone = made()
     other = optimizer(alone, strategy)
+    of_one = collage.monitor(other, every=1, shadow=16, strategies=BESIDE)
     wanted = train(alone, other, 0, int(steps))
     for parted, param_dtype, backend in (
         ("together", None, "auto"),
@@ -107,10 +129,14 @@ def hold(strategy: str, steps: str) -> None:
         label = f"{strategy} {parted} {param_dtype} {backend}"
         ours = sharded(made(), parted, param_dtype)
         opt = optimizer(ours, strategy, backend)
+        monitor = collage.monitor(opt, every=1, shadow=16, strategies=BESIDE)
         assert train(ours, opt, 0, int(steps)) == wanted, label
+        assert_same_report(label, monitor.report(), of_one.report())
+        assert of_one.report().total.rescaled > 0
         assert_same_as_alone(label, ours, opt, alone, other)
         assert_scales_alike(label, ours, opt, alone)
         assert_loads_numbers(label, ours, opt, alone, other)
+        assert_exports_alike(label, ours, alone)
 
 
 def save(folder: str, strategy: str) -> None:
@@ -176,6 +202,40 @@ def accumulated(strategy: str) -> None:
         assert_same_as_alone(f"{summing} {waits}", ours, opt, alone, other)
 
 
+class Inside(nn.Module):
+    """With a forward pass of its own, which a compiler looks into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = made()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.inner:
+            x = layer(x)
+        return x
+
+
+def compiled(strategy: str) -> None:
+    """A sharded model whose forward and backward are compiled, before it was sharded or after."""
+    alone, graphs = Inside(), torch._dynamo.utils.counters["stats"]
+    other = optimizer(alone, strategy)
+    wanted = train(alone, other, 0, 3)
+    for parted, first in (("together", True), ("apart", False), ("together", False)):
+        torch._dynamo.reset()
+        graphs.clear()
+        ours = Inside()
+        if first:
+            ours.compile(backend="aot_eager")
+        sharded(ours.inner, parted) if parted == "apart" else None
+        sharded(ours)
+        if not first:
+            ours.compile(backend="aot_eager")
+        opt = optimizer(ours, strategy)
+        assert train(ours, opt, 0, 3) == wanted
+        assert graphs["unique_graphs"] > 0
+        assert_same_as_alone(f"compiled {parted} {first}", ours, opt, alone, other)
+
+
 def refused() -> None:
     """What parts a row, or leaves a layer with a part of its weight."""
     from torch.distributed.fsdp import fully_shard
@@ -195,6 +255,53 @@ def refused() -> None:
         model(torch.zeros(1, 160, dtype=torch.bfloat16))
 
 
+def saturated(strategy: str) -> None:
+    """Rows of either rank go beyond the largest scale, one moves below it: counted once, the same on all ranks."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = nn.Sequential(nn.Linear(40, 5, bias=False))
+    nn.init.constant_(model[0].weight, 2.0**126)
+    sharded(collage.fp8.convert(model))
+    opt = collage.SGD(model.named_parameters(), lr=1.0, strategy=strategy)
+    monitor = collage.monitor(opt, every=1)
+    grad = torch.zeros(5, 40).bfloat16()
+    grad[0, :3] = grad[4, 7] = -(2.0**127)
+    grad[3, 0] = -(2.0**126)
+    model[0].weight.grad = distribute_tensor(grad, line(), [Shard(0)])
+    opt.step()
+    total = monitor.report().total
+    assert (total.scales, total.rescaled, total.saturated) == (5, 3 / 5, 0)  # 1.5 * 2**127 still shows
+    model[0].weight.grad = distribute_tensor(grad * 0.375, line(), [Shard(0)])
+    opt.step()
+    window = monitor.window().total
+    assert (window.scales, window.rescaled, window.saturated) == (10, 3 / 10, 4)
+
+
+def remainders(strategy: str) -> None:
+    """Of what e4m3 cut off, too: the first rank's, and none where any rank has written to the weight since."""
+
+    def loads(net: nn.Module) -> None:
+        net.load_state_dict(made(seed=5).state_dict())
+
+    def writes(net: nn.Module) -> None:
+        net[1].weight.detach().view(torch.uint8)[0, 0] ^= 1
+
+    for doing, who in ((None, 0), (loads, 0), (loads, 1), (writes, 0), (writes, 1)):
+        alone, ours = made(seed=0), made(seed=dist.get_rank())
+        if doing and who == 0:
+            doing(alone)
+        if doing and who == dist.get_rank():
+            doing(ours)
+        known = [doing is None or (doing is writes and k != 1) for k in E4M3]
+        parallel = DistributedDataParallel(ours)
+        assert [ours[k].remainder is not None for k in E4M3] == known
+        for k in E4M3:
+            alone[k].remainder = alone[k].remainder if ours[k].remainder is not None else None
+        opt, other = optimizer(ours, strategy), optimizer(alone, strategy)
+        assert train(parallel, opt, 0, 1) == train(alone, other, 0, 1)
+        assert_same_as_alone(f"{doing} {who}", ours, opt, alone, other)
+
+
 def replicated(strategy: str) -> None:
     """Halves of equal gradients add up to them. Ranks begin with the first one's weights."""
     alone = made()
@@ -202,17 +309,20 @@ def replicated(strategy: str) -> None:
     wanted = train(alone, other, 0, 4)
     for settings in ({}, {"gradient_as_bucket_view": True, "static_graph": True}):
         ours = made(seed=dist.get_rank())
-        parallel = collage.fp8.replicate(ours, **settings)
+        parallel = DistributedDataParallel(ours, **settings)
         opt = optimizer(ours, strategy)
         assert train(parallel, opt, 0, 4) == wanted
         assert_same_as_alone(f"{settings}", ours, opt, alone, other)
         assert list(map(id, ours.buffers())) == [id(scale_of(p)) for p in ours.parameters() if scale_of(p) is not None]
+    remainders(strategy)
     mixed = made()
     mixed[5].float()
     with pytest.raises(ValueError, match=r"bfloat16 \('0.weight'\), float32 \('5.weight'\); cast the others"):
-        collage.fp8.replicate(mixed)
-    with pytest.raises(ValueError, match=r"needs static_graph=True"):
-        collage.fp8.replicate(made(), find_unused_parameters=True)
+        DistributedDataParallel(mixed)
+    with pytest.raises(
+        ValueError, match=r"find_unused_parameters: needs static_graph=True .*ddp_find_unused_parameters=False"
+    ):
+        DistributedDataParallel(made(), find_unused_parameters=True)
 
 
 def some(folder: str) -> None:
@@ -224,6 +334,8 @@ def others(folder: str) -> None:
     load(folder, "collage-fp8")
     replicated("collage-fp8")
     accumulated("collage-fp8")
+    saturated("collage-fp8")
+    compiled("collage-fp8")
     refused()
 
 

@@ -83,9 +83,10 @@ def test_a_users_own_script(
     run.add_callback(edq)
     run.train()
     logs = [log for log in run.state.log_history if "loss" in log]
+    defined = set(LOGGED) - {"rescaled", "saturated"}  # of weights that have no scales
     assert [log["step"] for log in logs] == [3, 6, 9]
     for log in logs:
-        assert set(LOGGED) <= set(log)
+        assert set(log) & set(LOGGED) == defined
         assert 0.5 < log["edq_ratio"] < 1.1
     assert not any("edq_ratio" in log for log in run.state.log_history if "eval_loss" in log)
     report = edq.report()
@@ -94,7 +95,7 @@ def test_a_users_own_script(
     assert optimizer.monitors == []
     assert "'edq_ratio': " in capsys.readouterr().out
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    for name in LOGGED:
+    for name in defined:
         assert [event.step for event in events.Scalars(f"train/{name}")] == [3, 6, 9]
 
 

@@ -29,6 +29,8 @@ SETTINGS = (
     "--shadow", "0",
 )  # fmt: skip
 
+FP8 = ("--strategy", "collage-fp8")
+
 
 def settings(folder: Path, name: str, *more: str) -> list[str]:
     files = ["--data", str(folder / "train.txt"), "--validation", str(folder / "validation.txt")]
@@ -60,6 +62,11 @@ def on_every_rank(folder: Path) -> None:
         if first:
             begun(folder, source, name)
         assert train(name, "--resume", *(["--shard"] if "shards" in name else [])) == 0
+    assert train("ddp-fp8", *FP8) == 0
+    assert train("shards-fp8", "--shard", *FP8) == 0
+    if first:
+        begun(folder, "shards-fp8", "shards-fp8-resumed")
+    assert train("shards-fp8-resumed", "--shard", "--resume", *FP8) == 0
     if first:
         begun(folder, "one", "one-in-shards", step=6)
     assert train("one-in-shards", "--shard", "--resume") == 0
@@ -77,6 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
     folder = tmp_path_factory.mktemp("runs")
     texts(folder)
     assert main(settings(folder, "one")) == 0
+    assert main(settings(folder, "one-fp8", *FP8)) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
     done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -111,6 +119,7 @@ def test_ddp_trains_as_one_process_does(runs: Any) -> None:
     folder, _ = runs
     assert_same(weights(folder / "ddp"), weights(folder / "one"))
     assert_same(state(folder / "ddp", 6), state(folder / "one", 6))
+    assert_same(state(folder / "ddp-fp8", 6), state(folder / "one-fp8", 6))
     for got, want in zip(records(folder / "ddp"), records(folder / "one"), strict=True):
         if want["kind"] == "train":
             # the mean over two processes of float32 sums, instead of one sum: an ulp
@@ -141,7 +150,7 @@ def test_shards_write_the_checkpoints_of_one_process(runs: Any) -> None:
     assert files[1] - files[0] == set(checkpoints.rng_files(1))
 
 
-@pytest.mark.parametrize("how", ["ddp", "shards"])
+@pytest.mark.parametrize("how", ["ddp", "shards", "shards-fp8"])
 def test_resume_is_bit_exact(runs: Any, how: str) -> None:
     folder, _ = runs
     assert_same(state(folder / f"{how}-resumed", 6), state(folder / how, 6))

@@ -51,7 +51,7 @@ struct Companded : Blockwise<Companded<Code, stochastic>, E8M0, 128, Code> {
   static void values(PlanesAt planes, int count, Buffer& x) {
     for (int first = 0; first < count; first += Companded::block) {
       const int end = padded(std::min(count, first + Companded::block));
-      if (!Decoder::fits(planes, first, end)) {
+      if (!Decoder::fits(planes, first) || Code::any(planes[0] + first, end - first, NOT_A_NUMBER)) {
         Companded::values_of(planes, first, end, x);
         continue;
       }
@@ -67,11 +67,6 @@ struct Companded : Blockwise<Companded<Code, stochastic>, E8M0, 128, Code> {
   static void encode_block(PlanesAt planes, int first, int end, const float* x, Bits bits) {
     U32 most{};
     for (int i = 0; i < end - first; i += W) most = larger(most, size_of(load<F32>(x + i)));
-    encode_block(planes, first, end, x, bits, most);
-  }
-
-  template <class Bits>
-  static void encode_block(PlanesAt planes, int first, int end, const float* x, Bits bits, U32 most) {
     const uint32_t largest = largest_of(most);
     const uint8_t e = scale_of(largest);
     if (!Encoder::fits(largest, e)) return Companded::Base::encode_block(planes, first, end, x, bits);
@@ -79,7 +74,7 @@ struct Companded : Blockwise<Companded<Code, stochastic>, E8M0, 128, Code> {
     const Encoder encoder(e);
     for (int i = first; i < end; i += LANES) {
       const F32 even = load<F32>(x + i - first), odd = load<F32>(x + i - first + W);
-      Code::write_high(planes[0], i, encoder(even, bits(i)), encoder(odd, bits(i + W)), even, odd);
+      Code::write_high(planes[0], i, encoder(even, bits(i)), encoder(odd, bits(i + W)));
     }
   }
 
@@ -89,9 +84,9 @@ struct Companded : Blockwise<Companded<Code, stochastic>, E8M0, 128, Code> {
   // The same numbers, of a block without NaN and with a scale that an encoder left, which goes into the constants.
   class Decoder {
    public:
-    static bool fits(PlanesAt planes, int first, int end) {
+    static bool fits(PlanesAt planes, int first) {
       const uint8_t e = Companded::scale_at(planes, first);
-      return e >= LEAST && e < 255 && !Code::any(planes[0] + first, end - first, NOT_A_NUMBER);
+      return e >= LEAST && e < 255;
     }
 
     Decoder(PlanesAt planes, int first) {
@@ -120,6 +115,7 @@ struct Companded : Blockwise<Companded<Code, stochastic>, E8M0, 128, Code> {
    public:
     static bool fits(uint32_t largest, uint8_t e) { return largest < 0x7F800000 && e < 254 && (e >= LOWEST || !largest); }
 
+    Encoder() = default;
     explicit Encoder(uint8_t scale) {
       const int e = std::max<int>(scale, LOWEST);
       base_ = Mask{} + int((127 - e) * (1 << 23) - J0 + (1 << (N - 1)));
@@ -132,7 +128,7 @@ struct Companded : Blockwise<Companded<Code, stochastic>, E8M0, 128, Code> {
       const F32 companded = (F32)((((Mask)size + base_) >> N) + (I0 + (16 << 23)));
       const Mask fixed = nearest(smaller(companded, size * linear_));
       const Mask k = fixed + (stochastic ? (Mask)random : 0x7FFF + ((fixed >> 16) & 1));
-      return SIGNED ? k : larger(k, (Mask)(x != F32{}) & 0x10000);
+      return SIGNED ? (Mask)((U32)k | ((U32)x & 0x80000000)) : larger(k, (Mask)(x != F32{}) & 0x10000);
     }
 
    private:
@@ -142,25 +138,47 @@ struct Companded : Blockwise<Companded<Code, stochastic>, E8M0, 128, Code> {
     F32 linear_;
   };
 
-  // A block in a loop that decodes it, and holds its new numbers until all of them are there.
+  // A block in a loop that decodes it, and encodes its new numbers once all of them are there.
   class OfBlock : public Decoder {
    public:
     using Decoder::Decoder;
 
     template <int half>
-    Register<F32> read(PlanesAt planes, int i) const {
+    Register<F32> read(PlanesAt planes, int i) {
+      if (half == 0) unknown_ |= (Bytes)(load<Bytes>(planes[0] + i) == uint8_t(NOT_A_NUMBER));
       return {Decoder::template value<half>(planes, i)};
     }
 
     void count(F32 x) { most_ = larger(most_, size_of(x)); }
 
+    // Whether every code that was read has a number.
+    bool all_known() const { return !some(unknown_); }
+
+    // The scale of the numbers that were counted.
+    void decide(PlanesAt planes, int first) {
+      const uint32_t largest = largest_of(most_);
+      const uint8_t e = scale_of(largest);
+      fits_ = Encoder::fits(largest, e);
+      if (fits_) Companded::scale_at(planes, first) = e;
+      encoder_ = Encoder(e);
+    }
+
+    Lanes<1> codes(F32 x, U32 random) const { return {{(F32)encoder_(x, random)}}; }
+
+    void write(PlanesAt planes, int i, const Lanes<1>& even, const Lanes<1>& odd) const {
+      if (fits_) Code::write_high(planes[0], i, (Mask)even.x[0], (Mask)odd.x[0]);
+    }
+
     template <class Bits>
     void finish(PlanesAt planes, int first, int end, const float* x, Bits bits) const {
-      encode_block(planes, first, end, x, bits, most_);
+      if (!fits_) Companded::Base::encode_block(planes, first, end, x, bits);
     }
 
    private:
     U32 most_{};
+    Bytes unknown_{};
+    Encoder encoder_;
+    bool fits_;
   };
 };
 

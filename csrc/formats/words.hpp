@@ -192,6 +192,13 @@ struct ScaledWord : Blockwise<ScaledWord<Lo, stochastic>, E8M0, PER_ROW, Int8, L
       return {(F32)((U32)size | ((U32)hi & 0x80000000))};
     }
 
+    // Whatever they hold.
+    template <int half>
+    static Register<F32> careful(PlanesAt planes, int i) {
+      return number({{Int8::template read<half>(planes[0], i), Lo::template read<half>(planes[1], i),
+                      E8M0::number(uint8_t(scale_in(planes)))}});
+    }
+
     bool usual() const { return collage::largest_of(most_) <= uint32_t(W8::LARGEST); }  // neither NaN nor broken was read
 
    private:

@@ -82,8 +82,9 @@ def whole(part: Tensor, param: Any) -> Tensor:
     """All of a tensor of which this rank has a part, placed as the parameter is. A collective if that is sharded."""
     if not is_dtensor(param):
         return part
-    result: Tensor = _of_parts(part, param.shape, param.device_mesh, param.placements).full_tensor()
-    return result
+    words = part.view(torch.uint8) if part.dtype.itemsize == 1 else part  # gloo has no float8
+    result: Tensor = _of_parts(words, param.shape, param.device_mesh, param.placements).full_tensor()
+    return result.view(part.dtype)
 
 
 def from_whole(tensor: Tensor, param: Any) -> Tensor:

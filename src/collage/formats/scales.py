@@ -7,6 +7,8 @@ from torch import Tensor
 
 F32 = torch.float32
 FRACTION, INF = 0x7FFFFF, 0x7F800000
+LEAST, MOST = 26, 246  # scale of a row of e4m3: a word below it is a normal float32 number, and so is what shows
+LARGEST = 448 * 2.0 ** (MOST - 127)  # that such a row can show
 
 
 def factors(scale: Tensor) -> Tensor:

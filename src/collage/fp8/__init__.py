@@ -9,12 +9,11 @@ if TYPE_CHECKING:
     from collage.fp8.converting import convert
     from collage.fp8.exporting import export
     from collage.fp8.linear import Float8Linear
-    from collage.fp8.replicating import replicate
 
-__all__ = ["Float8Linear", "convert", "export", "replicate"]
+__all__ = ["Float8Linear", "convert", "export"]
 
 # Imported when they are first asked for: the layer brings torch.compile's modules, which `import collage` does without.
-_WHERE = {"Float8Linear": "linear", "convert": "converting", "export": "exporting", "replicate": "replicating"}
+_WHERE = {"Float8Linear": "linear", "convert": "converting", "export": "exporting"}
 
 
 def __getattr__(name: str) -> Any:

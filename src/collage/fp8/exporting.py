@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from collage.fp8.codes import BF16, E4M3, decoded
-from collage.sharding import any_dtensor
+from collage.sharding import in_rows, local, placed
 
 SUFFIX = "_scale"
 
@@ -20,14 +20,12 @@ def export(model: nn.Module | Mapping[str, Any], dtype: torch.dtype = BF16) -> d
     What the optimizer keeps beside them is left out: `collage.high_precision_state_dict` has it.
 
     Args:
-        model: converted; or its state_dict, as a sharded model's is gathered.
+        model: converted; or its state_dict.
         dtype: of the weights. bfloat16 and float32 hold them exactly.
 
     Returns:
-        A dict that the unconverted model loads with ``strict=True``, and a converted one too.
-
-    Raises:
-        ValueError: a sharded state_dict.
+        A dict that the unconverted model loads with ``strict=True``, and a converted one too. Of a sharded model
+        weights are sharded as its own are, and ``full_tensor()`` gathers one.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     for key in [key for key in state if key.endswith(SUFFIX)]:
@@ -35,10 +33,7 @@ def export(model: nn.Module | Mapping[str, Any], dtype: torch.dtype = BF16) -> d
         weight = state.get(name)
         if not isinstance(weight, Tensor) or weight.dtype != E4M3:
             continue
-        if any_dtensor([weight]):
-            raise ValueError(
-                f"'{name}': is sharded; gather the state_dict first, torch.distributed.checkpoint.state_dict."
-                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), and export that"
-            )
-        state[name] = decoded(weight, state.pop(key), torch.float32).to(dtype)
+        scale = placed(state.pop(key), weight)
+        own = decoded(local(weight), local(scale), torch.float32).to(dtype)
+        state[name] = in_rows(own, weight.shape, weight)
     return state

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from collage.fp8 import products
 from collage.fp8.codes import E4M3, coded
+from collage.fp8.owning import forget
 from collage.fp8.saving import load_scale, save_scale
 from collage.fp8.sharding import enlist
 from collage.sharding import in_rows, is_dtensor, local, placed
@@ -101,6 +102,7 @@ class Float8Linear(nn.Linear):
         def moved(tensor: Tensor) -> Tensor:
             return fn(tensor.view(torch.uint8)).view(E4M3) if tensor.dtype == E4M3 else fn(tensor)
 
+        forget(self)
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         self.renew()
         return self

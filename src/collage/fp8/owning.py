@@ -30,6 +30,13 @@ def adopt(module: nn.Module, param: Tensor) -> None:
     _FOUND[param] = ref(module)
 
 
+def forget(module: nn.Module) -> None:
+    """Let go of a module's weight until it is asked for again: torch moves no DTensor that anything refers to."""
+    weight = module._parameters["weight"]
+    if weight is not None:
+        _FOUND.pop(weight, None)
+
+
 def module_of(param: Tensor) -> nn.Module | None:
     """The live module whose weight this very parameter is, or was when it was first asked."""
     known = _FOUND.get(param)

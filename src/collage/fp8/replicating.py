@@ -1,38 +1,68 @@
-"""DistributedDataParallel of a model with e4m3 weights: they are sent as bytes, and their gradients averaged as such.
+"""DistributedDataParallel of models with e4m3 weights: these are sent as bytes, and their gradients averaged as such.
 
-DDP averages gradients in the dtype of their weights. Here it is told which one they have.
+DDP sends weights and averages gradients in the weights' own dtype, which no backend has for float8, and asks nobody
+about it. So one of a model with layers of ours begins otherwise, whoever makes it: Accelerate, Trainer, Lightning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache, wraps
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from collage.fp8.linear import Float8Linear
+from collage.fp8.owning import remainder_of
+
+IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks for names
 
 
-def replicate(model: nn.Module, **settings: Any) -> nn.Module:
-    """``DistributedDataParallel(model, **settings)``, for a converted model.
-
-    Raises ValueError if not all gradients have one dtype, and for find_unused_parameters, unless the graph is static.
-
-    >>> model = collage.fp8.replicate(collage.fp8.convert(model), gradient_as_bucket_view=True)  # doctest: +SKIP
-    """
+@cache
+def teach_ddp() -> None:
+    """Have `DistributedDataParallel` take converted models, from now on; with all others it does as before."""
+    if not torch.distributed.is_available():
+        return
     from torch.nn.parallel import DistributedDataParallel
 
+    kind: Any = DistributedDataParallel
+    begin = kind.__init__
+
+    @wraps(begin)
+    def init(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        layers = layers_of(module)
+        if layers:
+            _begin(begin, self, layers, signature(begin).bind(self, module, *args, **kwargs).arguments)
+        else:
+            begin(self, module, *args, **kwargs)
+
+    kind.__init__ = init
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """The layers with e4m3 weights by their names."""
+    from collage.fp8.linear import Float8Linear
+
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Float8Linear)}
+
+
+def _begin(begin: Any, parallel: Any, layers: dict[str, Any], given: dict[str, Any]) -> None:
+    """What DDP does, but for how weights are sent and in which dtype gradients are averaged."""
+    settings = {key: value for key, value in given.items() if key not in ("self", "kwargs")} | given.get("kwargs", {})
+    model = settings["module"]
     dtype = _gradients_dtype(model)
     if settings.get("find_unused_parameters") and not settings.get("static_graph"):
-        raise ValueError("find_unused_parameters: needs static_graph=True where weights are e4m3; or use fully_shard")
-    if settings.pop("init_sync", True):
-        _send(model, settings.get("process_group"))
-    kind: Any = DistributedDataParallel
-    kind._set_params_and_buffers_to_ignore_for_model(model, _scales(model))
-    parallel = kind(model, init_sync=False, **settings)
+        raise ValueError(
+            "find_unused_parameters: needs static_graph=True where weights are e4m3; set it to False, of Trainer with "
+            "TrainingArguments(ddp_find_unused_parameters=False), or use fully_shard"
+        )
+    if settings.get("init_sync", True):
+        _send(model, layers, settings.get("process_group"))
+    scales = [f"{name}.weight_scale".lstrip(".") for name in layers]  # replicas change them alike
+    setattr(model, IGNORED, [*getattr(model, IGNORED, ()), *scales])
+    begin(parallel, **{**settings, "init_sync": False})
     _average_in(dtype, parallel.reducer)
-    return parallel  # type: ignore[no-any-return]
 
 
 def _average_in(dtype: torch.dtype, reducer: Any) -> None:
@@ -56,24 +86,29 @@ def _gradients_dtype(model: nn.Module) -> torch.dtype:
     return next(iter(found), torch.bfloat16)
 
 
-def _send(model: nn.Module, group: Any) -> None:
+def _send(model: nn.Module, layers: dict[str, Any], group: Any) -> None:
     """Have every rank take the first one's weights and buffers."""
     from torch import distributed
 
     first = distributed.get_global_rank(group, 0) if group is not None else 0
-    for tensor in _states(model):
+    _keep_common_remainders(list(layers.values()), group)
+    for tensor in _states(model, layers):
         distributed.broadcast(tensor, first, group=group)
 
 
-def _states(model: nn.Module) -> Iterator[Tensor]:
+def _keep_common_remainders(layers: list[Any], group: Any) -> None:
+    """Let go of what e4m3 cut off of a weight that any rank has loaded or written to since."""
+    from torch import distributed
+
+    known = torch.tensor([remainder_of(layer.weight) is not None for layer in layers], dtype=torch.uint8)
+    known = known.to(layers[0].weight.device)
+    distributed.all_reduce(known, distributed.ReduceOp.MIN, group=group)
+    for layer, common in zip(layers, known.tolist(), strict=True):
+        layer.remainder = layer.remainder if common else None
+
+
+def _states(model: nn.Module, layers: dict[str, Any]) -> Iterator[Tensor]:
     """Weights, buffers, and what e4m3 cut off of the weights; as bytes what is float8 or int16."""
-    held: list[Tensor | None] = [*model.parameters(), *model.buffers()]
-    held += [layer.remainder for layer in model.modules() if isinstance(layer, Float8Linear)]
+    held = [*model.parameters(), *model.buffers(), *(layer.remainder for layer in layers.values())]
     for own in (tensor.detach() for tensor in held if tensor is not None):
         yield own.view(torch.uint8) if own.dtype in (torch.float8_e4m3fn, torch.int16) else own
-
-
-def _scales(model: nn.Module) -> list[str]:
-    """Names of the row scales: replicas change them alike, so they are not sent before every forward pass."""
-    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Float8Linear))
-    return [f"{name}.weight_scale".lstrip(".") for name, _ in layers]

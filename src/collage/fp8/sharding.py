@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from collage.fp8.owning import register
+from collage.fp8.replicating import teach_ddp
 
 
 def enlist(module: nn.Module) -> None:
-    """Let a module's e4m3 weight be found by its optimizer, and be sharded."""
+    """Let a module's e4m3 weight be found by its optimizer, and be sharded or replicated."""
     register(module)
     _teach_fsdp()
+    teach_ddp()
 
 
 @cache

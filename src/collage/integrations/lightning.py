@@ -19,10 +19,11 @@ from collage.unwrapping import unwrapped
 class EDQCallback(Callback):
     """Measures what the optimizers' rounding loses, and logs it.
 
-    ``edq_ratio``, ``edq``, ``edq_visible``, ``lost``, ``v_ratio``, ``m_error`` and ``edq_shadow`` of every measured
-    step, as far as they are defined, go to the loggers and into ``trainer.callback_metrics``. Of several optimizers
-    each name ends in the optimizer's position, ``edq_ratio_0``. The run itself does not change by a bit, and one
-    resumed by ``ckpt_path`` measures the steps that it would have measured.
+    ``edq_ratio``, ``edq``, ``edq_visible``, ``lost``, ``v_ratio``, ``m_error``, ``edq_shadow``, ``rescaled`` and
+    ``saturated`` of every measured step, as far as they are defined, go to the loggers and into
+    ``trainer.callback_metrics``. Of several optimizers each name ends in the optimizer's position, ``edq_ratio_0``.
+    The run itself does not change by a bit, and one resumed by ``ckpt_path`` measures the steps that it would have
+    measured.
 
     Args:
         every: measure an optimizer's first step and every step that it divides.

@@ -21,7 +21,7 @@ from collage.unwrapping import unwrapped
 
 NEVER = 2**62  # calls of a monitor
 
-LOGGED = tuple(f.name for f in fields(Quality) if f.name not in ("steps", "nonzero", "edited"))
+LOGGED = tuple(f.name for f in fields(Quality) if f.name not in ("steps", "nonzero", "edited", "scales"))
 
 
 def by_name(
@@ -110,9 +110,10 @@ def _group(named: list[tuple[str, nn.Parameter]]) -> dict[str, Any]:
 class EDQCallback(TrainerCallback):
     """Measures what the optimizer's rounding loses, and adds it to every training log of a `Trainer`.
 
-    A log with a loss gains ``edq_ratio``, ``edq``, ``edq_visible``, ``lost``, ``v_ratio``, ``m_error`` and
-    ``edq_shadow`` over the steps measured since the log before, as far as they are defined; so does whatever the
-    Trainer reports to (its log history, TensorBoard, ...). The run itself does not change by a bit.
+    A log with a loss gains ``edq_ratio``, ``edq``, ``edq_visible``, ``lost``, ``v_ratio``, ``m_error``,
+    ``edq_shadow``, ``rescaled`` and ``saturated`` over the steps measured since the log before, as far as they are
+    defined; so does whatever the Trainer reports to (its log history, TensorBoard, ...). The run itself does not change
+    by a bit.
 
     Args:
         optimizer: what to watch; by default the Trainer's own. One of this package, wrapped or not.

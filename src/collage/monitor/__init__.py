@@ -1,7 +1,8 @@
 """Effective descent quality: how much of the intended update reached the weights.
 
-The step's own pass adds five sums per parameter (``reference.SUMS``); a monitor keeps their totals and makes the
-report. Those sums start from the stored state, so they cannot see damage already done to m and v: the shadow can.
+The step's own pass adds five sums per parameter (``reference.SUMS``); where weights have scales, a look at them adds
+three counts (``scaling.COUNTS``). A monitor keeps their totals and makes the report. The sums start from the stored
+state, so they cannot see damage already done to m and v: the shadow can.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from collage.collectives import spreads_of
+from collage.monitor import scaling
 from collage.monitor.books import Books, Measured
 from collage.monitor.quality import Report
 from collage.monitor.shadow import Follower, Placed, Stepping
@@ -49,6 +53,7 @@ class Monitor:
         self._coming = self._now  # the same with the call under way, which may yet be refused
         self._new_shadow = new_shadow
         self._shadow = self._new_shadow()
+        self._scales: list[Tensor | None] = []  # of each batch's weights, before a measured step
         self._unfollowed: dict[str, int] = {}  # by a shadow: their positions
         self._all, self._window = Books(), Books()
         self._shares = Shares()  # what is to be added up over ranks before it goes into the books
@@ -76,6 +81,7 @@ class Monitor:
         """Called by the optimizer before it writes. changed: whom others wrote to -> elements that did not fit."""
         with self._timed():
             self.edited((parameter for parameters, _ in stepping for parameter in parameters), changed)
+            self._scales = [scaling.before(batch) for _, batch in stepping] if self.due else []
             if self._shadow:
                 self._shadow.before(stepping, self.due, changed.keys())
                 left_out = [own for own, batch in stepping if not batch.rule.elementwise]
@@ -98,12 +104,19 @@ class Monitor:
         if not self.due:
             return
         self._lr = max([*([] if self._lr is None else [self._lr]), *_rates(self._groups())], default=None)
-        every = [pair for parameters, batch in stepping for pair in zip(parameters, batch.sums, strict=True)]
-        rows = [(p, sums.tolist()) for p, sums in sorted(every, key=lambda pair: pair[0].position)]
+        rows = sorted(self._measured(stepping), key=lambda row: row[0].position)
+        beside = {key: ([*sums, *scaling.NONE], sample) for key, (sums, sample) in beside.items()}
         if self._shares or any_dtensor([parameter.tensor for parameter, _ in rows]):
             self._shares.add(Measured(step, rows, sampled, ()), beside)
         else:
             self._enter(Measured(step, rows, sampled, [(name, *own) for (name, _), own in beside.items()]))
+
+    def _measured(self, stepping: Sequence[Stepping]) -> Iterator[tuple[Placed, list[float]]]:
+        """Each parameter and what was measured of its step."""
+        for (parameters, batch), old in zip(stepping, self._scales, strict=True):
+            for parameter, sums, counts in zip(parameters, batch.sums, scaling.counted(batch, old), strict=True):
+                yield parameter, [*sums.tolist(), *counts]
+        self._scales = []
 
     def _enter(self, measured: Measured) -> None:
         for books in (self._all, self._window):

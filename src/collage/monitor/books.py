@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from collage.backends.reference import SUMS
-from collage.monitor.quality import Report, Tally
+from collage.monitor.quality import SUMMED, Report, Tally
 from collage.monitor.shadow import Placed, Sampled
 
 
@@ -14,7 +13,7 @@ class Measured(NamedTuple):
     """One step of the optimizer, or a part of it."""
 
     step: int
-    rows: Sequence[tuple[Placed, Sequence[float]]]  # parameters in order, and their SUMS
+    rows: Sequence[tuple[Placed, Sequence[float]]]  # parameters in order, and theirs of what is SUMMED
     sampled: Mapping[str, Sampled]  # by name, of each of them that a shadow follows
     beside: Sequence[tuple[str, Sequence[float], Sampled]]  # strategies, and theirs
 
@@ -86,7 +85,7 @@ class Books:
 
 
 def _total(rows: Iterable[Sequence[float]]) -> list[float]:
-    total = [0.0] * len(SUMS)
+    total = [0.0] * len(SUMMED)
     for row in rows:
         total = [a + b for a, b in zip(total, row, strict=True)]
     return total

@@ -37,8 +37,12 @@ class Following:
         self._joined: dict[tuple[str, ...], list[Tensor]] = {}
 
     def formats(self, name: str, rule: Rule) -> tuple[str, ...]:
-        """Those of a parameter's slots; where its sample has no rows, those without blocks or scales."""
-        return (self.strategy.small.beside if self._met[name][1].flat else self.strategy).formats(rule.roles)
+        """Those of a parameter's slots."""
+        return self._of(name).formats(rule.roles)
+
+    def _of(self, name: str) -> Strategy:
+        """The strategy of a parameter; where its sample has no rows, one without blocks or scales."""
+        return self.strategy.small.beside if self._met[name][1].flat else self.strategy
 
     def meet(self, name: str, key: int, sampling: Sampling, rule: Rule, values: Sequence[Tensor]) -> None:
         """Start a parameter at these numbers of theta and the rule's other slots, sampled."""
@@ -49,7 +53,7 @@ class Following:
 
     def follow(self, name: str, theta: Tensor) -> None:
         """Go on from these weights; the other slots stay."""
-        for plane, value in zip(self._planes[name], split(format_of(self.strategy.param), theta), strict=False):
+        for plane, value in zip(self._planes[name], split(format_of(self._of(name).param), theta), strict=False):
             plane.copy_(value)
 
     def sizes(self, names: Sequence[str]) -> list[int]:

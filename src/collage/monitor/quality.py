@@ -8,8 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from collage.advised.advice import Advice
+from collage.backends.reference import SUMS
 from collage.monitor.advising import advice_of
+from collage.monitor.scaling import COUNTS, NONE
 from collage.monitor.shadow import Sampled
+
+SUMMED = (*SUMS, *COUNTS)  # of each parameter and step
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,9 @@ class Quality:
         v_ratio: mean of the second moment over its shadow's, at the last monitored step.
         m_error: |m - shadow's m| / |shadow's m|, at the last monitored step.
         edq_shadow: as edq_ratio, against the update that undamaged float32 moments would have made.
+        scales: of the rows of e4m3 weights, one for each row and monitored step.
+        rescaled: share of them that the step moved: how often a step moves a row's scale.
+        saturated: how many weights the steps left larger than their row can show, whose scale is the largest there is.
     """
 
     steps: int
@@ -41,6 +48,9 @@ class Quality:
     v_ratio: float | None = None
     m_error: float | None = None
     edq_shadow: float | None = None
+    scales: int = 0
+    rescaled: float | None = None
+    saturated: int | None = None
 
 
 def _ratio(a: float, b: float) -> float | None:
@@ -62,13 +72,14 @@ class Tally:
     edited: int = 0
     skipped: int = 0
     sampled: Sampled = field(default_factory=Sampled)
+    scaled: list[int] = field(default_factory=NONE.copy)
     step: int = -1  # that was added to last, its dot and norm2 so far, and when it was sampled
     under_way: tuple[float, float] = (0.0, 0.0)
     sampled_at: int = -1
 
     def add(self, sums: Sequence[float], step: int, sample: Sampled | None = None) -> None:
-        """Add the SUMS of a step of the optimizer, or of a further part of that which was added to last."""
-        dot, visible, norm2, nonzero, lost = sums
+        """Add what is SUMMED of a step of the optimizer, or of a further part of that which was added to last."""
+        dot, visible, norm2, nonzero, lost, *scaled = sums
         if step == self.step:
             self._add_edq(*self.under_way, -1)
             self.under_way = self.under_way[0] + dot, self.under_way[1] + norm2
@@ -80,6 +91,7 @@ class Tally:
         self.norm2 += norm2
         self.nonzero += int(nonzero)
         self.lost += int(lost)
+        self.scaled = [a + int(b) for a, b in zip(self.scaled, scaled, strict=True)]
         if sample is not None:
             self.sample(sample, step)
 
@@ -100,7 +112,7 @@ class Tally:
         return 0 < self.nonzero == self.lost
 
     def quality(self) -> Quality:
-        s = self.sampled
+        s, (scales, rescaled, saturated) = self.sampled, self.scaled
         return Quality(
             steps=self.steps,
             edq=_ratio(self.edq, self.with_update),
@@ -113,6 +125,9 @@ class Tally:
             v_ratio=_ratio(s.v, s.v_shadow),
             m_error=None if not s.m_shadow2 else math.sqrt(s.m_error2 / s.m_shadow2),
             edq_shadow=_ratio(s.dot, s.norm2),
+            scales=scales,
+            rescaled=_ratio(rescaled, scales),
+            saturated=saturated if scales else None,
         )
 
 

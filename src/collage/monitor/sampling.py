@@ -9,12 +9,30 @@ import torch
 from torch import Tensor
 
 from collage.backends import Region
-from collage.layout import as_rows
+from collage.formats import Format
+from collage.layout import Layout, Planes, as_rows
 from collage.sharding import cut_rows, local, region
 from collage.strategies import is_small
 
 RUN = 16  # neighbours: elements far apart would each cost a cache line
 BLOCK = 128  # neighbours of a row, where a format may have a scale for so many
+
+
+def in_rows(fmt: Layout, planes: Planes) -> Planes:
+    """Sampled planes as a format, which may have a word for each row, is given them: flat elements are rows of one."""
+    if planes[0].dim() > 1:
+        return planes
+    return [own[:, None] if plane.per == 1 else own for plane, own in zip(fmt.planes, planes, strict=True)]
+
+
+def value(fmt: Format, planes: Planes) -> Tensor:
+    """The numbers that sampled planes stand for, float32."""
+    return fmt.value(in_rows(fmt, planes)).view(planes[0].shape)
+
+
+def components(fmt: Format, planes: Planes) -> Planes:
+    """What EDQ differences of sampled planes."""
+    return [x.view(planes[0].shape) for x in fmt.components(in_rows(fmt, planes))]
 
 
 class Sampling:
@@ -41,11 +59,11 @@ class Sampling:
         return () if self.flat else (as_rows(self.shape)[1] if self._all else self._length,)
 
     def take(self, plane: Tensor, per: int | None = 1) -> Tensor:
-        """Of a plane with a word for ``per`` elements: [runs, words], [runs] for a word per row, [words] if flat.
+        """Of a plane with a word for ``per`` elements: [runs, words], [runs] for a word per row, [elements] if flat.
 
         A view where that can be.
         """
-        if self._all:
+        if self._all and (per == 1 or not self.flat):
             return plane if per != 1 else plane.reshape(-1) if self.flat else plane.reshape(as_rows(self.shape))
         if per == 1 and plane.is_contiguous():
             if self._small and self.shape.numel() == self._numel:
@@ -105,9 +123,9 @@ class Sampling:
     def _index(self, per: int | None) -> Tensor:
         """Which words of a plane of this part are taken."""
         index, columns = self._runs[1], max(1, as_rows(self.shape)[1])
-        if self.flat:
-            return index
         if per is None:
             return index // columns
+        if self.flat:
+            return index
         first = index // columns * -(-columns // per) + index % columns // per
         return first[:, None] + torch.arange(-(-self._length // per), device="cpu")

@@ -18,7 +18,7 @@ from collage.collectives import Spread, spreads_of
 from collage.formats import Format, format_of
 from collage.layout import Planes
 from collage.monitor.following import Following, carry_out
-from collage.monitor.sampling import Sampling
+from collage.monitor.sampling import Sampling, components, value
 from collage.rules import Rule
 from collage.sharding import layouts_of
 from collage.strategies import STRATEGIES, Strategy
@@ -130,14 +130,12 @@ class Shadow:
     def _value(self, names: Sequence[str], format: str, slots: Sequence[Planes]) -> Tensor:
         """The numbers that a slot's planes stand for, float32, sampled, of all these parameters in one."""
         fmt = format_of(format)
-        planes = self._planes(names, fmt, slots)
-        return fmt.value(_as_rows(fmt, planes)).view(planes[0].shape)
+        return value(fmt, self._planes(names, fmt, slots))
 
     def _components(self, parameters: Sequence[Placed], batch: Batch) -> Planes:
         """Theta's components as the optimizer has them, sampled, of all parameters of a batch in one."""
         fmt, names = format_of(batch.formats[0]), [parameter.name for parameter in parameters]
-        planes = self._planes(names, fmt, [row.slots[0] for row in batch.rows()])
-        return [x.view(planes[0].shape) for x in fmt.components(_as_rows(fmt, planes))]
+        return components(fmt, self._planes(names, fmt, [row.slots[0] for row in batch.rows()]))
 
     def after(self, stepping: Sequence[Stepping], due: bool) -> tuple[dict[str, Sampled], Beside]:
         """Follow the step. Returns, if it is measured, each parameter's sums and each other strategy's."""
@@ -202,10 +200,3 @@ class Shadow:
                 kinds.setdefault((step, theta.device, met.sampling.run, met.spread), []).append(k)
             found += [([parameters[k] for k in positions], batch.take(positions)) for positions in kinds.values()]
         return found
-
-
-def _as_rows(fmt: Format, planes: Planes) -> Planes:
-    """Elements that stand for themselves, each as a row, where a format has a word for each row."""
-    if fmt.elementwise or planes[0].dim() > 1:
-        return planes
-    return [own[:, None] if plane.per == 1 else own for plane, own in zip(fmt.planes, planes, strict=True)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from collage.collectives import Spread, spreads_of, totals
 from collage.monitor.books import Measured
 from collage.monitor.quality import Tally
+from collage.monitor.scaling import NONE
 from collage.monitor.shadow import Beside, Placed, Sampled
 
 Of = TypeVar("Of")  # what it is the share of: a parameter, or the name of a strategy beside the run
@@ -38,7 +39,7 @@ class Share(Generic[Of]):
         self._tally.edited += count
 
     def add(self, sums: Sequence[float], step: int, sample: Sampled) -> None:
-        """Add a step's SUMS and sample, or those of a further part of it."""
+        """Add what is SUMMED of a step, and its sample, or those of a further part of it."""
         if not self.steps or self.steps[-1] != step:
             self.steps.append(step)
             self._pairs.extend((0.0, 0.0))
@@ -49,26 +50,28 @@ class Share(Generic[Of]):
     def numbers(self) -> Tensor:
         """All that adds up, float64."""
         t = self._tally
-        sums = (t.visible, t.nonzero, t.lost, t.edited, *astuple(t.sampled))
+        sums = (t.visible, t.nonzero, t.lost, t.edited, *t.scaled, *astuple(t.sampled))
         return torch.tensor([*self._pairs, *sums], dtype=torch.float64, device="cpu")
 
     def take(self, numbers: Tensor) -> None:
         """From now on, the share of the whole: the sum of what `numbers` gave on every rank."""
         t, values = self._tally, numbers.tolist()
         self._pairs = array("d", values[: len(self._pairs)])
-        t.visible, nonzero, lost, edited, *sampled = values[len(self._pairs) :]
-        t.nonzero, t.lost, t.edited, t.sampled = int(nonzero), int(lost), int(edited), Sampled(*sampled)
+        t.visible, *others = values[len(self._pairs) :]
+        counts = 3 + len(NONE)
+        t.nonzero, t.lost, t.edited, *t.scaled = map(int, others[:counts])
+        t.sampled = Sampled(*others[counts:])
 
     def told(self, step: int) -> tuple[list[float], Sampled] | None:
-        """(SUMS, sample) of the next step, if it is this one. What has no steps of its own comes with the last."""
+        """(SUMMED, sample) of the next step, if it is this one. What has no steps of its own comes with the last."""
         if self._told == len(self.steps) or self.steps[self._told] != step:
             return None
         dot, norm2 = self._pairs[2 * self._told : 2 * self._told + 2]
         self._told += 1
         if self._told < len(self.steps):
-            return [dot, 0.0, norm2, 0, 0], Sampled()
+            return [dot, 0.0, norm2, 0, 0, *NONE], Sampled()
         t = self._tally
-        return [dot, t.visible, norm2, t.nonzero, t.lost], t.sampled
+        return [dot, t.visible, norm2, t.nonzero, t.lost, *t.scaled], t.sampled
 
 
 class Shares:

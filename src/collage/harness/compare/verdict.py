@@ -18,7 +18,8 @@ WHOLE = 0.999  # EDQ ratio
 V_TOLERANCE = 0.01  # of v over its shadow
 _MEANS = (
     "val_loss", "initial_loss", "score", "initial_score", "edq_ratio", "edq_visible", "edq", "lost", "v_ratio",
-    "m_error", "edq_shadow", "bytes_per_param", "state_bytes", "optimizer_ms", "tokens_per_s", "mismatch",
+    "m_error", "edq_shadow", "rescaled", "saturated", "bytes_per_param", "state_bytes", "optimizer_ms", "tokens_per_s",
+    "mismatch",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ _COLUMNS = (
     Column("lost", "Lost", "updates", percent),
     Column("frozen", "Frozen", "params", partial(fixed, digits=0)),
     Column("v_ratio", "v", "over shadow", partial(fixed, digits=3), optional=True),
+    Column("rescaled", "Scales", "moved a step", percent, optional=True),
     Column("mismatch", "Mismatch", "acts, trained", short, optional=True),
     Column("bytes_per_param", "Bytes", "per param", short),
     Column("peak_memory_bytes", "Peak", "memory", size),

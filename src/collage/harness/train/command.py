@@ -117,6 +117,8 @@ def _verdict(optimizer: str, result: training.RunResult) -> str:
         f"{fixed(result.val_loss, 4)}",
         *([f"score {short(result.initial_score)} → {short(result.score)}"] if result.score is not None else []),
         f"{since}{_quality(total.edq_ratio, total.lost)}" + (f", {frozen} parameters frozen" if frozen else ""),
+        *([f"a row's scale moved in {percent(total.rescaled)} of the steps"] if total.scales else []),
+        *([f"{total.saturated:,} weights beyond the largest scale"] if total.saturated else []),
         *(
             f"{name} would have had {_quality(quality.edq_ratio, quality.lost)}"
             for name, quality in result.report.beside.items()

@@ -20,7 +20,7 @@ from collage.backends import Batch, Row
 from collage.formats import format_of
 from collage.monitor import Monitor
 from collage.monitor.following import intended
-from collage.monitor.sampling import Sampling
+from collage.monitor.sampling import Sampling, in_rows
 from collage.monitor.shadow import Stepping, followed
 from collage.optimizers.base import PrecisionOptimizer
 from collage.rules.assign import ASSIGN
@@ -166,10 +166,10 @@ class UpdateSizes(Monitor):
 
     def _count(self, batch: Batch, row: Row, sampling: Sampling) -> None:
         slots = [
-            [sampling.take(plane, of.per) for plane, of in zip(planes, fmt.planes, strict=True)]
+            in_rows(fmt, [sampling.take(plane, of.per) for plane, of in zip(planes, fmt.planes, strict=True)])
             for planes, fmt in zip(row.slots, batch.layouts, strict=True)
         ]
-        delta = intended(batch, slots, sampling.take(batch.grads[0])).double()
+        delta = intended(batch, slots, sampling.take(batch.grads[0]).view(slots[0][0].shape)).double()
         theta = format_of(batch.formats[0]).value(slots[0]).double()
         seen = (theta != 0) & (delta != 0)
         exponent = torch.frexp(theta[seen]).exponent.clamp(min=-125) - 8  # ulp = 2**exponent

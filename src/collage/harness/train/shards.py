@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collage.sharding import any_dtensor
+from collage import sharding
+from collage.sharding import any_dtensor, local
 
 
 def shard(model: nn.Module, compute: torch.dtype, device: torch.device) -> None:
@@ -43,7 +44,7 @@ def is_sharded(model: nn.Module) -> bool:
 def whole(saved: Any) -> Any:
     """A state_dict with each DTensor gathered, on the CPU. A collective; only the first process has what it gathers."""
     if any_dtensor([saved]):
-        full = saved.full_tensor()
+        full = sharding.whole(local(saved), saved)
         return full.cpu() if torch.distributed.get_rank() == 0 else None
     if isinstance(saved, Mapping):
         return {key: whole(value) for key, value in saved.items()}
@@ -52,6 +53,6 @@ def whole(saved: Any) -> Any:
 
 def load(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give a sharded model its parts of whole tensors, which every process has."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    set_model_state_dict(model, dict(values), options=StateDictOptions(full_state_dict=True, strict=False))
+    own = model.state_dict()
+    parts = {name: sharding.placed(value, own[name]) if name in own else value for name, value in values.items()}
+    model.load_state_dict(parts, strict=False)

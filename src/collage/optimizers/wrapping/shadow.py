@@ -14,7 +14,7 @@ from collage.backends import Backend, Batch, Noise, Row, choose, reference
 from collage.collectives import Spread, spreads_of
 from collage.formats import format_of, split
 from collage.layout import Planes
-from collage.monitor.sampling import Sampling
+from collage.monitor.sampling import Sampling, components, value
 from collage.monitor.shadow import Beside, Sampled, Stepping, followed
 from collage.optimizers.parameters import Group, Parameter
 from collage.optimizers.wrapping.foreign import Foreign, Values
@@ -42,9 +42,9 @@ class Following:
         self._states: dict[str, Values] = {}
 
     def formats(self, met: Met) -> Formats:
-        """Those of a parameter; without blocks where its sample has none."""
+        """Those of a parameter; without blocks or scales where its sample has no rows."""
         flat = met.sampling.flat
-        return Formats(self.strategy.small if flat else self.strategy, self._given, flat)
+        return Formats(self.strategy.small.beside if flat else self.strategy, self._given, flat)
 
     def meet(self, name: str, met: Met, theta: Tensor, states: Values) -> None:
         """Start at these numbers of theta and the optimizer's states, sampled."""
@@ -150,16 +150,16 @@ class WrappedShadow:
         return [met.sampling.take(own, plane.per) for own, plane in planes]
 
     def _value(self, met: Met, batch: Batch, row: Row) -> Tensor:
-        return format_of(batch.formats[0]).value(self._planes(met, batch, row)).clone()
+        return value(format_of(batch.formats[0]), self._planes(met, batch, row)).clone()
 
     def _components(self, met: Met, batch: Batch, row: Row) -> Planes:
-        return [x.clone() for x in format_of(batch.formats[0]).components(self._planes(met, batch, row))]
+        return [x.clone() for x in components(format_of(batch.formats[0]), self._planes(met, batch, row))]
 
     def after(self, stepping: Sequence[Stepping], due: bool) -> tuple[dict[str, Sampled], Beside]:
         """Follow the step. Returns, if it is measured, each parameter's sums and each other strategy's."""
         sampled: dict[str, Sampled] = {}
         beside: Beside = {}
-        for some in _alike(stepping):
+        for some in self._alike(stepping):
             (first, batch, _), step = some[0], some[0][2].step
             group = self._optimizer.param_groups[first.group_index]
             met = {parameter.name: self._met[parameter.name] for parameter, _, _ in some}
@@ -177,6 +177,15 @@ class WrappedShadow:
                     beside[key] = added, sample + self._moments(name, seen, *theirs)
         self._before = {}
         return sampled, beside
+
+    def _alike(self, stepping: Sequence[Stepping]) -> list[list[tuple[Any, Batch, Row]]]:
+        """Those that make the same step of one batch on one device, and whose samples have rows, or have none."""
+        found: dict[tuple[Any, ...], list[tuple[Any, Batch, Row]]] = {}
+        for parameter, batch, row in _each(stepping):
+            flat = self._met[parameter.name].sampling.flat
+            key = id(batch), row.step, row.slots[0][0].device, flat
+            found.setdefault(key, []).append((parameter, batch, row))
+        return list(found.values())
 
     def _taken(self, name: str, grad: Tensor | None) -> Tensor:
         assert grad is not None
@@ -215,11 +224,3 @@ def _each(stepping: Sequence[Stepping]) -> Iterator[tuple[Any, Batch, Row]]:
     """Parameters of elementwise optimizers, one by one."""
     for parameters, batch in followed(stepping):
         yield from ((p, batch, row) for p, row in zip(parameters, batch.rows(), strict=True))
-
-
-def _alike(stepping: Sequence[Stepping]) -> list[list[tuple[Any, Batch, Row]]]:
-    """Those that make the same step of one batch on one device."""
-    found: dict[tuple[Any, ...], list[tuple[Any, Batch, Row]]] = {}
-    for own in _each(stepping):
-        found.setdefault((id(own[1]), own[2].step, own[2].slots[0][0].device), []).append(own)
-    return list(found.values())
