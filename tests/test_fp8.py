@@ -221,6 +221,40 @@ def test_states_go_to_other_strategies_and_back():
         train(plain, back, range(2))
 
 
+@pytest.mark.parametrize("source", ["collage-plus", "fp32-master", "collage-exact", "bf16"])
+def test_weights_and_state_of_another_strategy_make_whole_numbers(source):
+    """The recipe: load the weights, make the optimizer, load its state. Codes alone get no low components of others."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.ReLU(), nn.Linear(96, 33), nn.Linear(33, 8))
+    opt = collage.AdamW(plain.bfloat16().named_parameters(), lr=1e-2, strategy=source)
+    train(plain, opt, range(3))
+    full = collage.high_precision_state_dict(plain, opt)
+    for strategy, bits in (("collage-fp8", 20), ("collage-fp8-lean", 12), ("fp8-master", 20)):
+        net = model(seed=1)
+        net.load_state_dict(plain.state_dict())
+        other = collage.AdamW(net.named_parameters(), lr=1e-2, strategy=strategy)
+        other.load_state_dict(opt.state_dict(), convert=True)
+        for name, x in values(net, other).items():
+            error = float((x - full[name]).abs().max() / full[name].abs().max())
+            assert error <= 2.0 ** (1 - bits if name[0] in "03" else -16)
+    codes = fp8.export(net)
+    net.load_state_dict(codes)
+    other = collage.AdamW(net.named_parameters(), lr=1e-2, strategy="collage-fp8")
+    other.load_state_dict(opt.state_dict(), convert=True)
+    assert_same_bits("codes", values(net, other)["0.weight"], codes["0.weight"].float())
+
+
+def test_low_bits_that_a_load_has_cut_are_told_of(caplog):
+    net = model()
+    opt = collage.AdamW(net.named_parameters(), strategy="collage-fp8")
+    train(net, opt, range(1))
+    plain = nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.ReLU(), nn.Linear(96, 33), nn.Linear(33, 8))
+    plain.bfloat16().load_state_dict(fp8.export(net))
+    with caplog.at_level("INFO"):
+        collage.AdamW(plain.named_parameters()).load_state_dict(opt.state_dict(), convert=True)
+    assert "'0.weight' and 1 more: saved in 'e4m3+int16', of which the model's load has kept what" in caplog.text
+
+
 @pytest.mark.parametrize("how", ["fill", "one", "scale"])
 def test_what_others_change_is_taken_as_it_is_now(how):
     """hi changed: where that shows, lo is 0 and the scale stays; a loaded scale is the module's, so the state's."""
