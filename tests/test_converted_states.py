@@ -223,7 +223,7 @@ def test_low_components_that_are_here_stay_where_the_saved_state_has_none(caplog
         assert_same_bits(name, x, full[name])
     with caplog.at_level(logging.INFO, "collage"):
         converted(model, opt, "collage-exact")
-    assert "'0.weight' and 4 more: saved in float32" in caplog.text
+    assert "'0.weight' and 4 more: saved in 'fp32'" in caplog.text
 
 
 def test_a_state_of_the_same_strategy_is_restored_byte_for_byte():
