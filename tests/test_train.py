@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import collage
-from collage import STRATEGIES
+from collage import STRATEGIES, fp8
 from collage.formats import format_of
 from collage.harness.cli import main
 from collage.harness.tasks import recipes
@@ -181,6 +181,18 @@ def test_schedules() -> None:
 def test_wrong_settings_are_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         RunConfig.of("tiny-llama", "x", **given)
+
+
+@pytest.mark.parametrize("model", [name for name in RECIPES if name.startswith("tiny-")])
+def test_e4m3_strategies_are_refused_where_no_layer_is_converted(model: str) -> None:
+    try:
+        fp8.convert(build(model))
+    except ValueError:
+        other = {"tiny-gpt": "tiny-llama", "tiny-resnet": "tiny-vit"}[model]
+        with pytest.raises(ValueError, match=f"strategy: 'fp8-master' .* '{model}' .* --model {other}"):
+            RunConfig.of(model, "x", strategy="fp8-master")
+    else:
+        assert RunConfig.of(model, "x", strategy="fp8-master").recipe.convertible
 
 
 def test_every_setting_is_an_option_and_its_default_the_recipes() -> None:

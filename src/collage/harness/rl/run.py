@@ -74,6 +74,7 @@ class _Session:
     def _full(self) -> Network:
         """The model of the optimizer's full weights, whose layers are plain ones: e4m3 layers take none of float32."""
         plain = recipes.build(self.config.model, device="meta")
+        assert isinstance(plain, ActorCritic)
         weights = collage.high_precision_state_dict(self.model, self.optimizer)
         return partial(ppo.forward, plain, self.dtype, weights=weights)
 
