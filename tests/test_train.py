@@ -285,6 +285,17 @@ def test_the_monitor_does_not_change_the_run(text: str, tmp_path: Path) -> None:
     assert_identical(*runs)
 
 
+def test_codes_to_start_from_name_the_runs_weights(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    save_file(fp8.convert(nn.Linear(32, 32)).state_dict(), checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'weight': e4m3 codes, .*save_pretrained"):
+        building.read_weights(str(checkpoint))
+    save_file(nn.Linear(32, 32).state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"give .*/weights.safetensors, the run's last weights in float32"):
+        building.read_weights(str(checkpoint))
+
+
 def test_weights_to_start_from(text: str, tmp_path: Path) -> None:
     """A file of `collage train` and a transformers folder; a model of another shape is refused."""
     run = config(text, tmp_path / "a", "tiny-gpt", strategy="bf16", steps=2, save_every=2)
