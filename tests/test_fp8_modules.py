@@ -606,3 +606,41 @@ def test_skip_takes_names():
     with pytest.raises(TypeError, match="skip: needs names of modules or patterns of names, got Linear"):
         fp8.convert(net, skip=[net[0]])
     assert net[0].weight.dtype == torch.float32
+
+
+def begun(model: nn.Module) -> torch.Tensor:
+    """The first layer's weight as an optimizer that is made now begins with it."""
+    opt = collage.AdamW(model.named_parameters(), strategy="collage-fp8")
+    return collage.high_precision_state_dict(model, opt)["0.weight"]
+
+
+def loaded(state: dict, assign: bool = False) -> nn.Module:
+    torch.manual_seed(1)
+    model = fp8.convert(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 2)))
+    model.load_state_dict(state, assign=assign)
+    return model
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_e4m3_cuts_off_of_weights_that_are_loaded_stays(assign):
+    """As of those that are converted; after torch.save too. A write, or codes of other weights, and it is dropped."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 2)).bfloat16()
+    weight, state = plain[0].weight.detach().float(), plain.state_dict()
+    wanted = begun(fp8.convert(copy.deepcopy(plain)))
+    assert ((wanted - weight).abs() <= 2.0**-21 * weight.abs().amax()).all()
+    for dtype in (BF16, F32):
+        model = loaded({key: x.to(dtype if key == "0.weight" else BF16) for key, x in state.items()}, assign)
+        assert_same_bits("loaded", begun(model), wanted)
+    model = loaded(state, assign)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert_same_bits("saved", begun(torch.load(file, weights_only=False)), wanted)
+    model.load_state_dict(model.state_dict(), assign=assign)
+    assert_same_bits("its own", begun(copy.deepcopy(model)), wanted)
+    other = copy.deepcopy(model)
+    other[0].weight.detach().view(torch.uint8)[0, 0] ^= 1
+    assert_same_bits("written", begun(copy.deepcopy(other)), fp8.export(other, F32)["0.weight"])
+    model.load_state_dict(loaded(fp8.export(model)).state_dict() | {"0.weight_scale": model[0].weight_scale + 1})
+    assert_same_bits("scaled", begun(model), fp8.export(model, F32)["0.weight"])

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from collage.casting import casting
 from collage.fp8.codes import BF16, Coded, coded
 from collage.fp8.linear import Float8Linear
+from collage.fp8.owning import keep_remainder
 from collage.fp8.products import PRODUCTS, misfit
 from collage.fp8.selecting import chosen
 from collage.fp8.sharding import enlist
@@ -79,7 +80,8 @@ def _become(layer: Any, weight: Coded, product: str, grad_dtype: torch.dtype) ->
     old = layer.weight
     layer.weight = nn.Parameter(weight.hi, requires_grad=old.requires_grad)
     layer.register_buffer("weight_scale", weight.scale)
-    vars(layer).update(product=product, grad_dtype=grad_dtype, remainder=weight.lo)
+    vars(layer).update(product=product, grad_dtype=grad_dtype)
+    keep_remainder(layer, weight.lo)
     layer.__class__ = Float8Linear
     enlist(layer)
     layer.renew()
