@@ -575,3 +575,12 @@ def test_an_optimizer_begins_with_the_weights_that_were_converted(strategy, bits
     shown = fp8.export(model, F32)["0.weight"]
     assert float((got - weight).norm()) < 2.0 ** (1 - bits) * float((shown - weight).norm())
     assert model[0].remainder is None
+
+
+def test_an_optimizer_says_what_is_kept_beside_its_e4m3_weights():
+    model = fp8.convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)))
+    shown = repr(collage.AdamW(model.named_parameters(), strategy="fp8-master"))
+    assert "e4m3+fp32, fp32, fp32; bfloat16 parameters keep bf16+fp32; so do 3 of its 4" in shown
+    assert "keep bf16:sr, bf16x2:sr; so do 3 of its 4" in repr(
+        collage.AdamW(model.named_parameters(), strategy="collage-fp8")
+    )
