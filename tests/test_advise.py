@@ -281,6 +281,14 @@ def test_models_that_cannot_be_looked_at_are_refused():
         collage.advise("tiny-llama", 1e-5)
 
 
+def test_a_converted_model_is_refused_and_what_it_exports_is_not():
+    model = collage.fp8.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)))
+    for given in (model, model.state_dict()):
+        with pytest.raises(ValueError, match=r"model: '0.weight': e4m3 codes, .* before collage.fp8.convert\(model\)"):
+            collage.advise(given, lr=1e-4, bandwidth=20)
+    assert collage.advise(collage.fp8.export(model), lr=1e-4, bandwidth=20, steps=5, strategies=("fp32",)).rows
+
+
 def test_sizes_are_read():
     assert [amount(size) for size in ("24GB", "2KiB", "1.5 MiB", 7, 7.9)] == [24 * 10**9, 2048, 3 * 2**19, 7, 7]
 

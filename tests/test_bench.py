@@ -94,6 +94,12 @@ def test_small_tensors_say_their_own_bytes(tmp_path: Path, capsys: pytest.Captur
     assert "3,000 parameters in 3 tensors" in capsys.readouterr().out
 
 
+def test_vectors_alone_leave_nothing_to_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--params 3K --shapes small --plan --strategies collage-plus,fp8-master"
+    assert main(["bench", *options.split()]) == 2
+    assert "--shapes: small has only vectors, and fp8-master trains e4m3 matrices" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", TIMING)
 def test_accuracy_takes_no_flag_of_a_timing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"shapes": ["even"], "device": ["cpu"], "optimizer": ["adamw"]}

@@ -301,6 +301,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "reference" in out
     assert all(name in out for name in STRATEGIES)
+    assert "Under fp8-master bfloat16 parameters keep bf16+fp32." in " ".join(out.split())
     told = [line.split()[0] for line in out.split("Use it when you want\n")[1].splitlines()]
     assert sorted(told) == sorted(STRATEGIES)
 

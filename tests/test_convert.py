@@ -496,6 +496,23 @@ def of_fp8(folder: Path) -> list[str]:
     return [str(folder / "fp8.pt"), "out", "--to", "collage-plus"]
 
 
+def codes_alone(folder: Path) -> list[str]:
+    save_file(without_ties(collage.fp8.convert(Net())), folder / "in" / "model.safetensors")
+    (folder / "in" / "optimizer.pt").unlink()
+    return [str(folder / "in"), "out", "--to", "collage-plus"]
+
+
+def run_of_fp8(folder: Path) -> list[str]:
+    """As `collage train` leaves one."""
+    model = collage.fp8.convert(Net().bfloat16())
+    opt = collage.AdamW(model.named_parameters(), strategy="collage-fp8")
+    run(model, opt, 1)
+    (folder / "run").mkdir()
+    save(folder / "run" / "checkpoint-1", model, opt)
+    save_file({"embed.weight": model.embed.weight.float()}, folder / "run" / "weights.safetensors")
+    return [str(folder / "run" / "checkpoint-1"), "out", "--to", "torch"]
+
+
 BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "strategy": (lambda f: [str(f / "in"), "out", "--to", "collage"], "--to: unknown 'collage'; .* te, apex"),
     "to fp8": (
@@ -503,6 +520,8 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         r"--to: 'collage-fp8' trains .*call it .*convert=True",
     ),
     "of fp8": (of_fp8, r"is of strategy 'collage-fp8', .* save collage.high_precision_state_dict\(model, opt\)"),
+    "codes of fp8": (codes_alone, r"e4m3 codes, .*save_pretrained\(.*state_dict=collage.fp8.export\(model\)\)"),
+    "run of fp8": (run_of_fp8, r"is of strategy 'collage-fp8', .*/run/weights.safetensors has float32 ones"),
     "nowhere": (lambda f: ["nowhere", "out", "--to", "fp32"], "nowhere: no such file or folder; want"),
     "no model": (nothing, "no model in this folder; looked for checkpoint-N folders, model.safetensors,"),
     "state alone": (

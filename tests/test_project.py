@@ -47,7 +47,7 @@ ALLOWED = {
     "randomness": set(),
     "numerals": set(),
     "advised": {"numerals"},
-    "advice": STEP | {"floors", "optimizers"},
+    "advice": STEP | {"floors", "optimizers", "saying"},
     "conversion": NUMBERS | {"backends"},
     "fp8": {"formats", "layout", "sharding", "casting", "saying"},
     "optimizers": STEP | {"conversion", "saying", "randomness", "fp8", "casting"},

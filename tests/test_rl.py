@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
+from collage import fp8
 from collage.harness.cli import main
 from collage.harness.rl import acting, playing, ppo, rollouts
 from collage.harness.tasks.games import GAMES
@@ -218,6 +219,26 @@ def test_strategies_begin_with_the_same_rollout():
         result, rows = run(strategy=strategy, steps=1, every=1)
         losses[strategy] = rows[1]["loss"], rows[1]["mismatch"], result.initial_score
     assert len(set(losses.values())) == 1
+
+
+@pytest.mark.parametrize("strategy", ["collage-fp8", "fp8-master"])
+def test_a_policy_of_e4m3_weights_is_trained(strategy):
+    """Its first rollout is that of rounded weights: no mismatch of the optimizer's beyond what e4m3 cuts off."""
+    result, rows = run(strategy=strategy)
+    assert math.isfinite(result.score)
+    assert 0 < rows[1]["mismatch"] < 2**-4
+    assert result.weights["policy.0.weight"].dtype == torch.float32
+
+
+def test_an_actor_follows_row_scales():
+    model = fp8.convert(network())
+    actor, scale = acting.Actor(model, seed=0), model.policy[0].weight_scale
+    seen = torch.randn(8, 4)
+    _, before = actor.act(seen)
+    scale.add_(3)
+    actor.refresh(model)
+    _, after = actor.act(seen)
+    assert not torch.equal(before, after)
 
 
 def test_the_mismatch_is_of_the_weights_that_the_optimizer_holds(monkeypatch):

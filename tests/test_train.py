@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import collage
-from collage import STRATEGIES
+from collage import STRATEGIES, fp8
 from collage.formats import format_of
 from collage.harness.cli import main
 from collage.harness.tasks import recipes
@@ -183,6 +183,18 @@ def test_wrong_settings_are_named(given: dict[str, Any], message: str) -> None:
         RunConfig.of("tiny-llama", "x", **given)
 
 
+@pytest.mark.parametrize("model", [name for name in RECIPES if name.startswith("tiny-")])
+def test_e4m3_strategies_are_refused_where_no_layer_is_converted(model: str) -> None:
+    try:
+        fp8.convert(build(model))
+    except ValueError:
+        other = {"tiny-gpt": "tiny-llama", "tiny-resnet": "tiny-vit"}[model]
+        with pytest.raises(ValueError, match=f"strategy: 'fp8-master' .* '{model}' .* --model {other}"):
+            RunConfig.of(model, "x", strategy="fp8-master")
+    else:
+        assert RunConfig.of(model, "x", strategy="fp8-master").recipe.convertible
+
+
 def test_every_setting_is_an_option_and_its_default_the_recipes() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -271,6 +283,17 @@ def test_the_monitor_does_not_change_the_run(text: str, tmp_path: Path) -> None:
         for k, given in enumerate([{"every": 1, "beside": ("bf16",)}, {"every": 50, "shadow": 0}])
     ]
     assert_identical(*runs)
+
+
+def test_codes_to_start_from_name_the_runs_weights(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    save_file(fp8.convert(nn.Linear(32, 32)).state_dict(), checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'weight': e4m3 codes, .*save_pretrained"):
+        building.read_weights(str(checkpoint))
+    save_file(nn.Linear(32, 32).state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"give .*/weights.safetensors, the run's last weights in float32"):
+        building.read_weights(str(checkpoint))
 
 
 def test_weights_to_start_from(text: str, tmp_path: Path) -> None:

@@ -115,11 +115,18 @@ class Strategy:
 
         >>> STRATEGIES["collage-8bit"].exception
         'parameters of one dimension, of fewer than 4,096 elements or with rows below 32 keep bf16:sr, bf16x2:sr'
+        >>> STRATEGIES["fp8-master"].exception
+        'bfloat16 parameters keep bf16+fp32'
         """
         twins = [format_of(name).twin for name in self.formats() if format_of(name).twin]
         small = f"of one dimension, of fewer than {SMALL:,} elements or with rows below {SHORT}"
-        beside = "" if self.beside is self else f"bfloat16 parameters keep {self.beside.param}; "
-        return beside + (f"parameters {small} keep {', '.join(twins)}" if twins else "")
+        beside = "" if self.beside is self else f"bfloat16 parameters keep {self.beside.param}"
+        return "; ".join(filter(None, (beside, f"parameters {small} keep {', '.join(twins)}" if twins else "")))
+
+    def excepts(self, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+        """Whether a parameter that it takes is kept as `exception` says."""
+        own = self.on(dtype)
+        return own is not None and own.of(shape) != self
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from collage.layout import as_rows
+from collage.saying import several
 from collage.sharding import local
 
 LOOKED = 1 << 14  # numbers of a parameter that are looked at
@@ -21,6 +22,8 @@ ROWS, SINGLES = 64, 1024  # of the rehearsal: runs of matrices, numbers of vecto
 
 _BUFFER = re.compile(r"inv_freq$|running_(mean|var)$|masked_bias$")
 _MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # old GPT-2 files hold the causal mask as [1, 1, n, n]
+
+_E4M3 = (torch.float8_e4m3fn, "F8_E4M3")
 
 Entry = tuple[str, tuple[int, ...], Tensor]  # name, shape, the numbers or some of them
 
@@ -89,16 +92,19 @@ def of(model: nn.Module | Mapping[str, Tensor] | Weights) -> Weights:
     """The weights of a module's parameters that train, or of tensors by name.
 
     Raises:
-        ValueError: there are none, or they are on the meta device and have no numbers. TypeError: something else.
+        ValueError: there are none, or they have no numbers: on the meta device, or e4m3 codes.
+        TypeError: something else.
     """
     if isinstance(model, Weights):
         return model
     if isinstance(model, nn.Module):
         _require_made(model)
         named = dict(model.named_parameters())
+        _require_numbers({name: x.dtype for name, x in (*named.items(), *model.named_buffers())})
         frozen = sum(param.nbytes for param in named.values() if not param.requires_grad)
         return _of_tensors({name: param for name, param in named.items() if param.requires_grad}, frozen)
     if isinstance(model, Mapping):
+        _require_numbers({name: x.dtype for name, x in model.items() if isinstance(x, Tensor)})
         return _of_tensors(_trained(model))
     raise TypeError(f"model: needs a torch.nn.Module or a dict of tensors, got {type(model).__name__}")
 
@@ -125,6 +131,23 @@ def _trained(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def is_buffer(name: str, dimensions: int) -> bool:
     """Whether an entry of this name is no weight, though it is of floating point."""
     return bool(_BUFFER.search(name) or (dimensions != 1 and _MASK.search(name)))
+
+
+def codes(dtypes: Mapping[str, Any]) -> list[str]:
+    """The weights that `collage.fp8.convert` made: e4m3 codes, which stand for nothing without the scales beside them.
+
+    dtypes: of every entry of a model, torch's or safetensors' names of them.
+    """
+    return [name for name, dtype in dtypes.items() if dtype in _E4M3 and f"{name}_scale" in dtypes]
+
+
+def _require_numbers(dtypes: Mapping[str, torch.dtype]) -> None:
+    found = codes(dtypes)
+    if found:
+        raise ValueError(
+            f"model: {several(found)}: e4m3 codes, which no strategy but theirs takes; ask before "
+            "collage.fp8.convert(model), or about collage.fp8.export(model)"
+        )
 
 
 def _require_made(model: nn.Module) -> None:

@@ -32,8 +32,8 @@ def convert(
 
     Args:
         model: with its weights, on any device.
-        skip: names of modules that stay in bfloat16 with all below them; ``*`` and ``?`` stand for what they do in
-            file names.
+        skip: names of modules, or patterns of them, that stay in bfloat16 with all below them; ``*`` and ``?`` stand
+            for what they do in file names.
         product: what forward and backward multiply with. ``"scaled_mm"``: e4m3 activations and gradients, which are
             scaled for each row; ``"decoded"``: those of the activations' own dtype, with weights decoded tile by tile;
             ``"auto"``: the former on GPUs that have it, for shapes that are multiples of 16.

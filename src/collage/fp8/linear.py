@@ -48,6 +48,11 @@ class Float8Linear(nn.Linear):
                 f"{tuple(self.weight.shape)}, and multiplies with a whole one; shard it with fully_shard, and call the "
                 "module that this was given, or name the layer in skip= of collage.fp8.convert"
             )
+        if not x.is_floating_point() or x.dtype.itemsize == 1:
+            raise TypeError(
+                f"Float8Linear: x is {x.dtype}, and needs 16 bits or more; where a model casts it to the dtype of this "
+                "weight, or takes the weight for a matrix, name the layer in skip= of collage.fp8.convert"
+            )
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

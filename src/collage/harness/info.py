@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     say(screen, f"backends: {native}; {gpu}; reference (plain PyTorch, any device)")
     screen.print(_strategies())
     for exception in dict.fromkeys(s.exception for s in STRATEGIES.values() if s.exception):
-        say(screen, f"Beside 8-bit moments, {exception}.")
+        names = (name for name, s in STRATEGIES.items() if s.exception == exception)
+        say(screen, f"Under {', '.join(names)} {exception}.")
     say(screen, "Use it when you want")
     for name, when in USE_WHEN.items():
         say(screen, f"  {name:<20}{when}")

@@ -24,7 +24,7 @@ from collage.optimizers.plan import require_whole_blocks
 from collage.optimizers.settings import checked_seed, without_foreign
 from collage.rules import Setting
 from collage.sharding import as_bytes, local, placed
-from collage.strategies import Strategy, is_small
+from collage.strategies import Strategy
 
 ROUNDED = 1e-12  # what a schedule may end below 0 (LinearLR to end_factor=0, by its recursion): it moves nothing
 LR = Setting("lr", least=-ROUNDED)
@@ -78,15 +78,14 @@ class PrecisionOptimizer(Guarded):
             first += len(group["params"])
 
     def __repr__(self) -> str:
-        """torch's, and where small parameters have other formats: which, and how many these are."""
+        """torch's, and where some parameters have other formats: which, and how many these are."""
         lines = [super().__repr__()]
         for index, group in enumerate(self.param_groups):
             strategy = Strategy.parse(group["strategy"])
-            dtypes = strategy.dtype, strategy.beside.dtype
-            small = sum(1 for param in group["params"] if param.dtype in dtypes and is_small(param.shape))
+            others = sum(strategy.excepts(param.dtype, param.shape) for param in group["params"])
             if strategy.exception:
                 kept = f"{', '.join(strategy.formats())}; {strategy.exception}"
-                lines.append(f"group {index}: {kept}; so do {small} of its {len(group['params'])}")
+                lines.append(f"group {index}: {kept}; so do {others} of its {len(group['params'])}")
         return "\n".join(lines)
 
     def shadow(self, stride: int, strategies: Sequence[Strategy]) -> Follower:

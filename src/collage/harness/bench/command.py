@@ -171,6 +171,7 @@ def time(names: Sequence[str], args: argparse.Namespace, rank: int) -> int:
     if args.threads is not None and not 1 <= args.threads <= most:
         raise ValueError(f"--threads: needs 1 to {most}, the cores of this machine, got {args.threads}")
     shapes = shapes_of(args.shapes, args.params)
+    _require_convertible(names, shapes)
     lines = rows(args.optimizer, names, not args.no_monitor, not args.no_others, args.extra, args.sharded)
     if args.bandwidth is not None and not (args.plan and 0 < args.bandwidth < math.inf):
         raise ValueError(f"--bandwidth: needs --plan and a number above 0, got {args.bandwidth:g}")
@@ -217,6 +218,16 @@ def matrix(numel: int) -> tuple[int, int]:
     """The shape, in rows of 4,096 if it is that large, that comes nearest to so many elements."""
     columns = min(4096, numel)
     return round(numel / columns), columns
+
+
+def _require_convertible(names: Sequence[str], shapes: Shapes) -> None:
+    """Raise ValueError for strategies of e4m3 weights where there are only vectors, which stay bfloat16."""
+    converted = [name for name in names if Strategy.parse(name).dtype.itemsize == 1]
+    if converted and not any(len(shape) == 2 for shape in shapes):
+        raise ValueError(
+            f"--shapes: small has only vectors, and {converted[0]} trains e4m3 matrices; give --shapes even, or leave "
+            f"{', '.join(converted)} out of --strategies"
+        )
 
 
 def require_memory(lines: Sequence[Row], shapes: Shapes, device: torch.device) -> None:

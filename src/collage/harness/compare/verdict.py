@@ -138,8 +138,8 @@ def caveats(
         "Peak memory is of the whole process during a run, or of torch's allocator on a GPU: activations, and on a CPU "
         "Python and its libraries, dominate a small model.",
     ]
-    exceptions = dict.fromkeys(Strategy.parse(name).exception for name in strategies)
-    found += [f"Beside 8-bit moments, {text}; the bytes are counted with them." for text in exceptions if text]
+    exceptions = ((name, Strategy.parse(name).exception) for name in strategies)
+    found += [f"Under {name} {text}; the bytes are counted with them." for name, text in exceptions if text]
     if unfollowed:
         found.append(
             f"No shadow follows {several(unfollowed)}, which step as whole matrices: of these there is what arrived, "

@@ -9,11 +9,16 @@ from collage.advice.weights import is_buffer
 from collage.harness.convert import architectures
 from collage.harness.convert.models import Model
 from collage.harness.convert.states import COLLAGE, Parameter, Saved
+from collage.harness.tasks.weights import files_of, require_numbers
 from collage.layout import Plane
 
 
 def of_model(model: Model) -> Saved:
-    """What an optimizer that has made no step would have saved of a model's weights, each tied one once."""
+    """What an optimizer that has made no step would have saved of a model's weights, each tied one once.
+
+    Raises ValueError for e4m3 codes.
+    """
+    require_numbers(files_of(model.path)[0], {name: about.dtype for name, about in model.about.items()})
     places = {model.place(name): name for name in reversed(model.about) if _is_weight(model, name)}
     names = sorted(places.values(), key=list(model.about).index)
     parameters = [Parameter(k, name, 0, {}) for k, name in enumerate(names)]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from collage.formats import format_of
+from collage.harness.tasks.weights import float32_of
 from collage.layout import Plane
 from collage.optimizers.loading import other_rule, require_state_dict
 from collage.optimizers.parameters import name_of
@@ -170,10 +172,11 @@ def strategy_of(saved: Saved, parameter: Parameter, dtype: torch.dtype, shape: t
         return _plain(parameter.state, prefixes, dtype, what)
     under = Strategy.parse(saved.groups[parameter.group]["strategy"])
     if under.beside is not under:
+        whole = float32_of(Path(what))
+        wide = f"{whole} has" if whole else "save collage.high_precision_state_dict(model, opt),"
         raise ValueError(
-            f"{what}: is of strategy '{under}', whose weights are read by their layers alone; save "
-            "collage.high_precision_state_dict(model, opt), float32 weights, and load this into an optimizer of them "
-            "with opt.load_state_dict(state, convert=True)"
+            f"{what}: is of strategy '{under}', whose weights are read by their layers alone; {wide} float32 ones, and "
+            "an optimizer of them loads this with opt.load_state_dict(state, convert=True)"
         )
     for strategy in (under.of(shape), STRATEGIES["fp32"]):
         wanted = planes(prefixes, strategy)

@@ -16,9 +16,9 @@ UNSEEN = 2**20  # an evaluation's seed: the same games for all, and none that is
 
 
 class Actor:
-    """A copy of a policy as it would be deployed: weights of 16 bits, and arithmetic in them, whatever trains it.
+    """A copy of a policy as it would be deployed: weights and arithmetic of 16 bits, whatever trains it.
 
-    A float16 policy acts in float16; any other in bfloat16, to which float32 weights are rounded.
+    A float16 policy acts in float16; any other in bfloat16, to which float32 weights are rounded; e4m3 ones stay.
     """
 
     def __init__(self, model: ActorCritic, seed: int) -> None:
@@ -30,8 +30,7 @@ class Actor:
     @torch.no_grad()
     def refresh(self, model: ActorCritic) -> None:
         """Take over the weights as they are now."""
-        for own, trained in zip(self._policy.parameters(), model.policy.parameters(), strict=True):
-            own.copy_(trained)
+        self._policy.load_state_dict(model.policy.state_dict())  # row scales of e4m3 weights too
 
     def act(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """[n, numbers] -> an action drawn for each, [n] int64, and its log-probability, [n] float32; it may be NaN."""

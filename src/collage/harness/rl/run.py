@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +14,9 @@ import collage
 from collage.harness.rl import ppo
 from collage.harness.rl.acting import mean_return
 from collage.harness.rl.lessons import Lessons
+from collage.harness.rl.rollouts import Network
 from collage.harness.rl.telling import Teller
+from collage.harness.tasks import recipes
 from collage.harness.tasks.games import Game
 from collage.harness.tasks.policies import ActorCritic
 from collage.harness.train import building
@@ -62,11 +65,18 @@ class _Session:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.lr_scale)
         half = any(p.dtype == torch.float16 for p in self.model.parameters())
         self.scaler = torch.amp.GradScaler("cpu", enabled=half)  # float16 has too few small numbers for gradients
-        self.lessons = Lessons(self.game, self.model, self.optimizer, self.dtype, config.batch_size, config.seed)
+        self.lessons = Lessons(self.game, self.model, self._full, self.dtype, config.batch_size, config.seed)
         self.losses: list[float] = []  # since the last log
         callbacks = self.watch.follow(self.model, self.optimizer, histogram)
         settings = arguments(config, report_to, eval_batch=1)
         self.teller = Teller(settings, callbacks, self.model, self.optimizer, self.schedule)
+
+    def _full(self) -> Network:
+        """The model of the optimizer's full weights, whose layers are plain ones: e4m3 layers take none of float32."""
+        plain = recipes.build(self.config.model, device="meta")
+        assert isinstance(plain, ActorCritic)
+        weights = collage.high_precision_state_dict(self.model, self.optimizer)
+        return partial(ppo.forward, plain, self.dtype, weights=weights)
 
     def run(self) -> RunResult:
         self._evaluate()

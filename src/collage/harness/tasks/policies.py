@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,12 +27,13 @@ class ActorCritic(PreTrainedModel):  # type: ignore[no-untyped-call]
 
 
 def log_probabilities(policy: nn.Sequential, observations: Tensor) -> Tensor:
-    """[n, numbers] -> [n, actions] float32. The network computes in its weights' dtype, the softmax in float32."""
+    """[n, numbers] -> [n, actions] float32. The network computes in its biases' dtype, the softmax in float32."""
     return _outputs(policy, observations).log_softmax(-1)
 
 
 def _outputs(network: nn.Sequential, observations: Tensor) -> Tensor:
-    outputs: Tensor = network(observations.to(next(network.parameters()).dtype))
+    last: Any = network[-1]
+    outputs: Tensor = network(observations.to(last.bias.dtype))  # e4m3 weights are not what computes
     return outputs.float()
 
 

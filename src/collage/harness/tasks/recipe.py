@@ -60,6 +60,11 @@ class Recipe:
         return self.family in ("vit", "resnet")
 
     @property
+    def convertible(self) -> bool:
+        """Whether `collage.fp8.convert` finds linear layers beside its head: not transformers' Conv1D of a GPT-2."""
+        return self.family not in ("gpt", "resnet")
+
+    @property
     def plays(self) -> bool:
         return self.objective == "policy"
 

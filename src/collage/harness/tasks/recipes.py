@@ -13,6 +13,7 @@ from torch import nn
 
 from collage.harness.tasks.families import FAMILIES
 from collage.harness.tasks.recipe import Phase, Recipe
+from collage.strategies import Strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,6 +141,18 @@ def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"model {name!r}: no such recipe; known: {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def require_convertible(model: str, strategy: str) -> None:
+    """Raises ValueError, naming a recipe that it can train, for a strategy of e4m3 weights where none are made."""
+    recipe = get_recipe(model)
+    if recipe.convertible or Strategy.parse(strategy).dtype.itemsize > 1:
+        return
+    known = next(other.name for other in RECIPES.values() if other.convertible and other.objective == recipe.objective)
+    raise ValueError(
+        f"strategy: '{strategy}' trains e4m3 weights of linear layers, and '{model}' has none beside its output head; "
+        f"give --model {known}, or another strategy"
+    )
 
 
 def build(

@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collage.advice.weights import is_buffer
+from collage.advice.weights import codes, is_buffer
+from collage.saying import several
 
 KINDS = ("embedding", "attention", "mlp", "norm", "bias", "head", "other")
 
 ACCEPTED = "a .safetensors file, a state dict (.pt, .pth, .bin, .ckpt), or the folder of a transformers model or a run"
 STATE_DICTS = (".pt", ".pth", ".bin", ".ckpt")
+WEIGHTS = "weights.safetensors"  # of a run
 IN_FOLDER = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-    "weights.safetensors",
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", WEIGHTS,
 )  # fmt: skip
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where training loops put the weights
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of what can be trained
@@ -62,7 +63,7 @@ def read(path: Path) -> Iterator[Entry]:
 
     Raises:
         FileNotFoundError: the path, or a shard that an index names, is missing.
-        ValueError: a file of another kind.
+        ValueError: a file of another kind, or of e4m3 codes.
     """
     for file in files_of(path):
         if not file.exists():
@@ -92,13 +93,34 @@ def files_of(path: Path) -> list[Path]:
         raise ValueError(f"{path}: not an index of shards (no 'weight_map')") from None
 
 
+def require_numbers(file: Path, dtypes: Mapping[str, Any]) -> None:
+    """Raises ValueError, saying what to give instead, for weights that `collage.fp8.convert` made.
+
+    dtypes: of all entries, as `codes` takes them.
+    """
+    found, whole = codes(dtypes), float32_of(file)
+    if not found:
+        return
+    fix = "save their numbers, model.save_pretrained(folder, state_dict=collage.fp8.export(model))"
+    if whole:
+        fix = f"give {whole}, the run's last weights in float32"
+    raise ValueError(f"{file}: {several(found)}: e4m3 codes, which only their own layers can read; {fix}")
+
+
+def float32_of(file: Path) -> Path | None:
+    """The float32 weights of the run that has the checkpoint of this file; None: it is of none, or the run goes on."""
+    whole = file.parent.parent / WEIGHTS
+    return whole if file.parent.name.startswith("checkpoint-") and whole.exists() else None
+
+
 def _safetensors(file: Path) -> Iterator[Entry]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
-                header = tensors.get_slice(name)
+            headers = {name: tensors.get_slice(name) for name in sorted(tensors.keys())}
+            require_numbers(file, {name: header.get_dtype() for name, header in headers.items()})
+            for name, header in headers.items():
                 shape = torch.Size(header.get_shape())
                 used = header.get_dtype() in _FLOATS and not is_buffer(name, len(shape))
                 yield Entry(name, shape.numel(), tensors.get_tensor(name) if used else None)
@@ -115,7 +137,9 @@ def _state_dict(file: Path) -> Iterator[Entry]:
             f"{file}: damaged, or not a state dict; write one with torch.save(model.state_dict(), FILE)"
         ) from None
     seen = set()
-    for name, tensor in unwrapped(loaded, file).items():
+    found = unwrapped(loaded, file)
+    require_numbers(file, {name: x.dtype for name, x in found.items() if isinstance(x, Tensor)})
+    for name, tensor in found.items():
         if not isinstance(tensor, Tensor):
             continue
         if tensor.layout == torch.strided:

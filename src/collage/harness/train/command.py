@@ -15,12 +15,12 @@ import collage
 from collage.harness import console, options
 from collage.harness.tasks.recipes import get_recipe
 from collage.harness.tasks.registry import require_installed
+from collage.harness.tasks.weights import WEIGHTS
 from collage.harness.text import fixed, percent, scientific, short, to_json
 from collage.harness.train import building, checkpoints, loops, resuming, training, world
 from collage.harness.train.config import KEPT, OWN, RUNS, RunConfig
 from collage.harness.train.resuming import METRICS, RESULT
 
-WEIGHTS = "weights.safetensors"
 SAVE_EVERY = 100
 
 

@@ -17,7 +17,7 @@ from collage.harness.tasks.data import Tokens
 from collage.harness.tasks.material import Data, material, require_fitting, tokens_of
 from collage.harness.tasks.recipe import Recipe
 from collage.harness.tasks.recipe import Schedule as RecipeSchedule
-from collage.harness.tasks.recipes import RECIPES, get_recipe
+from collage.harness.tasks.recipes import RECIPES, get_recipe, require_convertible
 from collage.harness.tasks.registry import FINETUNE_LR
 from collage.harness.train import choice
 from collage.harness.train.computing import has_bf16_matrix_units
@@ -111,6 +111,7 @@ class RunConfig:
         if self.seq_len > longest:
             raise ValueError(f"seq_len: '{self.model}' has {longest} positions, got {self.seq_len}; at most {longest}")
         require_fitting(vars(self))
+        require_convertible(self.model, self.strategy)
         choice.require_makeable(vars(self))
 
     @classmethod
