@@ -286,6 +286,16 @@ def test_an_average_follows_the_numbers():
         assert ((net(X) - inside).abs() <= 2.0**-4 * inside.abs().max()).all()  # what e4m3 rounds
 
 
+def test_an_average_goes_out_without_scales():
+    """To a model that was not converted; a frozen layer, which has no average, as what its codes stand for."""
+    net = model()
+    net[3].weight.requires_grad_(False)
+    full = collage.EMA(net, decay=0.9, format="fp32").high_precision_state_dict()
+    plain = nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.ReLU(), nn.Linear(96, 33), nn.Linear(33, 8))
+    plain.load_state_dict(full, strict=True)
+    assert_same_bits("3.weight", full["3.weight"], fp8.export(net, torch.float32)["3.weight"])
+
+
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own, while it compiles
 def test_torch_refuses_to_compile_a_step():
     """Of a weight whose gradient has another dtype (2.13 forgets grad_dtype in what it traces); no bit is changed."""

@@ -55,7 +55,7 @@ def high_precision_state_dict(model: nn.Module, optimizer: Optimizers) -> dict[s
     """
     reshard(model)
     owned = owners(model, optimizer)
-    shown = _numbers(model)
+    shown = numbers_of(model)
     _require_shown(model, owned, [p for p, owner in owned.items() if owner.optimizer.state.get(p)], shown)
     alone = [name for name, p in model.named_parameters() if _may_lose(p) and p not in owned]
     if alone:
@@ -155,7 +155,7 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
     reshard(model)
     owned = {p: owner for p, owner in owners(model, optimizer).items() if _is_split(owner)}
     edits.require_own([*owned, *model.parameters()], "load_high_precision_state_dict()")
-    own = _numbers(model)
+    own = numbers_of(model)
     _require_shown(model, owned, owned, own)
     parts = model.state_dict().keys() - own.keys()
     whole = _with_tied(own, {key: x for key, x in state_dict.items() if key not in parts})
@@ -178,7 +178,7 @@ def load_high_precision_state_dict(model: nn.Module, optimizer: Optimizers, stat
             choose("auto", value.device).encode(format, [value], [planes])
 
 
-def _numbers(model: nn.Module) -> dict[str, Any]:
+def numbers_of(model: nn.Module) -> dict[str, Any]:
     """What a model's state_dict has, but for what is a part of another entry's number."""
     shown: dict[str, Any] = model.state_dict(keep_vars=True)
     for key in [key for key in shown if is_scale(key, shown)]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from collage.backends import Batch, choose
 from collage.casting import require_finite
-from collage.checkpoint import exported, require_keys
+from collage.checkpoint import exported, numbers_of, require_keys
 from collage.formats import fitted, format_of
+from collage.fp8.owning import scale_of
 from collage.layout import Planes, pieces, zeros
 from collage.lending import lent
 from collage.optimizers import edits
@@ -198,18 +199,20 @@ class EMA:
 
     @torch.no_grad()
     def high_precision_state_dict(self) -> dict[str, Any]:
-        """The average for release: every key of ``model.state_dict()``, weights in float32.
+        """The average for release: every key of ``model.state_dict()`` but row scales, weights in float32.
 
         Frozen weights, in float32 too, buffers and other entries are the model's. Tied parameters appear under each of
         their names; sharded ones as DTensors.
         """
         names: dict[Tensor, str] = {param: name for name, param in self._meet().items()}
-        shown = self.model.state_dict(keep_vars=True)
+        shown = numbers_of(self.model)
         require_keys(names, shown)
 
         def export(param: Tensor, result: Tensor) -> None:
             if param in names:
                 self._copy(names[param], result)
+            elif scale_of(param) is not None:
+                edits.decode(*number_of(param, None), result)
             else:
                 result.copy_(local(param))
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from collage.casting import casting
 from collage.fp8.codes import BF16, Coded, coded
 from collage.fp8.linear import Float8Linear
+from collage.fp8.owning import keep_remainder
 from collage.fp8.products import PRODUCTS, misfit
 from collage.fp8.selecting import chosen
 from collage.fp8.sharding import enlist
@@ -31,8 +32,8 @@ def convert(
 
     Args:
         model: with its weights, on any device.
-        skip: names of modules that stay in bfloat16 with all below them; ``*`` and ``?`` stand for what they do in
-            file names.
+        skip: names of modules, or patterns of them, that stay in bfloat16 with all below them; ``*`` and ``?`` stand
+            for what they do in file names.
         product: what forward and backward multiply with. ``"scaled_mm"``: e4m3 activations and gradients, which are
             scaled for each row; ``"decoded"``: those of the activations' own dtype, with weights decoded tile by tile;
             ``"auto"``: the former on GPUs that have it, for shapes that are multiples of 16.
@@ -79,7 +80,8 @@ def _become(layer: Any, weight: Coded, product: str, grad_dtype: torch.dtype) ->
     old = layer.weight
     layer.weight = nn.Parameter(weight.hi, requires_grad=old.requires_grad)
     layer.register_buffer("weight_scale", weight.scale)
-    vars(layer).update(product=product, grad_dtype=grad_dtype, remainder=weight.lo)
+    vars(layer).update(product=product, grad_dtype=grad_dtype)
+    keep_remainder(layer, weight.lo)
     layer.__class__ = Float8Linear
     enlist(layer)
     layer.renew()

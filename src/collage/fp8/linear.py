@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from collage.fp8 import products
 from collage.fp8.codes import E4M3, coded
-from collage.fp8.owning import forget
-from collage.fp8.saving import load_scale, save_scale
+from collage.fp8.owning import forget, keep_remainder, remainder_of
+from collage.fp8.saving import has_all, load_scale, save_scale
 from collage.fp8.sharding import enlist
 from collage.sharding import in_rows, is_dtensor, local, placed
 
@@ -22,7 +22,8 @@ class Float8Linear(nn.Linear):
     product: "scaled_mm" multiplies in fp8, with activations and gradients scaled for each of their rows; "decoded" in
     the activations' dtype with what the weight stands for; "auto" takes the former where a device is made for it.
     grad_dtype: of the weight's gradient, bfloat16 or float32.
-    remainder: int16 [out, in], what e4m3 cut off of the weight, until an optimizer takes it; None: nothing is known.
+    remainder: int16 [out, in], what e4m3 cut off of the weight when it was converted, or loaded as other numbers, until
+        an optimizer takes it; None: nothing is known. It is good while the weight's version is `remainder_at`.
     """
 
     weight_scale: Tensor
@@ -31,6 +32,7 @@ class Float8Linear(nn.Linear):
     product: str
     grad_dtype: torch.dtype
     remainder: Tensor | None
+    remainder_at: int
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Float8Linear:
         """A module that is unpickled or copied is registered too."""
@@ -45,6 +47,11 @@ class Float8Linear(nn.Linear):
                 f"Float8Linear: this rank has a part of its weight, {tuple(local(self.weight).shape)} of "
                 f"{tuple(self.weight.shape)}, and multiplies with a whole one; shard it with fully_shard, and call the "
                 "module that this was given, or name the layer in skip= of collage.fp8.convert"
+            )
+        if not x.is_floating_point() or x.dtype.itemsize == 1:
+            raise TypeError(
+                f"Float8Linear: x is {x.dtype}, and needs 16 bits or more; where a model casts it to the dtype of this "
+                "weight, or takes the weight for a matrix, name the layer in skip= of collage.fp8.convert"
             )
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
@@ -90,10 +97,12 @@ class Float8Linear(nn.Linear):
         return f"{super().extra_repr()}, weight=e4m3, product={self.product}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_handle_of")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_handle_of")}
+        return state | ({"remainder": None} if remainder_of(self.weight) is None else {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        keep_remainder(self, self.__dict__.get("remainder"))  # the weight is another tensor, of another version
         self.renew()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
@@ -112,17 +121,22 @@ class Float8Linear(nn.Linear):
         save_scale(self, destination, prefix)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take e4m3 and scales as they are, other numbers as `convert` does; the remainder was of the old weight."""
+        """Take e4m3 and scales as they are, other numbers as `convert` does.
+
+        What that cuts off is the remainder then (not of a sharded weight), unless nothing is: e4m3 numbers in another
+        dtype say no more than codes, which leave what an optimizer has. An old one stays if the weight does.
+        """
         given = state_dict.get(f"{prefix}weight")
+        low = None if self.remainder is None or not has_all(self, state_dict, prefix) else remainder_of(self.weight)
         if isinstance(given, Tensor) and given.is_floating_point() and given.dtype != E4M3:
             given = placed(given, self.weight)
-            hi, _, scale = coded(local(given))
+            hi, cut, scale = coded(local(given))
+            low = cut if not is_dtensor(given) and cut.shape == self.weight.shape and bool(cut.any()) else None
             shown = in_rows(hi, given.shape, given), in_rows(scale, given.shape[:1], given)
             state_dict |= zip((f"{prefix}weight", f"{prefix}weight_scale"), shown, strict=True)
-        if given is not None:
-            self.remainder = None
         load_scale(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        keep_remainder(self, low)
         self.renew()
 
 

@@ -94,11 +94,22 @@ def taken_remainder(param: Tensor) -> Tensor | None:
     return found
 
 
+def keep_remainder(module: nn.Module, low: Tensor | None) -> None:
+    """Have a module keep what e4m3 cut off of the weight that it has now, until that is written to. None: forget it."""
+    module.__dict__.update(remainder=low, remainder_at=_version(module._parameters["weight"]))
+
+
+def _version(weight: Any) -> int:
+    return 0 if weight.is_inference() else weight._version  # of inference tensors nobody counts writes
+
+
 def remainder_of(param: Tensor) -> Tensor | None:
     """The same, int16; the module keeps it."""
     module = module_of(param)
     whole: Tensor | None = None if module is None else module.__dict__.get("remainder")
-    if whole is None or (param._version and not is_dtensor(param)):
+    if module is None or whole is None:
+        return None
+    if not is_dtensor(param) and _version(param) != module.__dict__["remainder_at"]:
         return None
     if is_dtensor(param):
         place = region(param)

@@ -133,7 +133,8 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(rows if needs_weight else None, *((weight, scale) if needs_x else (None, None)))
         ctx.shape, ctx.product, ctx.gradient = x.shape, product, handle.dtype
         y: Tensor = forward(rows, weight, scale, bias, product)
-        return y.view(*x.shape[:-1], len(weight))
+        # No view to autograd, which lets nobody write to one of a function of ours: F.relu_(layer(x)), y += x.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from collage.fp8.owning import scale_of
@@ -19,6 +20,21 @@ def save_scale(module: nn.Module, destination: dict[str, Any], prefix: str) -> N
     scale = scale_of(weight)
     assert scale is not None
     destination[f"{prefix}weight_scale"] = scale.detach()
+
+
+def has_all(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> bool:
+    """Whether a module's codes and scales are those of a state_dict already. False of sharded ones: nobody asks."""
+    own = {"weight": module.weight, "weight_scale": module.weight_scale}
+    return all(_is_as(tensor, state_dict.get(f"{prefix}{name}")) for name, tensor in own.items())
+
+
+def _is_as(own: Any, given: Any) -> bool:
+    if given is None:
+        return True
+    if not isinstance(given, Tensor) or is_dtensor(own) or is_dtensor(given) or own.is_meta or given.is_meta:
+        return False
+    alike = (own.shape, own.dtype) == (given.shape, given.dtype)
+    return alike and torch.equal(own.detach().view(torch.uint8), given.detach().to(own.device).view(torch.uint8))
 
 
 def load_scale(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

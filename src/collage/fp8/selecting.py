@@ -55,6 +55,8 @@ def _skipped(modules: dict[str, nn.Module], patterns: list[str]) -> set[str]:
     """Names that are given, match a pattern, or lie below such a module. Raises ValueError for what is none's name."""
     found: set[str] = set()
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"skip: needs names of modules or patterns of names, got {type(pattern).__name__}")
         tops = [name for name in modules if name and (name == pattern or fnmatchcase(name, pattern))]
         if not tops:
             linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -95,7 +97,7 @@ def _require_convertible(name: str, layer: nn.Linear) -> None:
     if not weight.numel():
         raise ValueError(f"'{name}': its weight has no elements, {tuple(weight.shape)}; {fix.removeprefix('or ')}")
     if not bool(torch.isfinite(weight.detach().float()).all()):
-        raise ValueError(f"'{name}': its weight has numbers that float32 has not; mend it, {fix}")
+        raise ValueError(f"'{name}': its weight is not finite, as float32; mend it, {fix}")
 
 
 def _require_apart(model: nn.Module, layers: dict[str, nn.Linear]) -> None:

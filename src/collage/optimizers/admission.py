@@ -37,12 +37,12 @@ def strategy_of(parameter: Parameter) -> Strategy:
 
 
 def _wrong_dtype(parameter: Parameter, strategy: Strategy) -> TypeError:
-    found, wanted = parameter.tensor.dtype, name_of(strategy.dtype)
+    found, wanted = parameter.tensor.dtype, name_of(strategy.beside.dtype)  # no cast makes e4m3 ones
     cast = f"cast it, p.data = p.data.to(torch.{wanted})"
     if found.is_complex:
         fix = "no strategy takes complex numbers; leave it to an optimizer of torch"
     elif found == torch.float8_e4m3fn and scale_of(parameter.tensor) is not None:
-        fix = "collage.fp8.convert made it: use strategy='collage-fp8' or 'collage-fp8-lean'"
+        fix = "collage.fp8.convert made it: use strategy='collage-fp8', 'collage-fp8-lean' or 'fp8-master'"
     elif found.itemsize == 1:
         fix = "is it a quantised weight? Then freeze it, p.requires_grad_(False), and train adapters"
     elif found == torch.float64:

@@ -114,7 +114,7 @@ EVIDENCE = (
         strategies=FEWEST,
     ),
     Evidence(
-        "pretrain-fp8", "FP8 weights, pre-training", "pretrain", 3,
+        "pretrain-fp8", "FP8 weights, pre-training", "pretrain", 6,
         "The Llama's linear layers in e4m3. `fp8-master` has the same forward pass with float32 master weights and\n"
         "moments: what it loses or wins, 8-bit weights do in themselves.",
         strategies=FP8, first=4,
