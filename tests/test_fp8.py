@@ -112,6 +112,61 @@ def test_a_run_resumes_bit_for_bit(strategy, first):
     assert_same((new, other), (net, opt))
 
 
+@pytest.mark.parametrize("then", ["step", "export", "save", "resync"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_loaded_under_an_optimizer_are_all_of_them(strategy, then, caplog):
+    """As those an optimizer begins with, with no word about an old remainder; unless resync() drops what is below."""
+    torch.manual_seed(7)
+    weights = {"0.weight": torch.randn(96, 64).bfloat16()}
+    net, new = model(), model(seed=1)
+    opt = OPTIMIZERS["adamw"](net.named_parameters(), strategy=strategy)
+    monitor = collage.monitor(opt, every=1)
+    train(net, opt, range(2))
+    for own in (net, new):
+        own.load_state_dict(weights, strict=False)
+    other = OPTIMIZERS["adamw"](new.named_parameters(), strategy=strategy)
+    wanted = collage.high_precision_state_dict(new, other)
+    with caplog.at_level("INFO"):
+        if then == "resync":
+            opt.resync()
+            wanted["0.weight"] = fp8.export(new, torch.float32)["0.weight"]
+        elif then == "save":
+            ours, theirs = opt.state_dict()["state"][0], other.state_dict()["state"][0]
+            for key in (key for key in ours if key.startswith("param")):
+                assert_same_bits(key, ours[key], theirs[key])
+        elif then == "step":
+            opt.reset_moments()
+            for own, its in ((net, opt), (new, other)):
+                own[0].weight.grad = torch.ones(96, 64).bfloat16()
+                its.step()
+            wanted = collage.high_precision_state_dict(new, other)
+            assert monitor.report().total.edited == 0
+        got = collage.high_precision_state_dict(net, opt)
+    assert_same_bits("0.weight", got["0.weight"], wanted["0.weight"])
+    assert "remainder" not in caplog.text
+    assert net[0].remainder is None
+
+
+@pytest.mark.parametrize(("first", "below"), [("model", 0.0), ("optimizer", 0.0), ("model", 2.0**-10)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_run_resumes_from_exported_weights(first, below, frozen):
+    """e4m3 numbers have nothing below them to say, so that the state's stays; a state that comes last is right."""
+    net = model()
+    opt = collage.AdamW(net.named_parameters(), lr=1e-2, strategy="collage-fp8")
+    train(net, opt, range(2))
+    new = model(seed=1)
+    new[0].weight.requires_grad_(not frozen)  # such begins no state, and keeps what was converted
+    weights = fp8.export(net, torch.float32)
+    weights |= {name: x * (1 + below) for name, x in weights.items() if name in ("0.weight", "3.weight")}
+    other = collage.AdamW(new.named_parameters(), lr=1e-2, strategy="collage-fp8")
+    for which in (first, "optimizer" if first == "model" else "model"):
+        new.load_state_dict(weights) if which == "model" else other.load_state_dict(opt.state_dict())
+    new[0].weight.requires_grad_(True)
+    train(new, other, range(2, 4))
+    train(net, opt, range(2, 4))
+    assert_same((new, other), (net, opt))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_full_precision_goes_out_and_comes_back(strategy):
     """Without a key for scales: the dict is one of the model that was converted. A frozen layer takes part."""
@@ -164,6 +219,40 @@ def test_states_go_to_other_strategies_and_back():
         for name, x in values(plain, back).items():
             assert ((x - again[name]).abs() <= 2.0**-15 * again[name].abs().amax()).all(), name
         train(plain, back, range(2))
+
+
+@pytest.mark.parametrize("source", ["collage-plus", "fp32-master", "collage-exact", "bf16"])
+def test_weights_and_state_of_another_strategy_make_whole_numbers(source):
+    """The recipe: load the weights, make the optimizer, load its state. Codes alone get no low components of others."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.ReLU(), nn.Linear(96, 33), nn.Linear(33, 8))
+    opt = collage.AdamW(plain.bfloat16().named_parameters(), lr=1e-2, strategy=source)
+    train(plain, opt, range(3))
+    full = collage.high_precision_state_dict(plain, opt)
+    for strategy, bits in (("collage-fp8", 20), ("collage-fp8-lean", 12), ("fp8-master", 20)):
+        net = model(seed=1)
+        net.load_state_dict(plain.state_dict())
+        other = collage.AdamW(net.named_parameters(), lr=1e-2, strategy=strategy)
+        other.load_state_dict(opt.state_dict(), convert=True)
+        for name, x in values(net, other).items():
+            error = float((x - full[name]).abs().max() / full[name].abs().max())
+            assert error <= 2.0 ** (1 - bits if name[0] in "03" else -16)
+    codes = fp8.export(net)
+    net.load_state_dict(codes)
+    other = collage.AdamW(net.named_parameters(), lr=1e-2, strategy="collage-fp8")
+    other.load_state_dict(opt.state_dict(), convert=True)
+    assert_same_bits("codes", values(net, other)["0.weight"], codes["0.weight"].float())
+
+
+def test_low_bits_that_a_load_has_cut_are_told_of(caplog):
+    net = model()
+    opt = collage.AdamW(net.named_parameters(), strategy="collage-fp8")
+    train(net, opt, range(1))
+    plain = nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.ReLU(), nn.Linear(96, 33), nn.Linear(33, 8))
+    plain.bfloat16().load_state_dict(fp8.export(net))
+    with caplog.at_level("INFO"):
+        collage.AdamW(plain.named_parameters()).load_state_dict(opt.state_dict(), convert=True)
+    assert "'0.weight' and 1 more: saved in 'e4m3+int16', of which the model's load has kept what" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["fill", "one", "scale"])

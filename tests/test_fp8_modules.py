@@ -577,15 +577,6 @@ def test_an_optimizer_begins_with_the_weights_that_were_converted(strategy, bits
     assert model[0].remainder is None
 
 
-def test_an_optimizer_says_what_is_kept_beside_its_e4m3_weights():
-    model = fp8.convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)))
-    shown = repr(collage.AdamW(model.named_parameters(), strategy="fp8-master"))
-    assert "e4m3+fp32, fp32, fp32; bfloat16 parameters keep bf16+fp32; so do 3 of its 4" in shown
-    assert "keep bf16:sr, bf16x2:sr; so do 3 of its 4" in repr(
-        collage.AdamW(model.named_parameters(), strategy="collage-fp8")
-    )
-
-
 # What models do with a layer
 
 
@@ -653,3 +644,12 @@ def test_what_e4m3_cuts_off_of_weights_that_are_loaded_stays(assign):
     assert_same_bits("written", begun(copy.deepcopy(other)), fp8.export(other, F32)["0.weight"])
     model.load_state_dict(loaded(fp8.export(model)).state_dict() | {"0.weight_scale": model[0].weight_scale + 1})
     assert_same_bits("scaled", begun(model), fp8.export(model, F32)["0.weight"])
+
+
+def test_an_optimizer_says_what_is_kept_beside_its_e4m3_weights():
+    model = fp8.convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)))
+    shown = repr(collage.AdamW(model.named_parameters(), strategy="fp8-master"))
+    assert "e4m3+fp32, fp32, fp32; bfloat16 parameters keep bf16+fp32; so do 3 of its 4" in shown
+    assert "keep bf16:sr, bf16x2:sr; so do 3 of its 4" in repr(
+        collage.AdamW(model.named_parameters(), strategy="collage-fp8")
+    )

@@ -53,7 +53,7 @@ ALLOWED = {
     "optimizers": STEP | {"conversion", "saying", "randomness", "fp8", "casting"},
     "casting": {"layout", "sharding"},
     "lending": {"backends", "fp8", "optimizers", "saying", "sharding"},
-    "ema": STEP | {"optimizers", "casting", "lending", "owners", "checkpoint"},
+    "ema": STEP | {"optimizers", "casting", "lending", "owners", "checkpoint", "fp8"},
     "gradients": STEP | {"optimizers", "owners", "randomness"},
     "owners": STEP | {"optimizers", "fp8"},
     "checkpoint": STEP | {"optimizers", "casting", "owners", "saying", "fp8"},

@@ -12,6 +12,7 @@ from collage import backends
 from collage.backends.batch import cut, folded
 from collage.collectives import together
 from collage.conversion import Conversion
+from collage.fp8.owning import taken_remainder
 from collage.layout import Planes
 from collage.monitor.shadow import Follower, Shadow
 from collage.optimizers import admission, edits, loading, planes
@@ -135,6 +136,7 @@ class PrecisionOptimizer(Guarded):
 
     def planes(self, parameter: Parameter, strategy: Strategy | None = None) -> tuple[Planes, ...]:
         """The local planes of every slot of one parameter, theta first; created at first use."""
+        self._take_remainders([parameter])
         strategy = strategy or self.strategy_of(parameter)
         rule, tensor = self.rule_of(parameter.group), parameter.tensor
         if not self.state[tensor]:
@@ -202,6 +204,7 @@ class PrecisionOptimizer(Guarded):
                 changed then.
         """
         edits.require_own((parameter.tensor for parameter in self.parameters()), "load_state_dict()")
+        self._take_remainders(self.parameters())  # of weights that were loaded before; the state has its own
         adopted: dict[str, Any] = {}
         # A state of torch's knows no components: those of parameters that have made no step, here or there, stay.
         unused: dict[Tensor, Any] = {}
@@ -232,6 +235,7 @@ class PrecisionOptimizer(Guarded):
                 }
                 under = self.rule_of(parameter.group), self.strategy_of(parameter)
                 self.state[parameter.tensor] = planes.in_words(*under, state)
+                taken_remainder(parameter.tensor)
             elif parameter.tensor in unused:
                 self.state[parameter.tensor] = unused[parameter.tensor]
         if converting:
@@ -243,6 +247,7 @@ class PrecisionOptimizer(Guarded):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's; remainders of 16 bits are bytes [..., 2] in it, in the same memory, which collectives can gather."""
+        self._take_remainders(self.parameters())
         saved = super().state_dict()
         states = {k: {key: as_bytes(x) for key, x in own.items()} for k, own in saved["state"].items()}
         return {**saved, "state": states}

@@ -88,7 +88,7 @@ class Converting:
     def __init__(self) -> None:
         self.visible: dict[Tensor, list[Tensor]] = {}  # parameter -> its local part, and that of its scales
         self.report = Conversion()
-        self._cut: list[str] = []  # whose low bits were lost before
+        self._cut: dict[str, str] = {}  # whose low bits were lost before -> the format that has them
         self._misfits = self._numbers = 0
 
     def state(
@@ -103,7 +103,8 @@ class Converting:
         """The state of a parameter under its strategy here, out of the saved one. Changes nothing.
 
         Theta is the weight as it shows now, with the saved low components where they fit; where the saved format has
-        none, or they are those of e4m3 weights and these are not, or the other way round, what is here stays.
+        none, or they are those of e4m3 weights and these are not, what is here stays. Of weights that are e4m3 here
+        alone it is their number that shows, if more of it is here than codes.
         """
         param, fresh = parameter.tensor, State()
         theirs = planes.in_words(rule, saved, {key: placed(x.to(param.device), param) for key, x in theirs.items()})
@@ -115,28 +116,33 @@ class Converting:
         for slot, source, target, out in zip(rule.slots, saved.formats(rule.roles), own.formats, slots, strict=True):
             found = [local(theirs[key]) for key in _keys(slot.prefix, source) if key in theirs]
             if slot.prefix == "param" and found and _is_scaled(source) == _is_scaled(target):
-                self._theta(source, found, target, parameter, out)
+                x = local(param.detach())
+                self._misfits += self._theta(x, source, found, target, parameter, out)
+                self._numbers += x.numel()
+                self.visible[param] = [visible, *(local(fresh[key]) for key in fresh if key == planes.SHARED)]
+            elif slot.prefix == "param" and found and (number := _number(strategy, param, live)) is not None:
+                self._theta(number, source, found, target, parameter, out)
                 self.visible[param] = [visible, *(local(fresh[key]) for key in fresh if key == planes.SHARED)]
             elif slot.prefix == "param":
                 here = planes.theta_among(strategy, live)
                 if format_of(source).dtypes[0] != visible.dtype and planes.of_theta(strategy).keys() != here.keys():
-                    self._cut.append(parameter.name)
+                    self._cut[parameter.name] = source
                 fresh |= here
             elif found:
                 self._count(slot.prefix, source, target, carry(source, found, target, out), parameter)
         return {**fresh, "step": theirs["step"]}
 
-    def _theta(self, source: str, lows: Planes, target: str, parameter: Parameter, out: Planes) -> None:
-        x, dtype = local(parameter.tensor.detach()), format_of(source).dtypes[0]
+    def _theta(self, x: Tensor, source: str, lows: Planes, target: str, parameter: Parameter, out: Planes) -> int:
+        """Put what shows, x, and its saved low components together. Returns how many of these did not fit."""
+        dtype = format_of(source).dtypes[0]
         if x.dtype != dtype and x.dtype == torch.bfloat16:
             raise ValueError(
                 f"param '{parameter.name}': it is bfloat16, and the state has low components of {name_of(dtype)} "
                 "weights, whose visible ones do not fit into it; `collage convert` takes both, model and state"
             )
         found, own, misfits = joined(x, source, lows)
-        self._misfits += misfits
-        self._numbers += x.numel()
         self._count("param", source, target, carry(found, own, target, out), parameter)
+        return misfits
 
     def _count(self, slot: str, source: str, target: str, lost: Rounded, parameter: Parameter) -> None:
         require_held(lost, parameter.name, slot, target)
@@ -152,10 +158,10 @@ class Converting:
         log.info("state_dict: converted: %s", self.report)
         if self._cut:
             log.info(
-                "%s: saved in float32, so that the model's load has cut their low bits off; with "
-                "collage.load_high_precision_state_dict(model, optimizer, weights) before this they stay",
-                several(self._cut),
-            )
+                "%s: saved in '%s', of which the model's load has kept what fits into its own weights; with "
+                "collage.load_high_precision_state_dict(model, optimizer, weights) before this the low bits stay",
+                several([*self._cut]), next(iter(self._cut.values())),
+            )  # fmt: skip
 
     def require_fit(self) -> None:
         """Raise ValueError where the weights here are others than those the state was saved with."""
@@ -169,6 +175,16 @@ class Converting:
 def _keys(prefix: str, fmt: str) -> list[str]:
     """Of a saved state's planes in a format; the parameter itself is in none."""
     return [prefix + suffix for suffix in format_of(fmt).suffixes if prefix + suffix != "param"]
+
+
+def _number(strategy: Strategy, param: Tensor, live: Mapping[str, Tensor]) -> Tensor | None:
+    """This rank's part of e4m3 weights in float32; None: they are none, or nothing but their codes is known."""
+    here, fmt = planes.theta_among(strategy, live), format_of(strategy.param)
+    if not _is_scaled(strategy.param) or here.keys() != planes.of_theta(strategy).keys():
+        return None
+    theta = [local(param.detach()), *map(local, here.values())]
+    number = fmt.value(theta)
+    return None if torch.equal(number, fmt.visible(theta)) else number
 
 
 def _is_scaled(fmt: str) -> bool:

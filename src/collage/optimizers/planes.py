@@ -16,7 +16,7 @@ from torch import Tensor
 
 from collage.backends import Backend, choose
 from collage.formats import Format, format_of
-from collage.fp8.owning import scale_of, taken_remainder
+from collage.fp8.owning import remainder_of, scale_of, taken_remainder
 from collage.layout import Plane, Planes, aligned, pieces
 from collage.optimizers.memory import in_memory
 from collage.optimizers.parameters import State, dtype_of, name_of
@@ -75,10 +75,18 @@ def initialise(rule: Rule, strategy: Strategy, param: Tensor, state: State, capt
     fresh |= {key: _zeros(plane, param.detach()) for key, plane in zip(own.keys, own.planes[1:], strict=True)}
     _share(param, fresh)
     resync(rule, strategy, param, fresh)
-    low = taken_remainder(param) if SHARED in fresh else None
-    if low is not None:
-        _continue(format_of(strategy.param), theta_of(rule, strategy, param, fresh), low)
+    take_remainder(strategy, param, fresh)
     state |= fresh
+
+
+def take_remainder(strategy: Strategy, param: Tensor, state: Mapping[str, Tensor]) -> bool:
+    """Have theta go on with what e4m3 cut off of the weight that shows. Whether its module has anything to take."""
+    if SHARED not in state or remainder_of(param) is None:
+        return False
+    low, theta = taken_remainder(param), [local(param.detach()), *map(local, theta_among(strategy, state).values())]
+    assert low is not None
+    _continue(format_of(strategy.param), theta, low)
+    return True
 
 
 def _continue(fmt: Format, theta: Planes, low: Tensor) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from collage.optimizers import admission, compiled, edits
+from collage.fp8.owning import remainder_of
+from collage.optimizers import admission, compiled, edits, planes
 from collage.optimizers.memory import accept
 from collage.optimizers.parameters import Group, Named, Parameter
 from collage.optimizers.plan import WIDE, Columns, Plan, check, renewed, started, strategies_for
@@ -145,6 +146,17 @@ class Remembering(compiled.Traced):
                 [own.told for own in columns.plans], dtype=torch.int64, device="cpu"
             )
         edits.tell(new)
+
+    def _take_remainders(self, parameters: Iterable[Parameter]) -> None:
+        """Have weights that modules have loaded go on with what e4m3 cut off of them; the next step looks at these."""
+        for parameter in parameters:
+            param = parameter.tensor
+            if remainder_of(param) is None or not self.state.get(param):
+                continue
+            if planes.take_remainder(self.strategy_of(parameter), param, self.state[param]):
+                for columns in self._columns.values():
+                    here = [k for k, own in enumerate(columns.params) if own is param]
+                    columns.seen[edits.VERSION, here] = edits.UNSEEN
 
     def _written(self, params: Sequence[Tensor]) -> None:
         """These weights were written with all that is kept beside them, as by a step: nobody else has changed them."""

@@ -145,6 +145,8 @@ class Stepping(Remembering):
     def _adopt(self, columns: Columns, every: bool = False) -> dict[int, int]:
         """Take the weights that others have changed as they are now."""
         theta = columns.strategy.param
+        if columns.strategy.dtype == torch.float8_e4m3fn:
+            self._take_remainders(plan.parameter for plan in columns.plans)
         return edits.adopt(columns.planes, columns.seen, columns.names, theta, self.backend, every, columns.sharded)
 
     def _step(self, columns: Columns, batch: Batch) -> None:
