@@ -19,6 +19,7 @@ from collage.harness import options
 from collage.harness.cli import COMMANDS, main
 from collage.harness.compare import asking, verdict
 from collage.harness.machine import PLAIN
+from collage.harness.report.columns import floorless
 from collage.harness.train import training
 from collage.harness.train.config import RunConfig
 
@@ -231,6 +232,19 @@ def test_advice_says_what_it_cannot_know() -> None:
     assert advised(runs(LOSSES, **unmeasured)).startswith("None of these strategies")
     followed = {name: LOSSES[name] for name in ("collage-light", "fp32-master")}
     assert "Use collage-light: the cheapest compared here" in advised(runs(followed))
+
+
+def test_advice_calls_ties_of_e4m3_weights_no_merit() -> None:
+    lower = {**LOSSES, "fp8-master": [1.5, 1.6], "collage-fp8": [1.6, 1.7], "collage-fp8-lean": [2.2, 2.3]}
+    assert "Below fp32-master, which is no merit: fp8-master, collage-fp8; e4m3" in advised(runs(lower))
+    within = {**LOSSES, "fp8-master": [1.99, 2.09]}  # the seeds' noise is 0.07
+    assert "Below" not in advised(runs(within))
+    assert "Below" not in advised(runs({**LOSSES, "bf16": [1.0, 1.1]}))
+
+
+def test_strategies_without_a_floor_are_named() -> None:
+    assert floorless(["bf16", "collage-fp8", "fp8-master"]).startswith("No floors of collage-fp8, fp8-master: ")
+    assert not floorless(["bf16", "collage-8bit"])
 
 
 def test_advice_does_not_judge_a_second_moment_it_has_not_seen() -> None:

@@ -72,6 +72,7 @@ def advice(rows: Sequence[Row], runs: Sequence[Run], steps: int, beta2: float | 
         f"Diverged (validation loss not finite): {', '.join(gone)}." if gone else "",
         _too_short(steps, beta2) if followed and beta2 is not None else "",
         _unknown(rows, noise),
+        _ties(rows, noise),
     ]
     return " ".join(filter(None, parts))
 
@@ -120,10 +121,22 @@ def _unknown(rows: Sequence[Row], noise: float | None) -> str:
     """What was not compared, and how to."""
     reference = next((row for row in rows if row["strategy"] == REFERENCE), None)
     if reference is None:
-        return f"Losses were not judged: add {REFERENCE} to --strategies."
+        return f"Losses were not judged: add {REFERENCE} to --strategies, the reference of all others."
     if noise is None and not diverged(reference):
         return "One seed cannot show which differences in loss are noise: add --seeds 3."
     return ""
+
+
+def _ties(rows: Sequence[Row], noise: float | None) -> str:
+    """That e4m3 weights ended lower than float32 masters, which is no merit of theirs."""
+    codes = [row for row in rows if Strategy.parse(row["strategy"]).dtype.itemsize == 1]
+    below = [row["strategy"] for row in codes if (row["difference"] or 0.0) < -(noise or 0.0)]
+    if not below:
+        return ""
+    return (
+        f"Below {REFERENCE}, which is no merit: {', '.join(below)}; e4m3 weights cut from bfloat16 ones begin with "
+        'ties that the first updates break (docs/fp8.md, "Ties").'
+    )
 
 
 def caveats(

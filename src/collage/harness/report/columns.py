@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from collage.formats import format_of
 from collage.harness.report.results import REFERENCE, ULP_AT_ONE
 from collage.harness.tasks.registry import Loss
 from collage.harness.text import Column, fixed, hundredths, percent, scientific, short, size
+from collage.strategies import Strategy
 
 _COLUMNS = (
     Column("kept", "Kept", "of its gain", percent),
@@ -48,3 +50,11 @@ FLOORS = (
     Column("up", "up", "away from 0", scientific),
     Column("up", "up", "bf16 ulps of 1.0", lambda up: short(up and up / ULP_AT_ONE, 2)),
 )
+
+
+def floorless(strategies: Iterable[str]) -> str:
+    """Of which of these strategies there is no row in the table of floors, and why; "": all have one."""
+    found = [name for name in strategies if not format_of(Strategy.parse(name).param).elementwise]
+    if not found:
+        return ""
+    return f"No floors of {', '.join(found)}: what e4m3 weights drop depends on the scales of their rows."

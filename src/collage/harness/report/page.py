@@ -12,7 +12,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from collage.harness.report import plots, plots_inside
-from collage.harness.report.columns import FLOORS, columns
+from collage.harness.report.columns import FLOORS, columns, floorless
 from collage.harness.report.plotting import DARK, LIGHT, Theme, embedded, look, save, style
 from collage.harness.report.results import Comparison
 from collage.harness.text import MISSING, Column, number, present
@@ -175,6 +175,7 @@ def context(c: Comparison, folder: Path) -> dict[str, Any]:
         "colours": {name: [look(c.strategies, name, theme)[0] for theme in (LIGHT, DARK)] for name in c.strategies},
         "plots": [drawn(c, plot, folder) for plot in PLOTS if c.score or not plot.scored],
         "frozen": {name: c.frozen(name) for name in c.strategies},
+        "floorless": floorless(s["strategies"]),
         "floors": cells(FLOORS, {name: ways or {} for name, ways in (s.get("floors") or {}).items()}),
         "command": s["command"],
         "source": f"collage {s['version']} · {machine} · seed{'s' if len(s['seeds']) > 1 else ''} {seeds}",
