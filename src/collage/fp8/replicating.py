@@ -100,8 +100,8 @@ def _keep_common_remainders(layers: list[Any], group: Any) -> None:
     """Let go of what e4m3 cut off of a weight that any rank has loaded or written to since."""
     from torch import distributed
 
-    known = torch.tensor([remainder_of(layer.weight) is not None for layer in layers], dtype=torch.uint8)
-    known = known.to(layers[0].weight.device)
+    kept = [remainder_of(layer.weight) is not None for layer in layers]
+    known = torch.tensor(kept, dtype=torch.uint8, device=layers[0].weight.device)
     distributed.all_reduce(known, distributed.ReduceOp.MIN, group=group)
     for layer, common in zip(layers, known.tolist(), strict=True):
         layer.remainder = layer.remainder if common else None
