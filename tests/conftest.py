@@ -1,6 +1,7 @@
 """Environment of every test and of the processes that tests start. Set before torch is imported."""
 
 import os
+from typing import Any
 
 # One torch thread per xdist worker: the workers fill the cores. Export OMP_NUM_THREADS for another number.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -22,3 +23,8 @@ if "COLLAGE_NATIVE" in os.environ:  # `make sanitize`: kernels of another build 
     assert spec.loader is not None
     sys.modules["collage._native"] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Begin with the longest test: otherwise one worker ends with it, and the others wait."""
+    items.sort(key=lambda item: item.name != "test_compiled_code_and_the_table_in_the_docs")
