@@ -15,7 +15,7 @@ from collage.conversion import Conversion
 from collage.fp8.owning import taken_remainder
 from collage.layout import Planes
 from collage.monitor.shadow import Follower, Shadow
-from collage.optimizers import admission, edits, loading, planes
+from collage.optimizers import admission, checking, edits, loading, planes
 from collage.optimizers.converting import Converting
 from collage.optimizers.guarded import Guarded
 from collage.optimizers.memory import has_memory
@@ -144,7 +144,7 @@ class PrecisionOptimizer(Guarded):
         planes.complete(rule, strategy, tensor, self.state[tensor])
         own, values = planes.kept(rule, strategy), self.state[tensor]
         for key, plane in zip(own.keys, own.planes[1:], strict=True):
-            planes.require_shape(key, values[key], tensor, parameter.name, plane)
+            checking.require_shape(key, values[key], tensor, parameter.name, plane)
         return cut(own.formats, planes.planes_of(rule, strategy, tensor, values))
 
     def theta(self, parameter: Parameter) -> Planes:

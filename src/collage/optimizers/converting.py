@@ -14,7 +14,7 @@ from collage.conversion import Conversion, Rounded, carry, joined
 from collage.formats import format_of
 from collage.fp8.owning import scale_of
 from collage.layout import Plane, Planes
-from collage.optimizers import planes
+from collage.optimizers import checking, planes
 from collage.optimizers.parameters import Parameter, State, name_of
 from collage.rules import Rule
 from collage.saying import several
@@ -55,16 +55,16 @@ def from_torch(
     saved = {key: saved[key] for key in (*rule.prefixes[1:], "step") if key in saved}
     if not rule.torch_counts:
         saved = {key: value for key, value in saved.items() if value is not None}
-    planes.require_tensors(saved, name)
+    checking.require_tensors(saved, name)
     state: State = {}
     planes.initialise(rule, strategy, param, state, capturable=False)
     first = torch.tensor(int(bool(saved)), dtype=torch.int64, device="cpu")
-    state["step"] = planes.count(saved.get("step", first), name)
+    state["step"] = checking.count(saved.get("step", first), name)
     own = planes.kept(rule, strategy)
     slots = cut(own.formats, planes.planes_of(rule, strategy, param, state))
     for slot, form, out in zip(rule.slots, own.formats, slots, strict=True):
         if slot.prefix in saved:
-            planes.require_shape(slot.prefix, saved[slot.prefix], param, name, Plane("", torch.float32))
+            checking.require_shape(slot.prefix, saved[slot.prefix], param, name, Plane("", torch.float32))
             value = local(saved[slot.prefix]).to(out[0].device, torch.float32)
             if report is None:
                 planes.backend_of(out).encode(form, [value], [out])

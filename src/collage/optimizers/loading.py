@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collage.optimizers import planes
+from collage.optimizers import checking, planes
 from collage.optimizers.converting import Converting, from_torch, kept_under
 from collage.optimizers.parameters import Group, Parameter, State
 from collage.rules import Rule
@@ -135,8 +135,8 @@ def _adopt_state(
     elif converting:
         theirs = _converted(converting, rule, group, strategy, parameter, theirs, own)
     theirs = planes.begun(rule, strategy, parameter.tensor, theirs)
-    planes.check(rule, strategy, parameter.tensor, planes.in_words(rule, strategy, theirs), parameter.name)
-    return {**theirs, "step": planes.count(theirs["step"], parameter.name)}
+    checking.check(rule, strategy, parameter.tensor, planes.in_words(rule, strategy, theirs), parameter.name)
+    return {**theirs, "step": checking.count(theirs["step"], parameter.name)}
 
 
 def _converted(

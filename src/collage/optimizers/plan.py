@@ -13,7 +13,7 @@ from torch import Tensor
 
 from collage.backends.batch import stochastic
 from collage.backends.operator import regions_of
-from collage.optimizers import edits, planes
+from collage.optimizers import checking, edits, planes
 from collage.optimizers.facts import Facts
 from collage.optimizers.memory import check_gradient, has_memory
 from collage.optimizers.parameters import Group, Parameter, State
@@ -176,13 +176,13 @@ def check(rule: Rule, strategy: Strategy, parameter: Parameter, grad: Tensor, va
             "; was its dtype or its strategy changed since it last stepped? Change it back, or make a new optimizer"
         )
         if values:
-            planes.check(rule, strategy, parameter.tensor, values, parameter.name, hint=changed)
+            checking.check(rule, strategy, parameter.tensor, values, parameter.name, hint=changed)
         raise ValueError(
             f"param '{parameter.name}': it and its optimizer state need memory on one device "
             f"({parameter.tensor.device}), placed alike, every element its own; some of it is elsewhere, freed, or "
             "expanded. opt.load_state_dict(opt.state_dict()) moves a state to its parameter"
         )
-    planes.check_counter(values["step"], parameter.name)
+    checking.check_counter(values["step"], parameter.name)
 
 
 def require_whole_blocks(rule: Rule, strategy: Strategy, parameter: Parameter) -> None:

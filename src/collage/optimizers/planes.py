@@ -18,8 +18,7 @@ from collage.backends import Backend, choose
 from collage.formats import Format, format_of
 from collage.fp8.owning import remainder_of, scale_of, taken_remainder
 from collage.layout import Plane, Planes, aligned, pieces
-from collage.optimizers.memory import in_memory
-from collage.optimizers.parameters import State, dtype_of, name_of
+from collage.optimizers.parameters import State
 from collage.rules import Rule
 from collage.sharding import cut_rows, from_bytes, in_rows, local
 from collage.strategies import Strategy
@@ -250,53 +249,3 @@ def write(planes: Planes, values: Planes) -> None:
     """Copy values into planes, one by one."""
     for plane, value in zip(planes, values, strict=True):
         plane.copy_(value)
-
-
-def check(rule: Rule, strategy: Strategy, param: Tensor, state: Mapping[str, Any], name: str, hint: str = "") -> None:
-    """Raise ValueError, naming the parameter, if a state has not exactly this strategy's planes."""
-    wanted = dtypes(rule, strategy)
-    require_tensors(state, name)
-    found = {key: value.dtype for key, value in state.items() if key != "step"}
-    if "step" not in state or found != wanted:
-        raise ValueError(
-            f"param '{name}': strategy '{strategy}' keeps step, {_listing(wanted)}; its state has "
-            f"{'step, ' if 'step' in state else ''}{_listing(found)}{hint}"
-        )
-    own = kept(rule, strategy)
-    for key, plane in zip(own.keys, own.planes[1:], strict=True):
-        require_shape(key, state[key], param, name, plane)
-
-
-def require_tensors(state: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError, naming the parameter, if anything in a saved state is not a tensor."""
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"param '{name}': {key} needs to be a tensor, got {value!r:.50} ({type(value).__name__})")
-
-
-def require_shape(key: str, tensor: Tensor, param: Tensor, name: str, plane: Plane) -> None:
-    """Raise ValueError, naming the parameter, for a plane that is not as its format has it."""
-    wanted = plane.shape(param.shape)
-    if tuple(tensor.shape) != wanted:
-        raise ValueError(
-            f"param '{name}': {key} has shape {tuple(tensor.shape)}, not the parameter's {wanted}. If it "
-            "was resized, start its state anew: opt.state.pop(param), or drop its entry from a state_dict's 'state'"
-        )
-
-
-def check_counter(step: object, name: str) -> None:
-    """Raise ValueError, naming the parameter, for a step counter that cannot be counted up."""
-    if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() or not in_memory(step):
-        got = f"{dtype_of(step)} of shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
-        raise ValueError(f"param '{name}': step needs to be a 0-d int64 tensor with memory in its state, got {got:.50}")
-
-
-def count(step: Tensor, name: str) -> Tensor:
-    """A saved step counter as int64. Raises ValueError, naming the parameter, if it is not one whole number >= 0."""
-    if step.numel() != 1 or not float(step) >= 0 or not float(step).is_integer():
-        raise ValueError(f"param '{name}': step needs one whole number >= 0, got {step!r:.50}")
-    return step.detach().to("cpu", torch.int64).reshape(())
-
-
-def _listing(planes: Mapping[str, torch.dtype]) -> str:
-    return ", ".join(f"{key} ({name_of(dtype)})" for key, dtype in planes.items()) or "nothing"
