@@ -34,3 +34,8 @@ def scales(largest: Tensor, exponent: int, limit: int, least: int, most: int) ->
     """
     code = (largest >> 23) - exponent + ((largest & FRACTION) > limit).int()
     return code.clamp(least, most).to(torch.uint8)
+
+
+def scales_of_rows(largest: Tensor) -> Tensor:
+    """uint8: those of e4m3 numbers, of which 448 = 1.75 * 2**8 is the largest. largest: as above."""
+    return scales(largest, 8, 0x600000, LEAST, MOST)

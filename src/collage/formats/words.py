@@ -17,7 +17,7 @@ from torch import Tensor
 from collage.accumulators import Accumulator
 from collage.formats.floats import Master
 from collage.formats.format import InRegister, ulp
-from collage.formats.scales import LEAST, MOST, factors, finite_sizes, inverses, scales
+from collage.formats.scales import factors, finite_sizes, inverses, scales_of_rows
 from collage.layout import Plane, Planes
 from collage.rounding import FLOATS, code_of
 
@@ -160,7 +160,7 @@ class Word(Remainder):
         """uint8 per row."""
         sizes = finite_sizes(x)
         largest = sizes.amax(1) if x.shape[1] else sizes.new_zeros(len(x))
-        return scales(largest, 8, 0x600000, LEAST, MOST)
+        return scales_of_rows(largest)
 
 
 @dataclass(frozen=True)

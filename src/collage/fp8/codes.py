@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from collage.formats import format_of, split
-from collage.formats.scales import LEAST, MOST, factors, finite_sizes, inverses, scales
+from collage.formats.scales import factors, finite_sizes, inverses, scales_of_rows
 from collage.layout import PIECE
 
 E4M3, BF16, F32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
@@ -69,6 +69,6 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     Inf to 448.
     """
     largest = x.abs().amax(1).float()
-    scale = scales(finite_sizes(largest), 8, 0x600000, LEAST, MOST)
+    scale = scales_of_rows(finite_sizes(largest))
     unit = torch.where(largest.isfinite(), factors(scale), torch.nan)
     return (x * inverses(scale).to(x.dtype)[:, None]).to(E4M3), unit[:, None]
